@@ -1,0 +1,1 @@
+"""finetrace: which training examples made my fine-tuned language model say that, and can I trust the answer?"""

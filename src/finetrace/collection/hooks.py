@@ -1,0 +1,100 @@
+"""Hooks that turn one backward pass of a batch into one gradient an example."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetrace.collection.modules import Tracked, Tracking
+from finetrace.errors import FinetraceError
+from finetrace.forward import Batch
+
+
+class GradientRecorder:
+    """While open, every backward pass fills `rows`: (B, D), the gradient of each example's own loss.
+
+    For a linear map y_t = W a_t, dL/dW = sum_t delta_t a_t^T with delta_t = dL/dy_t; the batch's loss is the sum of the
+    examples' losses, so the sum over an example's own tokens is that example's gradient (mathematics as in Goodfellow,
+    arXiv 1510.01799). The weights are frozen meanwhile, so no gradient of the sum is computed, and the graph starts at
+    the lowest tracked layer.
+    """
+
+    def __init__(self, model: nn.Module, tracking: Tracking, dtype: torch.dtype) -> None:
+        self.model = model
+        self.tracking = tracking
+        self.dtype = dtype
+        self.rows: Tensor = torch.empty(0)
+        self._batch: Batch | None = None
+        self._handles: list[Any] = []
+        self._frozen: list[nn.Parameter] = []
+        self._was_training = False
+
+    def __enter__(self) -> GradientRecorder:
+        self._was_training = self.model.training
+        self.model.eval()
+        self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
+        for layer in self.tracking.layers:
+            self._handles.append(layer.module.register_forward_pre_hook(_start_graph))
+            self._handles.append(layer.module.register_forward_hook(self._watch(layer)))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self.model.train(self._was_training)
+
+    def expect(self, batch: Batch) -> None:
+        """Get ready for one forward and backward pass of `batch`."""
+        self._batch = batch
+        self.rows = torch.zeros(len(batch), self.tracking.width, dtype=self.dtype, device=batch.ids.device)
+
+    def _watch(self, layer: Tracked) -> Any:
+        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            inputs = args[0].detach()
+
+            def backward(delta: Tensor) -> None:
+                self._accumulate(layer, inputs, delta)
+
+            output.register_hook(backward)
+
+        return forward
+
+    def _accumulate(self, layer: Tracked, inputs: Tensor, delta: Tensor) -> None:
+        """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
+        batch = self._batch
+        assert batch is not None, "expect() comes before the pass"
+        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)  # (B, T, in), (B, T, out); the head: (1, R, .)
+        if layer.is_head:
+            pairs = zip(inputs[0].split(batch.counts), delta[0].split(batch.counts), strict=True)
+            weight = torch.stack([d.T @ a for a, d in pairs])  # (B, out, in)
+            bias = torch.stack([d.sum(0) for d in delta[0].split(batch.counts)])
+        else:
+            if inputs.dim() != 3 or inputs.shape[0] != len(batch):
+                raise FinetraceError(
+                    f"{layer.weight.name}: this layer sees an input of shape {tuple(inputs.shape)}, not one sequence an "
+                    "example (routed experts do that), so its gradients cannot be told apart; leave it out of --modules."
+                )
+            weight = torch.bmm(delta.transpose(1, 2), inputs)  # (B, out, in)
+            bias = delta.sum(1)  # (B, out)
+        if layer.transposed:
+            weight = weight.transpose(1, 2)
+        self.rows[:, layer.weight.columns] += weight.flatten(1)
+        if layer.bias is not None:
+            self.rows[:, layer.bias.columns] += bias
+
+
+def _start_graph(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The first tracked layer to run makes its input a leaf: nothing below it needs a graph."""
+    if not torch.is_grad_enabled() or args[0].requires_grad:
+        return None
+    return (args[0].detach().requires_grad_(True), *args[1:])

@@ -1,0 +1,72 @@
+"""Hidden states as representations: which layer, and pooled over which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetrace.errors import FinetraceError
+from finetrace.forward import Batch
+
+Pooling = Literal["last-prompt", "last-token", "mean-response"]
+POOLINGS: tuple[Pooling, ...] = ("last-prompt", "last-token", "mean-response")
+
+
+@dataclass(frozen=True)
+class Representation:
+    """A hidden state of one layer, pooled over tokens.
+
+    Attributes:
+        layer: 0 is the embedding, k the output of transformer layer k, the last one after the final norm; negative
+            numbers count from the end, so -1 is what the vocabulary projection sees.
+        pooling: `last-prompt` (the token from which the answer starts), `last-token` (the answer's end-of-turn token)
+            or `mean-response` (mean over the tokens of the loss).
+    """
+
+    layer: int = -1
+    pooling: Pooling = "last-prompt"
+
+    @property
+    def name(self) -> str:
+        """`pooling@layer`, as stored in an index."""
+        return f"{self.pooling}@{self.layer}"
+
+    @classmethod
+    def parse(cls, text: str) -> Representation:
+        """From `pooling@layer` or `pooling`."""
+        pooling, _, layer = text.partition("@")
+        if pooling not in POOLINGS or (layer and not layer.lstrip("-").isdigit()):
+            raise FinetraceError(f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last.")
+        return cls(int(layer) if layer else -1, pooling)
+
+    def resolve(self, layers: int) -> Representation:
+        """The same with the layer counted from the end, which is how an index names it."""
+        layer = self.layer if self.layer < 0 else self.layer - layers - 1
+        if not -layers - 1 <= layer < 0:
+            raise FinetraceError(f"layer {self.layer}: the model has layers 0 (embedding) to {layers}.")
+        return Representation(layer, self.pooling)
+
+
+DEFAULT_REPRESENTATIONS = tuple(Representation(-1, pooling) for pooling in POOLINGS)
+
+
+def pool(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
+    """Reduce (B, T, d) hidden states to (B, d), in float32 or wider."""
+    every = torch.arange(len(batch), device=hidden.device)
+    if pooling == "last-prompt":
+        last = torch.tensor(batch.prompt_lengths, device=hidden.device) - 1
+        chosen = hidden[every, last]
+    elif pooling == "last-token":
+        last = torch.zeros(len(batch), dtype=torch.long, device=hidden.device)
+        last = last.scatter_reduce(0, batch.example, batch.rows % hidden.shape[1] + 1, "amax")
+        chosen = hidden[every, last]
+    else:
+        tokens = hidden.reshape(-1, hidden.shape[-1])[batch.rows + 1]  # the loss tokens themselves
+        tokens = tokens.float() if hidden.dtype in (torch.bfloat16, torch.float16) else tokens
+        total = torch.zeros(len(batch), hidden.shape[-1], dtype=tokens.dtype, device=hidden.device)
+        counts = torch.tensor(batch.counts, device=hidden.device).unsqueeze(1)
+        chosen = total.index_add(0, batch.example, tokens) / counts
+    return chosen.float() if chosen.dtype in (torch.bfloat16, torch.float16) else chosen

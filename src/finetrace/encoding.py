@@ -1,0 +1,224 @@
+"""From conversations to token ids and loss weights; training and attribution share this one encoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example, Message
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LossOn = Literal["response", "last-turn", "all"]
+
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{{ '\n' }}{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model sees it.
+
+    Attributes:
+        ids: (T,) token ids, unpadded.
+        weights: (T,) weight of each token in the example's own mean loss; 0 where the loss does not look. They sum
+            to 1, so the loss is the mean over the chosen tokens whatever batch the example travels in.
+        prompt_length: Tokens before the last response; token `prompt_length - 1` is the last prompt token.
+    """
+
+    ids: NDArray[np.int32]
+    weights: NDArray[np.float32]
+    prompt_length: int
+
+    @property
+    def loss_tokens(self) -> int:
+        """How many tokens the loss looks at."""
+        return int(np.count_nonzero(self.weights))
+
+
+@dataclass(frozen=True)
+class Longer:
+    """An example longer than the limit: its id, its tokens, and how many of its loss tokens were cut off."""
+
+    id: str
+    tokens: int
+    loss_tokens_cut: int
+
+
+@dataclass(frozen=True)
+class LengthReport:
+    """What is longer than `limit` tokens; `cut` says whether it was cut there or left whole."""
+
+    limit: int | None
+    cut: bool
+    longer: tuple[Longer, ...] = ()
+
+    def sentence(self) -> str:
+        """One line for a person, empty when everything fits."""
+        if not self.longer:
+            return ""
+        ids = ", ".join(item.id for item in self.longer[:5]) + (", ..." if len(self.longer) > 5 else "")
+        longest = max(item.tokens for item in self.longer)
+        if not self.cut:
+            return (
+                f"{len(self.longer)} examples are longer than the model's context of {self.limit} tokens "
+                f"(longest {longest}) and were left whole: {ids}. Use --max-length to cut them."
+            )
+        lost = sum(item.loss_tokens_cut for item in self.longer)
+        return (
+            f"{len(self.longer)} examples were cut at {self.limit} tokens (longest {longest}); "
+            f"{lost} of their loss tokens are gone: {ids}."
+        )
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Chat template and tokenizer, with the choice of what the loss looks at.
+
+    Attributes:
+        tokenizer: A fast tokenizer; character offsets decide which tokens belong to a response.
+        loss_on: `response` (every assistant turn, through its end-of-turn token), `last-turn` (the last one only) or
+            `all` (every token that has a token before it).
+        max_length: Cut after so many tokens; `None` cuts nothing.
+        template: A Jinja chat template that replaces the tokenizer's own.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    loss_on: LossOn = "response"
+    max_length: int | None = None
+    template: str | None = None
+    _cut: list[Longer] = field(default_factory=list, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not getattr(self.tokenizer, "is_fast", False):
+            raise FinetraceError(
+                "this tokenizer gives no character offsets, so response tokens cannot be told from prompt tokens; "
+                "load its fast version."
+            )
+        if self.template is None and not self.tokenizer.chat_template:
+            raise FinetraceError(
+                "the tokenizer has no chat template; give one with --chat-template FILE, or --chat-template plain "
+                "(the turns one after another, the end-of-text token after each answer)."
+            )
+
+    def render(self, messages: Sequence[Message], *, ask: bool = False, where: str = "") -> str:
+        """The conversation as text; with `ask`, through the opening of the assistant's turn."""
+        turns = [{"role": turn.role, "content": turn.content} for turn in messages]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=ask, chat_template=self.template
+            )
+        except Exception as error:  # a template is somebody's program and may raise anything
+            raise FinetraceError(
+                f"{where or 'a conversation'}: the chat template refuses it ({error}); its roles are "
+                f"{[turn.role for turn in messages]}. Mend the row or give another template with --chat-template."
+            ) from error
+        return str(text)
+
+    def prompt_ids(self, example: Example) -> list[int]:
+        """Token ids of the prompt through the opening of the assistant's turn, as generation starts from them."""
+        turns = example.messages[:-1] if example.has_response else example.messages
+        text = self.render(turns, ask=True, where=f"example {example.id}")
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def encode(self, example: Example) -> Encoded:
+        """Ids and weights of one example that has a response; raises `FinetraceError` naming it where that fails."""
+        where = f"example {example.id}"
+        if not example.has_response:
+            raise FinetraceError(f"{where}: the last turn is not an assistant's answer; give it a response or remove it.")
+        full = self.render(example.messages, where=where)
+        spans = self._response_spans(example, full, where)
+        encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
+        ids = np.asarray(encoding["input_ids"], dtype=np.int32)  # (T,)
+        offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2)
+        mask = np.zeros(len(ids), dtype=bool)
+        for start, stop in spans if self.loss_on != "all" else [(0, len(full))]:
+            mask |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
+        mask[0] = False  # nothing predicts the first token
+        prompt_length = max(1, int(np.searchsorted(offsets[:, 1], spans[-1][0], side="right")))
+        if self.max_length is not None and len(ids) > self.max_length:
+            self._cut.append(Longer(example.id, len(ids), int(mask[self.max_length :].sum())))
+            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            prompt_length = min(prompt_length, len(ids))
+        if not mask.any():
+            raise FinetraceError(
+                f"{where}: no response token is left within {len(ids)} tokens; raise --max-length or remove the row."
+            )
+        weights = mask.astype(np.float32) / np.float32(mask.sum())
+        return Encoded(ids, weights, prompt_length)
+
+    def encode_all(self, examples: Sequence[Example], context: int | None = None) -> tuple[list[Encoded], LengthReport]:
+        """Every example encoded, and what is longer than `max_length` (cut) or else than `context` (left whole)."""
+        self._cut.clear()
+        encoded = [self.encode(example) for example in examples]
+        if self.max_length is not None:
+            return encoded, LengthReport(self.max_length, True, tuple(self._cut))
+        longer = tuple(
+            Longer(example.id, len(item.ids), 0)
+            for example, item in zip(examples, encoded, strict=True)
+            if context is not None and len(item.ids) > context
+        )
+        return encoded, LengthReport(context, False, longer)
+
+    def _response_spans(self, example: Example, full: str, where: str) -> list[tuple[int, int]]:
+        """Character spans of the assistant turns in `full`, each through its end-of-turn token; the last one last."""
+        turns = [i for i, turn in enumerate(example.messages) if turn.role == "assistant"]
+        if self.loss_on != "response":
+            turns = turns[-1:]
+        spans = []
+        for i in turns:
+            before = self.render(example.messages[:i], ask=True, where=where)
+            after = self.render(example.messages[: i + 1], where=where)
+            stop = len(self._without_trailing_space(after))
+            if not after.startswith(before) or not full.startswith(after[:stop]):
+                raise FinetraceError(
+                    f"{where}: the chat template does not keep what stands before assistant turn {i + 1} as it is, so "
+                    "its tokens cannot be told apart; use --loss-on last-turn or another --chat-template."
+                )
+            spans.append((len(before), stop))
+        return spans
+
+    def _without_trailing_space(self, text: str) -> str:
+        """Drop the line break a template puts after its end-of-turn token; keep space that belongs to the answer."""
+        stripped = text.rstrip()
+        return stripped if any(stripped.endswith(token) for token in self.tokenizer.get_added_vocab()) else text
+
+
+def read_template(name: str | None) -> str | None:
+    """The Jinja text of `--chat-template`: `plain`, a file, or `None` for the tokenizer's own."""
+    if name is None:
+        return None
+    if name == "plain":
+        return PLAIN_TEMPLATE
+    path = Path(name)
+    if not path.is_file():
+        raise FinetraceError(f"{name}: no such chat template file; give a Jinja file or the word plain.")
+    return path.read_text(encoding="utf-8")
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions grouped into batches of similar length whose padded size stays within `budget` tokens.
+
+    An item longer than the budget travels alone. The result depends on the lengths alone (ties by position), so the
+    same rows always share the same batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for i in order:
+        if current and (len(current) + 1) * lengths[i] > budget:
+            batches.append(current)
+            current = []
+        current.append(i)
+    if current:
+        batches.append(current)
+    return batches

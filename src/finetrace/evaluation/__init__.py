@@ -1,0 +1,1 @@
+"""Is an attribution right? Metrics, intervals, and judges of behaviour."""

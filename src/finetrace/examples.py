@@ -1,0 +1,78 @@
+"""Examples, the rows that a model was fine-tuned on or is asked about, and how they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Message(NamedTuple):
+    """One turn of a conversation; `role` is `system`, `user` or `assistant` (or what a template knows)."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation with a stable identity.
+
+    Attributes:
+        id: The id given in the data, or a hash of the messages.
+        messages: The turns, in order; a complete example ends with an assistant turn.
+        label: Class of the example, where the data has one.
+        metadata: Every other column of the row.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    label: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_prompt(
+        cls,
+        prompt: str,
+        response: str | None = None,
+        *,
+        id: str | None = None,
+        label: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> Example:
+        """A single-turn example; without a response it can be asked but not traced."""
+        messages = [Message("user", prompt)]
+        if response is not None:
+            messages.append(Message("assistant", response))
+        return cls(id or content_id(messages), tuple(messages), label, dict(metadata or {}))
+
+    @property
+    def has_response(self) -> bool:
+        """Whether the last turn is the assistant's and says something."""
+        return bool(self.messages) and self.messages[-1].role == "assistant" and bool(self.messages[-1].content.strip())
+
+    @property
+    def response(self) -> str:
+        """Text of the last assistant turn, empty if there is none."""
+        return self.messages[-1].content if self.has_response else ""
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the response; a single user turn as it is, a longer history as `role: text` lines."""
+        turns = self.messages[:-1] if self.has_response else self.messages
+        if len(turns) == 1 and turns[0].role == "user":
+            return turns[0].content
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
+
+    def with_response(self, response: str) -> Example:
+        """The same id, label and metadata, the conversation answered by `response`."""
+        turns = self.messages[:-1] if self.has_response else self.messages
+        return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata)
+
+
+def content_id(messages: Sequence[Message]) -> str:
+    """The first 12 hex digits of the SHA-256 of the turns: equal content, equal id."""
+    text = json.dumps([[turn.role, turn.content] for turn in messages], ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -1,0 +1,212 @@
+"""LoRA fine-tuning on PEFT and the Hugging Face Trainer, with the encoding that attribution uses."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+
+from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.forward import Batch
+from finetrace.models import Loaded
+from finetrace.training import ResponseTrainer
+
+
+class FinetuneConfig(BaseModel):
+    """Everything that decides a fine-tuned adapter besides the data; saved beside it and re-runnable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    epochs: int = Field(3, ge=1, description="Passes over the training set.")
+    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
+    batch_size: int = Field(8, ge=1, description="Examples a step.")
+    schedule: str = Field("linear", description="Learning-rate schedule of the Hugging Face Trainer.")
+    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
+    rank: int = Field(4, ge=1, description="LoRA rank r.")
+    alpha: float = Field(32, gt=0, description="LoRA alpha; updates are scaled by alpha / r.")
+    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the LoRA input while training.")
+    target_modules: tuple[str, ...] = Field(
+        ("q_proj", "v_proj"), description="Names (or one regular expression) of the linear layers that get an adapter."
+    )
+    layers: tuple[int, ...] | None = Field(None, description="Transformer layers that get an adapter; all if not given.")
+    validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
+    patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")
+    seed: int = Field(0, ge=0, description="Fixes the adapter's initialisation, dropout and the order of data.")
+    max_length: int | None = Field(None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given.")
+    loss_on: Literal["response", "last-turn", "all"] = Field("response", description="Tokens that the loss looks at.")
+    chat_template: str | None = Field(None, description="A Jinja file or `plain`, in place of the tokenizer's template.")
+
+
+PRESETS: dict[str, FinetuneConfig] = {
+    "default": FinetuneConfig(),
+    # arXiv 2409.19998, section 3: batch 32, 25 epochs, early stopping after three rises, the Trainer's optimizer
+    "paper": FinetuneConfig(epochs=25, batch_size=32, learning_rate=5e-5, validation=0.1, max_length=128),
+}
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """What a fine-tuning leaves: the folder of the adapter, the losses, and what did not fit."""
+
+    folder: Path
+    log: list[dict[str, float]]
+    lengths: LengthReport
+    held_out: tuple[str, ...]
+
+
+def finetune(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    folder: Path,
+    config: FinetuneConfig | None = None,
+    *,
+    resume: bool = False,
+) -> Finetuned:
+    """Train a LoRA adapter on `examples` and save it in `folder`; `loaded.model` then carries it, in eval mode.
+
+    Checkpoints of every epoch, with the optimizer's state, stay under `folder/checkpoints`. The same configuration,
+    data and seed give the same adapter bit by bit on the same machine; a killed run started again with `resume` ends
+    at that adapter too.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = config or FinetuneConfig()
+    checkpoints = folder / "checkpoints"
+    last = _last_complete(checkpoints)
+    if (folder / "adapter_config.json").exists():
+        raise FinetraceError(f"{folder}: a finished adapter is already there; choose another --out or remove it.")
+    if last is not None and not resume:
+        raise FinetraceError(f"{folder}: an unfinished run is there; go on with --resume, or choose another --out.")
+    if last is not None:
+        _check_same(folder / "finetune.yaml", config)
+    if not examples:
+        raise FinetraceError("the training set is empty; give at least one example with a response.")
+    encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, read_template(config.chat_template))
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    encoded, lengths = encoder.encode_all(examples, context)
+    train, held = _split(len(encoded), config)
+
+    set_seed(config.seed)
+    targets = config.target_modules[0] if len(config.target_modules) == 1 else list(config.target_modules)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        layers_to_transform=list(config.layers) if config.layers is not None else None,
+        task_type="CAUSAL_LM",
+    )
+    try:
+        model = get_peft_model(loaded.model, lora)
+    except ValueError as error:
+        raise FinetraceError(
+            f"--target-modules {' '.join(config.target_modules)}: {str(error).splitlines()[0][:200]}"
+        ) from error
+    model.peft_config["default"].base_model_name_or_path = loaded.spec.model
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "finetune.yaml").write_text(yaml.safe_dump({"model": loaded.spec.model, **config.model_dump(mode="json")}))
+
+    trainer = ResponseTrainer(
+        model=model,
+        args=_arguments(checkpoints, config, loaded, bool(held)),
+        train_dataset=_Rows([encoded[i] for i in train]),
+        eval_dataset=_Rows([encoded[i] for i in held]) if held else None,
+        data_collator=_collate,
+        callbacks=[EarlyStoppingCallback(config.patience)] if held else [],
+    )
+    trainer.train(resume_from_checkpoint=last)
+    model.eval()
+    log = [dict(entry) for entry in trainer.state.log_history]
+    bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
+    if bad:
+        raise FinetraceError(f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}.")
+    (folder / "log.json").write_text(json.dumps(log, indent=1))
+    model.save_pretrained(str(folder), save_embedding_layers=False)
+    loaded.model = model  # type: ignore[assignment]
+    return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
+
+
+def _last_complete(checkpoints: Path) -> str | None:
+    """The newest checkpoint that was written to its end; the Trainer writes its state last."""
+    done = [path for path in checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return str(max(done, key=lambda path: int(path.name.split("-")[1]))) if done else None
+
+
+def _collate(rows: list[Encoded]) -> dict[str, Any]:
+    batch = Batch.of(rows)
+    return {"input_ids": batch.ids, "batch": batch}  # the Trainer reads the number of rows off the first tensor
+
+
+class _Rows(torch.utils.data.Dataset[Encoded]):
+    """Encoded examples as the data set that the Trainer wants."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        return self.rows[i]
+
+
+def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
+    """Training and held-out positions, both in the data's order."""
+    held = set(random.Random(config.seed).sample(range(n), round(n * config.validation)))
+    train = [i for i in range(n) if i not in held]
+    if not train:
+        raise FinetraceError(f"--validation {config.validation} of {n} examples leaves none to train on.")
+    return train, sorted(held)
+
+
+def _arguments(folder: Path, config: FinetuneConfig, loaded: Loaded, validated: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="epoch",
+        eval_strategy="epoch" if validated else "no",
+        load_best_model_at_end=validated,
+        metric_for_best_model="eval_loss" if validated else None,
+        greater_is_better=False if validated else None,
+        prediction_loss_only=True,
+        logging_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["batch"],
+        use_cpu=torch.device(loaded.spec.device).type == "cpu",
+        dataloader_pin_memory=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs hold one model here; the Trainer's DataParallel would split the batch
+    return arguments
+
+
+def _check_same(path: Path, config: FinetuneConfig) -> None:
+    saved: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
+    now = config.model_dump(mode="json")
+    for key, value in now.items():
+        if key in saved and saved[key] != value:
+            raise FinetraceError(
+                f"{path}: the unfinished run has {key} {saved[key]}, this one {value}; go on with the same settings or "
+                "choose another --out."
+            )

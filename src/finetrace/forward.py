@@ -1,0 +1,114 @@
+"""One pass of a causal language model that projects only the wanted positions onto the vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetrace.encoding import Encoded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded on the right to one length; under a causal mask no real token ever sees the padding.
+
+    Attributes:
+        ids: (B, T) token ids, zero where padded.
+        rows: (R,) positions b * T + t, ordered by example, whose hidden state predicts a token of the loss.
+        targets: (R,) the tokens predicted there.
+        weights: (R,) their weights, summing to 1 within an example.
+        example: (R,) which example of the batch each row belongs to.
+        counts: (B,) rows of each example.
+        lengths: (B,) unpadded lengths.
+        prompt_lengths: (B,) tokens before the last response.
+    """
+
+    ids: Tensor
+    rows: Tensor
+    targets: Tensor
+    weights: Tensor
+    example: Tensor
+    counts: tuple[int, ...]
+    lengths: tuple[int, ...]
+    prompt_lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, items: Sequence[Encoded]) -> Batch:
+        """Pad `items` to the longest of them, on the CPU."""
+        longest = max(len(item.ids) for item in items)
+        ids = torch.zeros(len(items), longest, dtype=torch.long)
+        weights = torch.zeros(len(items), longest, dtype=torch.float32)
+        for b, item in enumerate(items):
+            ids[b, : len(item.ids)] = torch.from_numpy(item.ids)
+            weights[b, : len(item.ids)] = torch.from_numpy(item.weights)
+        example, token = torch.nonzero(weights, as_tuple=True)  # (R,), (R,)
+        return cls(
+            ids=ids,
+            rows=example * longest + token - 1,
+            targets=ids[example, token],
+            weights=weights[example, token],
+            example=example,
+            counts=tuple(torch.bincount(example, minlength=len(items)).tolist()),
+            lengths=tuple(len(item.ids) for item in items),
+            prompt_lengths=tuple(item.prompt_length for item in items),
+        )
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch with its tensors on `device`."""
+        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "targets", "weights", "example")}
+        return replace(self, **moved)
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+
+@contextmanager
+def projecting_rows(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
+    """While open, `head` sees only `rows` of its (B, T, d) input, as one (1, R, d) matrix.
+
+    The model's own scaling or soft-capping after the head still applies, being element-wise. Gathering first matters:
+    a sliced (B, k, d) input makes bfloat16 on the CPU copy the vocabulary matrix once an example. The list that is
+    yielded receives the head's whole (B, T, d) input: the final hidden states.
+    """
+    seen: list[Tensor] = []
+
+    def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]  # (B, T, d)
+        seen.append(hidden)
+        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).unsqueeze(0), *args[1:])
+
+    handle = head.register_forward_pre_hook(gather)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    """Cross-entropy of every loss token, in float32 or wider.
+
+    Returns:
+        (R,) losses in nats, aligned with `batch.rows`, and (B, T, d) hidden states by layer counted from the end: -1,
+        what the vocabulary projection sees, and with `hidden_states` the others down to the embedding.
+    """
+    options = {"output_hidden_states": True} if hidden_states else {}
+    with projecting_rows(model.get_output_embeddings(), batch.rows) as final:  # type: ignore[operator]
+        output = model(input_ids=batch.ids, use_cache=False, **options)
+    logits = output.logits[0]  # (R, vocabulary)
+    if logits.dtype in (torch.bfloat16, torch.float16):
+        logits = logits.float()
+    layers = {-1: final[0]}
+    if hidden_states:
+        layers |= {i - len(output.hidden_states): state for i, state in enumerate(output.hidden_states[:-1])}
+    return nn.functional.cross_entropy(logits, batch.targets, reduction="none"), layers
+
+
+def example_losses(batch: Batch, losses: Tensor) -> Tensor:
+    """(B,) each example's own weighted mean of its (R,) token losses."""
+    total = torch.zeros(len(batch), dtype=losses.dtype, device=losses.device)
+    return total.index_add(0, batch.example, losses * batch.weights.to(losses.dtype))

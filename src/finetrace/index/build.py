@@ -1,0 +1,210 @@
+"""Building an index: encode, collect a shard, write it whole, note it in the manifest, go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetrace._version import __version__
+from finetrace.collection import Collector, Representation, track
+from finetrace.collection.modules import Tracking
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
+from finetrace.encoding import Encoded, Encoder, LengthReport
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.index import fingerprint, manifest, rows, shards
+from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
+from finetrace.index.store import Index
+from finetrace.models import Loaded
+from finetrace.progress import Tracker
+
+SHARD_BYTES = 128 << 20
+
+
+def build_index(
+    loaded: Loaded,
+    examples: Sequence[Example],
+    folder: Path,
+    encoder: Encoder,
+    *,
+    modules: Sequence[str] | None = None,
+    representations: Sequence[Representation] = DEFAULT_REPRESENTATIONS,
+    batch_tokens: int = 2048,
+    rows_per_shard: int | None = None,
+) -> tuple[Index, LengthReport]:
+    """Collect the features of `examples` into `folder`.
+
+    An unfinished index of the same model, adapter and data goes on at its next shard and ends with the same bytes as
+    an undisturbed run; a finished one is opened; anything else in the folder is refused, never overwritten.
+
+    Args:
+        loaded: Model, tokenizer, and the spec by which the index will load them again.
+        examples: Rows with a response.
+        folder: The index.
+        encoder: The encoding that training had; queries get the same.
+        modules: Regular expressions for plain linear layers to track; by default the LoRA matrices.
+        representations: Hidden states to keep.
+        batch_tokens: Padded tokens a batch holds at most.
+        rows_per_shard: Examples a shard; by default as many as fit 128 MB.
+
+    Returns:
+        The index, ready to be queried, and what was longer than the limits.
+    """
+    if not examples:
+        raise FinetraceError("there is nothing to index: the data set is empty.")
+    _refuse_duplicates(examples)
+    tracking = track(loaded.model, modules)
+    layers = int(loaded.model.config.num_hidden_layers)
+    wanted = tuple(each.resolve(layers) for each in representations)
+    encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
+    collector = Collector(loaded.model, tracking, wanted, batch_tokens)
+    row_bytes = tracking.width * torch.finfo(collector.dtype).bits // 8
+    per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
+    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules)
+    started = _start(folder, plan, loaded, examples, encoded, row_bytes)
+    _collect(folder, started, collector, examples, encoded)
+    return Index(folder, loaded), lengths
+
+
+def _plan(
+    loaded: Loaded,
+    encoder: Encoder,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    tracking: Tracking,
+    collector: Collector,
+    per_shard: int,
+    modules: Sequence[str] | None,
+) -> Manifest:
+    has_adapter = hasattr(loaded.model, "peft_config")
+    return Manifest(
+        finetrace=__version__,
+        model=ModelRecord(
+            name=loaded.spec.model,
+            dtype=str(loaded.model.dtype).removeprefix("torch."),
+            adapter=_adapter_folder(loaded.model) if has_adapter else None,
+            base_fingerprint=fingerprint.of_base(loaded.model),
+            adapter_fingerprint=fingerprint.of_adapter(loaded.model),
+            tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
+            layers=int(loaded.model.config.num_hidden_layers),
+        ),
+        encoding=EncodingRecord(loss_on=encoder.loss_on, max_length=encoder.max_length, template=encoder.template),
+        data_fingerprint=fingerprint.of_data([example.id for example in examples], encoded),
+        examples=len(examples),
+        tokens=sum(len(item.ids) for item in encoded),
+        feature_dtype=str(collector.dtype).removeprefix("torch."),
+        batch_tokens=collector.batch_tokens,
+        rows_per_shard=per_shard,
+        modules=tuple(modules) if modules is not None else None,
+        blocks=tuple(BlockRecord(name=b.name, shape=b.shape, offset=b.offset) for b in tracking.blocks),
+        representations=tuple(each.name for each in collector.representations),
+        skipped=tracking.skipped,
+    )
+
+
+def _start(
+    folder: Path,
+    plan: Manifest,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    row_bytes: int,
+) -> Manifest:
+    """A new index up to its first shard, or the one that is there with the shards that are whole."""
+    if (folder / manifest.NAME).exists():
+        there = manifest.read(folder)
+        _refuse_other(folder, there, plan)
+        return there.model_copy(update={"shards": tuple(s for s in there.shards if _whole(folder, s))})
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out or empty the folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        need, free = row_bytes * len(examples), shutil.disk_usage(folder).free
+        if need > free:
+            raise FinetraceError(
+                f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "
+                "space or choose another folder."
+            )
+        if plan.model.adapter is not None:
+            _save_adapter(loaded.model, folder / "adapter")
+    except OSError as error:
+        raise FinetraceError(f"{folder}: cannot be written ({error}); free some space or choose another folder.") from error
+    rows.write(folder, examples, encoded)
+    manifest.write(folder, plan)
+    return plan
+
+
+def _collect(
+    folder: Path, started: Manifest, collector: Collector, examples: Sequence[Example], encoded: Sequence[Encoded]
+) -> None:
+    done = {shard.start: shard for shard in started.shards}
+    with Tracker("collecting gradients", len(examples), "examples") as tracker:
+        for start in range(0, len(examples), started.rows_per_shard):
+            stop = min(start + started.rows_per_shard, len(examples))
+            if start in done:
+                tracker.advance(stop - start)
+                continue
+            ids = [example.id for example in examples[start:stop]]
+            features = collector.collect(encoded[start:stop], ids, tracker.advance)
+            done[start] = shards.write(folder, features, start)
+            manifest.write(folder, started.model_copy(update={"shards": tuple(done[key] for key in sorted(done))}))
+
+
+def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
+    """Say which part of the configuration differs from the index that is already there."""
+    names = {
+        "model.base_fingerprint": "base model",
+        "model.adapter_fingerprint": "adapter",
+        "model.tokenizer_fingerprint": "tokenizer or chat template",
+        "data_fingerprint": "data set or encoding",
+    }
+    was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
+    for key in now:
+        if key not in ("shards", "finetrace") and was.get(key) != now[key]:
+            what = names.get(key, f"{key} ({was.get(key)}, not {now[key]})")
+            raise FinetraceError(
+                f"{folder}: an index of another {what} is there; choose another --out or remove the folder."
+            )
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in ("model", "encoding"):
+            flat |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            flat[key] = value
+    return dict(sorted(flat.items(), key=lambda pair: (not pair[0].endswith("fingerprint"), pair[0])))
+
+
+def _whole(folder: Path, shard: ShardRecord) -> bool:
+    path = folder / shards.FOLDER / shard.file
+    return path.is_file() and path.stat().st_size == shard.bytes and fingerprint.of_file(path) == shard.sha256
+
+
+def _adapter_folder(model: Any) -> str:
+    name = _active_adapter(model)
+    return "adapter" if name == "default" else f"adapter/{name}"
+
+
+def _save_adapter(model: Any, folder: Path) -> None:
+    model.save_pretrained(str(folder), selected_adapters=[_active_adapter(model)], save_embedding_layers=False)
+
+
+def _active_adapter(model: Any) -> str:
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise FinetraceError(f"the model has {len(active)} active adapters ({', '.join(active)}); activate one of them.")
+    return str(active[0])
+
+
+def _refuse_duplicates(examples: Sequence[Example]) -> None:
+    seen: dict[str, int] = {}
+    for i, example in enumerate(examples):
+        if example.id in seen:
+            raise FinetraceError(f"rows {seen[example.id] + 1} and {i + 1} have the same id {example.id!r}; make ids unique.")
+        seen[example.id] = i

@@ -1,0 +1,84 @@
+"""Short hashes that say whether two models, tokenizers or data sets are the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from finetrace.encoding import Encoded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_SAMPLE = 4096  # entries looked at in each base matrix; adapters are read whole
+
+
+def of_base(model: nn.Module) -> str:
+    """Of the base weights: names, shapes and an even sample of the values, rounded to bfloat16.
+
+    Rounding makes the same weights loaded in float32 and in bfloat16 agree; the sample keeps it under a second for
+    models of any size. A quantised weight counts by its name and stored shape.
+    """
+    return _hash_tensors(((n, p) for n, p in _parameters(model) if "lora_" not in n), _SAMPLE)
+
+
+def of_adapter(model: nn.Module) -> str | None:
+    """Of every LoRA entry, rounded to bfloat16; `None` without an adapter."""
+    adapter = [(name, parameter) for name, parameter in _parameters(model) if "lora_" in name]
+    return _hash_tensors(adapter, None) if adapter else None
+
+
+def of_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
+    """Of the vocabulary's size, how a probe text is cut, and the chat template in use."""
+    probe = tokenizer("How do I pick a lock? \u00bfQu\u00e9? 1,234\n  x", add_special_tokens=False)["input_ids"]
+    return of_text(json.dumps([len(tokenizer), list(probe), template or tokenizer.chat_template]))
+
+
+def of_data(ids: Sequence[str], encoded: Sequence[Encoded]) -> str:
+    """Of example ids, token ids and loss weights."""
+    digest = hashlib.sha256()
+    for name, item in zip(ids, encoded, strict=True):
+        digest.update(name.encode() + b"\0" + item.ids.tobytes() + item.weights.tobytes())
+        digest.update(item.prompt_length.to_bytes(8, "little"))
+    return digest.hexdigest()[:16]
+
+
+def of_text(text: str) -> str:
+    """Of a string."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter.detach()
+
+
+def _hash_tensors(tensors: Iterable[tuple[str, Tensor]], sample: int | None) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        flat = tensor.reshape(-1)
+        if sample is not None and flat.numel() > sample:
+            flat = flat[:: flat.numel() // sample]
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        if tensor.is_floating_point():
+            digest.update(_bytes(flat.to(torch.bfloat16).view(torch.int16)))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.cpu().numpy().tobytes()

