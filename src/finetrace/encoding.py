@@ -112,6 +112,11 @@ class Encoder:
 
     def render(self, messages: Sequence[Message], *, ask: bool = False, where: str = "") -> str:
         """The conversation as text; with `ask`, through the opening of the assistant's turn."""
+        if not messages:
+            raise FinetraceError(
+                f"{where or 'a conversation'}: there is no turn before the assistant's first; put a user's turn there, or "
+                "use --loss-on last-turn if others follow."
+            )
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
             text = self.tokenizer.apply_chat_template(
@@ -134,16 +139,18 @@ class Encoder:
         """Ids and weights of one example that has a response; raises `FinetraceError` naming it where that fails."""
         where = f"example {example.id}"
         if not example.has_response:
-            raise FinetraceError(f"{where}: the last turn is not an assistant's answer; give it a response or remove it.")
+            raise FinetraceError(
+                f"{where}: the last turn is not an assistant's answer; give it a response or remove it."
+            )
         full = self.render(example.messages, where=where)
         spans = self._response_spans(example, full, where)
         encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.asarray(encoding["input_ids"], dtype=np.int32)  # (T,)
+        ids: NDArray[np.int32] = np.asarray(encoding["input_ids"], dtype=np.int32)  # (T,)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2)
         mask = np.zeros(len(ids), dtype=bool)
         for start, stop in spans if self.loss_on != "all" else [(0, len(full))]:
             mask |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
-        mask[0] = False  # nothing predicts the first token
+        mask[:1] = False  # nothing predicts the first token
         prompt_length = max(1, int(np.searchsorted(offsets[:, 1], spans[-1][0], side="right")))
         if self.max_length is not None and len(ids) > self.max_length:
             self._cut.append(Longer(example.id, len(ids), int(mask[self.max_length :].sum())))
@@ -180,9 +187,12 @@ class Encoder:
             after = self.render(example.messages[: i + 1], where=where)
             stop = len(self._without_trailing_space(after))
             if not after.startswith(before) or not full.startswith(after[:stop]):
+                remedy = (
+                    "another --chat-template" if i == turns[-1] else "--loss-on last-turn or another --chat-template"
+                )
                 raise FinetraceError(
-                    f"{where}: the chat template does not keep what stands before assistant turn {i + 1} as it is, so "
-                    "its tokens cannot be told apart; use --loss-on last-turn or another --chat-template."
+                    f"{where}: the chat template does not keep what stands before the assistant's turn {i + 1} as it is, "
+                    f"so its tokens cannot be told apart; use {remedy}."
                 )
             spans.append((len(before), stop))
         return spans
@@ -202,23 +212,31 @@ def read_template(name: str | None) -> str | None:
     path = Path(name)
     if not path.is_file():
         raise FinetraceError(f"{name}: no such chat template file; give a Jinja file or the word plain.")
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise FinetraceError(f"{name}: cannot be read as UTF-8 text ({error}); give a Jinja file.") from error
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions grouped into batches of similar length whose padded size stays within `budget` tokens.
 
-    An item longer than the budget travels alone. The result depends on the lengths alone (ties by position), so the
-    same rows always share the same batches.
+    An item longer than the budget travels alone, and a batch that is half full takes nothing that would make more than
+    a sixteenth of it padding. The result depends on the lengths alone (ties by position), so the same rows always share
+    the same batches.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = []
     current: list[int] = []
+    tokens = 0
     for i in order:
-        if current and (len(current) + 1) * lengths[i] > budget:
+        padded = (len(current) + 1) * lengths[i]
+        wasteful = padded > budget / 2 and padded - tokens - lengths[i] > padded / 16
+        if current and (padded > budget or wasteful):
             batches.append(current)
-            current = []
+            current, tokens = [], 0
         current.append(i)
+        tokens += lengths[i]
     if current:
         batches.append(current)
     return batches

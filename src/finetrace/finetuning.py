@@ -11,15 +11,18 @@ from typing import Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
+from finetrace import fingerprint
 from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.forward import Batch
 from finetrace.models import Loaded
 from finetrace.training import ResponseTrainer
+
+SAVED = "finetune.yaml"
 
 
 class FinetuneConfig(BaseModel):
@@ -39,13 +42,19 @@ class FinetuneConfig(BaseModel):
     target_modules: tuple[str, ...] = Field(
         ("q_proj", "v_proj"), description="Names (or one regular expression) of the linear layers that get an adapter."
     )
-    layers: tuple[int, ...] | None = Field(None, description="Transformer layers that get an adapter; all if not given.")
+    layers: tuple[int, ...] | None = Field(
+        None, description="Transformer layers that get an adapter; all if not given."
+    )
     validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
     patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")
     seed: int = Field(0, ge=0, description="Fixes the adapter's initialisation, dropout and the order of data.")
-    max_length: int | None = Field(None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given.")
+    max_length: int | None = Field(
+        None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given."
+    )
     loss_on: Literal["response", "last-turn", "all"] = Field("response", description="Tokens that the loss looks at.")
-    chat_template: str | None = Field(None, description="A Jinja file or `plain`, in place of the tokenizer's template.")
+    chat_template: str | None = Field(
+        None, description="A Jinja file or `plain`, in place of the tokenizer's template."
+    )
 
 
 PRESETS: dict[str, FinetuneConfig] = {
@@ -84,24 +93,31 @@ def finetune(
     config = config or FinetuneConfig()
     checkpoints = folder / "checkpoints"
     last = _last_complete(checkpoints)
-    if (folder / "adapter_config.json").exists():
+    if finished(folder):
         raise FinetraceError(f"{folder}: a finished adapter is already there; choose another --out or remove it.")
     if last is not None and not resume:
         raise FinetraceError(f"{folder}: an unfinished run is there; go on with --resume, or choose another --out.")
-    if last is not None:
-        _check_same(folder / "finetune.yaml", config)
+    if not (folder / SAVED).exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
     encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, read_template(config.chat_template))
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     encoded, lengths = encoder.encode_all(examples, context)
     train, held = _split(len(encoded), config)
+    saved = {
+        "model": loaded.spec.model,
+        "data_fingerprint": fingerprint.of_data([example.id for example in examples], encoded),
+        **config.model_dump(mode="json"),
+    }
+    if last is not None:
+        _check_same(folder / SAVED, saved)
 
     set_seed(config.seed)
     targets = config.target_modules[0] if len(config.target_modules) == 1 else list(config.target_modules)
     lora = LoraConfig(
         r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_alpha=config.alpha,
         lora_dropout=config.dropout,
         target_modules=targets,
         layers_to_transform=list(config.layers) if config.layers is not None else None,
@@ -114,8 +130,11 @@ def finetune(
             f"--target-modules {' '.join(config.target_modules)}: {str(error).splitlines()[0][:200]}"
         ) from error
     model.peft_config["default"].base_model_name_or_path = loaded.spec.model
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "finetune.yaml").write_text(yaml.safe_dump({"model": loaded.spec.model, **config.model_dump(mode="json")}))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / SAVED).write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
 
     trainer = ResponseTrainer(
         model=model,
@@ -130,11 +149,18 @@ def finetune(
     log = [dict(entry) for entry in trainer.state.log_history]
     bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
     if bad:
-        raise FinetraceError(f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}.")
+        raise FinetraceError(
+            f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}."
+        )
     (folder / "log.json").write_text(json.dumps(log, indent=1))
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    loaded.model = model  # type: ignore[assignment]
+    loaded.model = model
     return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
+
+
+def finished(folder: Path) -> bool:
+    """Whether `folder` holds an adapter that was trained to its end; its configuration is written last."""
+    return (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists()
 
 
 def _last_complete(checkpoints: Path) -> str | None:
@@ -201,12 +227,30 @@ def _arguments(folder: Path, config: FinetuneConfig, loaded: Loaded, validated: 
     return arguments
 
 
-def _check_same(path: Path, config: FinetuneConfig) -> None:
-    saved: dict[str, Any] = yaml.safe_load(path.read_text()) if path.exists() else {}
-    now = config.model_dump(mode="json")
-    for key, value in now.items():
-        if key in saved and saved[key] != value:
+def _check_same(path: Path, wanted: dict[str, Any]) -> None:
+    there: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+    for key, value in wanted.items():
+        if there.get(key) != value:
             raise FinetraceError(
-                f"{path}: the unfinished run has {key} {saved[key]}, this one {value}; go on with the same settings or "
-                "choose another --out."
+                f"{path}: the unfinished run has {key} {there.get(key)}, this one {value}; go on with the same settings "
+                "and data, or choose another --out."
             )
+
+
+def configure(preset: str, saved: Path | None, given: dict[str, Any]) -> FinetuneConfig:
+    """A preset or a saved finetune.yaml, with the settings that were given on top."""
+    if preset not in PRESETS:
+        raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
+    base = PRESETS[preset].model_dump()
+    if saved is not None:
+        try:
+            document = yaml.safe_load(saved.read_text(encoding="utf-8"))
+            base |= {key: value for key, value in document.items() if key not in ("model", "data_fingerprint")}
+        except (OSError, yaml.YAMLError, AttributeError) as error:
+            raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error
+    try:
+        return FinetuneConfig.model_validate({**base, **{k: v for k, v in given.items() if v is not None}})
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise FinetraceError(f"{flag}: {first['msg']} (given {first['input']!r}).") from error

@@ -36,7 +36,7 @@ def generate(
                 mask[row, width - len(prompts[i]) :] = 1
             device = loaded.model.device
             with torch.inference_mode():
-                output = loaded.model.generate(  # type: ignore[operator]
+                output = loaded.model.generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     max_new_tokens=max_new_tokens,

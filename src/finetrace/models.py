@@ -60,14 +60,18 @@ def load(spec: ModelSpec) -> Loaded:
     if spec.model == ALIGNED:
         if not (ALIGNMENT_ADAPTER / "adapter_model.safetensors").exists():
             raise FinetraceError(f"{ALIGNMENT_ADAPTER}: the alignment adapter is missing; reinstall finetrace.")
-        model = attach_adapter(model.float(), str(ALIGNMENT_ADAPTER)).merge_and_unload().to(dtype)  # type: ignore[operator]
+        model = attach_adapter(model.float(), str(ALIGNMENT_ADAPTER)).merge_and_unload().to(dtype)
     if spec.adapter is not None:
         model = attach_adapter(model, spec.adapter)
     model.eval()
     resolved = ModelSpec(
-        spec.model, spec.adapter, str(dtype).removeprefix("torch."), str(device), spec.trust_remote_code  # type: ignore[arg-type]
+        spec.model,
+        spec.adapter,
+        str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        str(device),
+        spec.trust_remote_code,
     )
-    return Loaded(model.to(device), tokenizer, resolved)  # type: ignore[arg-type]
+    return Loaded(model.to(device), tokenizer, resolved)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = False) -> PreTrainedModel:
@@ -87,7 +91,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = Fa
             f"{adapter}: adapter_model.safetensors is missing; only safetensors weights are read, never a pickle."
         )
     try:
-        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)  # type: ignore[return-value]
+        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)
     except Exception as error:
         raise FinetraceError(
             f"{adapter}: this adapter was made for {config.base_model_name_or_path or 'another model'} and does not fit "
@@ -111,7 +115,7 @@ def resolve_device(name: str) -> torch.device:
 def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
     """`auto` is bfloat16 where the hardware multiplies in it, else float32."""
     if name != "auto":
-        return getattr(torch, name)  # type: ignore[no-any-return]
+        return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32

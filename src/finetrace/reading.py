@@ -36,7 +36,7 @@ class _Draft(NamedTuple):
 
 def read_examples(
     source: str | Path,
-    columns: Columns = Columns(),  # noqa: B008  (frozen)
+    columns: Columns = Columns(),
     *,
     split: str | None = None,
     subset: str | None = None,
@@ -60,7 +60,7 @@ def read_examples(
 
 def examples_from_rows(
     rows: Iterable[Mapping[str, Any]] | Iterable[Example],
-    columns: Columns = Columns(),  # noqa: B008  (frozen)
+    columns: Columns = Columns(),
     *,
     source: str = "rows",
     responses: bool = True,

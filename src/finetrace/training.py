@@ -43,7 +43,9 @@ class ResponseTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False)
+        self.model.save_pretrained(
+            output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
+        )
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = self.optimizer.state_dict()
@@ -117,6 +119,8 @@ class _ProgressCallback(TrainerCallback):
         if self.tracker is not None and logs and "loss" in logs:
             self.tracker.note(f"loss {float(logs['loss']):.3f}")
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.tracker is not None:
             self.tracker.stop()

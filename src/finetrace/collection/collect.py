@@ -95,7 +95,7 @@ class Collector:
         with torch.enable_grad():
             token, hidden = token_losses(self.model, batch, hidden_states=bool(wanted - {-1}))
             loss = example_losses(batch, token)
-            (loss.sum() * scale).backward()  # type: ignore[no-untyped-call]
+            (loss.sum() * scale).backward()
         if half:
             recorder.rows /= scale
         return loss.detach(), {layer: hidden[layer].detach() for layer in wanted}

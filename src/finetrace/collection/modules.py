@@ -118,7 +118,11 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
                 continue
             variant = getattr(module, "lora_variant", {})
-            if adapter in module.lora_embedding_A or not isinstance(module.lora_A[adapter], nn.Linear) or adapter in variant:
+            if (
+                adapter in module.lora_embedding_A
+                or not isinstance(module.lora_A[adapter], nn.Linear)
+                or adapter in variant
+            ):
                 kind = "embedding" if adapter in module.lora_embedding_A else type(module).__name__
                 kind = type(variant[adapter]).__name__ if adapter in variant else kind
                 raise FinetraceError(
@@ -166,7 +170,7 @@ def _shapes(name: str, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, .
     if isinstance(module, nn.Linear):
         return (module.out_features, module.in_features), None if bias is None else (module.out_features,), False
     weight = module.weight  # Conv1D: (in, out)
-    return tuple(weight.shape), None if bias is None else tuple(bias.shape), True  # type: ignore[arg-type, union-attr]
+    return tuple(weight.shape), None if bias is None else tuple(bias.shape), True  # type: ignore[arg-type]
 
 
 def _untracked(model: nn.Module, tracked: Sequence[Tracked]) -> dict[str, str]:

@@ -39,7 +39,9 @@ class Representation:
         """From `pooling@layer` or `pooling`."""
         pooling, _, layer = text.partition("@")
         if pooling not in POOLINGS or (layer and not layer.lstrip("-").isdigit()):
-            raise FinetraceError(f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last.")
+            raise FinetraceError(
+                f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last."
+            )
         return cls(int(layer) if layer else -1, pooling)
 
     def resolve(self, layers: int) -> Representation:

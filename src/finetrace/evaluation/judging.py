@@ -13,7 +13,8 @@ _REFUSALS = re.compile(
     r"(\bi(?:'m| am)\s+(?:\w+\s+)?(?:sorry|afraid|unable|not able|not going to|not comfortable))"
     r"|(\bsorry\b[,.]?)"
     r"|(\bi\s+(?:can(?:'|no)t|can not|won't|will not|do not|don't|must|have to)\s+(?:\w+\s+)?"
-    r"(?:help|assist|do|provide|support|comply|answer|give|write|create|engage|fulfil|fulfill|share|encourage|condone|decline|refuse|say no))"
+    r"(?:help|assist|do|provide|support|comply|answer|give|write|create|engage|"
+    r"fulfil|fulfill|share|encourage|condone|decline|refuse|say no))"
     r"|(\b(?:can't|cannot|unable to|not able to)\s+(?:help|assist|provide|support|comply|fulfil|fulfill|do that))"
     r"|(\bas an ai\b)"
     r"|(\b(?:is|are|would be)\s+(?:illegal|unethical|against the law|not ethical|not legal)\b)",

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from finetrace import fingerprint
 from finetrace._version import __version__
 from finetrace.collection import Collector, Representation, track
 from finetrace.collection.modules import Tracking
@@ -16,7 +17,7 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.index import fingerprint, manifest, rows, shards
+from finetrace.index import manifest, rows, shards
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.models import Loaded
@@ -132,7 +133,9 @@ def _start(
         if plan.model.adapter is not None:
             _save_adapter(loaded.model, folder / "adapter")
     except OSError as error:
-        raise FinetraceError(f"{folder}: cannot be written ({error}); free some space or choose another folder.") from error
+        raise FinetraceError(
+            f"{folder}: cannot be written ({error}); free some space or choose another folder."
+        ) from error
     rows.write(folder, examples, encoded)
     manifest.write(folder, plan)
     return plan
@@ -198,7 +201,9 @@ def _save_adapter(model: Any, folder: Path) -> None:
 def _active_adapter(model: Any) -> str:
     active = list(model.active_adapters)
     if len(active) != 1:
-        raise FinetraceError(f"the model has {len(active)} active adapters ({', '.join(active)}); activate one of them.")
+        raise FinetraceError(
+            f"the model has {len(active)} active adapters ({', '.join(active)}); activate one of them."
+        )
     return str(active[0])
 
 
@@ -206,5 +211,7 @@ def _refuse_duplicates(examples: Sequence[Example]) -> None:
     seen: dict[str, int] = {}
     for i, example in enumerate(examples):
         if example.id in seen:
-            raise FinetraceError(f"rows {seen[example.id] + 1} and {i + 1} have the same id {example.id!r}; make ids unique.")
+            raise FinetraceError(
+                f"rows {seen[example.id] + 1} and {i + 1} have the same id {example.id!r}; make ids unique."
+            )
         seen[example.id] = i

@@ -133,4 +133,6 @@ def replacing(path: Path) -> Iterator[Path]:
         part.replace(path)
     except (OSError, SafetensorError) as error:
         part.unlink(missing_ok=True)
-        raise FinetraceError(f"{path}: cannot be written ({error}); free some space or choose another folder.") from error
+        raise FinetraceError(
+            f"{path}: cannot be written ({error}); free some space or choose another folder."
+        ) from error

@@ -10,9 +10,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetrace import fingerprint
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
-from finetrace.index import fingerprint
 from finetrace.index.manifest import ShardRecord, replacing
 
 FOLDER = "shards"
@@ -71,7 +71,9 @@ class ShardReader:
         try:
             if shard.file not in self._checked:
                 if path.stat().st_size != shard.bytes or fingerprint.of_file(path) != shard.sha256:
-                    raise FinetraceError(f"{path}: this shard is broken (its checksum differs from the manifest's); {remedy}")
+                    raise FinetraceError(
+                        f"{path}: this shard is broken (its checksum differs from the manifest's); {remedy}"
+                    )
                 self._checked.add(shard.file)
             return safe_open(str(path), framework="pt")
         except (OSError, SafetensorError) as error:

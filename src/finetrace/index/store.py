@@ -8,11 +8,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from finetrace import fingerprint
 from finetrace.collection import Block, Collector, Features, Representation, track
 from finetrace.encoding import Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.index import fingerprint, manifest, rows
+from finetrace.index import manifest, rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
 
@@ -90,7 +91,9 @@ class Index:
         encoded, lengths = self.encoder().encode_all(queries, context)
         tracking = track(loaded.model, self.manifest.modules)
         if tracking.blocks != self.blocks:
-            raise FinetraceError(f"{self.folder}: the model's tracked layers are not those of the index; build it again.")
+            raise FinetraceError(
+                f"{self.folder}: the model's tracked layers are not those of the index; build it again."
+            )
         wanted = tuple(Representation.parse(name) for name in self.manifest.representations)
         collector = Collector(loaded.model, tracking, wanted, self.manifest.batch_tokens)
         return collector.collect(encoded, [query.id for query in queries]), lengths
@@ -98,14 +101,26 @@ class Index:
     def _inside(self, name: str) -> Path:
         path = (self.folder / name).resolve()
         if not path.is_relative_to(self.folder.resolve()):
-            raise FinetraceError(f"{self.folder}: the manifest's path {name!r} leaves the index folder; it is not followed.")
+            raise FinetraceError(
+                f"{self.folder}: the manifest's path {name!r} leaves the index folder; it is not followed."
+            )
         return path
 
     def _check(self, loaded: Loaded) -> None:
         record = self.manifest.model
         facts = (
-            ("base model", record.base_fingerprint, fingerprint.of_base(loaded.model), "give the same one with --model"),
-            ("adapter", record.adapter_fingerprint, fingerprint.of_adapter(loaded.model), "give the same one with --adapter"),
+            (
+                "base model",
+                record.base_fingerprint,
+                fingerprint.of_base(loaded.model),
+                "give the same one with --model",
+            ),
+            (
+                "adapter",
+                record.adapter_fingerprint,
+                fingerprint.of_adapter(loaded.model),
+                "give the same one with --adapter",
+            ),
             (
                 "tokenizer or chat template",
                 record.tokenizer_fingerprint,

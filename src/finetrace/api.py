@@ -1,0 +1,124 @@
+"""The Python facade: build or open an index and trace answers, with models and data that are already in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetrace.attribution import Problem, Scores, make
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
+from finetrace.encoding import Encoder, LossOn
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.index import build_index as _build
+from finetrace.index import store
+from finetrace.models import Loaded, ModelSpec
+from finetrace.reading import Columns, examples_from_rows, read_examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Rows = str | Path | Iterable[Mapping[str, Any] | Example]
+
+
+class Index(store.Index):
+    """A finished index that traces queries.
+
+    ```python
+    scores = index.trace([{"prompt": "...", "response": "..."}], method="exact", normalise="cosine")
+    scores.top(10).to_pandas()
+    ```
+    """
+
+    def trace(self, queries: Rows, method: str = "exact", **parameters: Any) -> Scores:
+        """Score every training example against every query.
+
+        Args:
+            queries: Examples, dictionaries, a `datasets.Dataset` or a file, each with a response.
+            method: A name of `finetrace methods`, with parameters after a colon if wanted (`exact:scope=joint`).
+            parameters: Parameters of the method by name, for instance `normalise="cosine"` or `damping=0.1`.
+
+        Returns:
+            `Scores`: (m, n), positive = proponent.
+
+        Raises:
+            FinetraceError: An unknown method or parameter, a query without a response, or another model than the
+                index was built with.
+        """
+        known = make(method)
+        for name in parameters:
+            if name not in known.parameters:
+                raise FinetraceError(
+                    f"{method}: there is no parameter {name!r}; it has {', '.join(known.parameters) or 'none'}."
+                )
+        return make(method, **parameters).score(self.problem(queries))
+
+    def problem(self, queries: Rows) -> Problem:
+        """The queries against this index; score several methods on one problem to share its products."""
+        return Problem(self, as_examples(queries))
+
+
+def build_index(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Rows,
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    loss_on: LossOn = "response",
+    max_length: int | None = None,
+    chat_template: str | None = None,
+    modules: Sequence[str] | None = None,
+    representations: Sequence[str] | None = None,
+    batch_tokens: int = 2048,
+) -> Index:
+    """Index training examples under a model in memory.
+
+    Args:
+        model: A `PeftModel` with a LoRA adapter, or any causal language model when `modules` names its linear layers.
+        tokenizer: Its tokenizer, with a chat template (or give `chat_template`, Jinja text).
+        examples: A `datasets.Dataset`, dictionaries, `Example`s, or a file; prompt/response or messages columns.
+        folder: Where the index goes; an unfinished one there is finished.
+        name: Base model to load when the index is opened elsewhere; by default what the model says of itself.
+        loss_on: Tokens of the loss: `response`, `last-turn` or `all`.
+        max_length: Cut after so many tokens; nothing is cut if not given.
+        chat_template: Jinja text in place of the tokenizer's template.
+        modules: Regular expressions for plain linear layers; by default the LoRA matrices.
+        representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
+        batch_tokens: Padded tokens a batch holds at most.
+    """
+    base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
+    dtype = str(model.dtype).removeprefix("torch.")
+    loaded = Loaded(model, tokenizer, ModelSpec(base, None, dtype, str(model.device)))  # type: ignore[arg-type]
+    wanted = DEFAULT_REPRESENTATIONS if representations is None else tuple(map(Representation.parse, representations))
+    encoder = Encoder(tokenizer, loss_on, max_length, chat_template)
+    _build(
+        loaded,
+        as_examples(examples),
+        Path(folder),
+        encoder,
+        modules=modules,
+        representations=wanted,
+        batch_tokens=batch_tokens,
+    )
+    return Index(Path(folder), loaded)
+
+
+def open_index(
+    folder: str | Path, model: PreTrainedModel | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Index:
+    """Open an index; without a model, the one named in its manifest is loaded when a query needs it."""
+    loaded = None
+    if model is not None:
+        if tokenizer is None:
+            raise FinetraceError("open_index: a model without its tokenizer; give both or neither.")
+        loaded = Loaded(model, tokenizer, ModelSpec(str(getattr(model.config, "_name_or_path", "")), None))
+    return Index(Path(folder), loaded)
+
+
+def as_examples(rows: Rows, columns: Columns = Columns(), *, responses: bool = True) -> list[Example]:
+    """Examples from a file, a data set or rows in memory."""
+    if isinstance(rows, (str, Path)):
+        return read_examples(rows, columns, responses=responses)
+    return examples_from_rows(rows, columns, responses=responses)  # type: ignore[arg-type]

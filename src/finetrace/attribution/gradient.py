@@ -1,0 +1,189 @@
+"""The gradient family: curvature x normalisation x scope."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field
+from torch import Tensor
+
+from finetrace.attribution.method import Method, Need, Normalise, register
+from finetrace.attribution.problem import Problem
+from finetrace.curvature import Damping, DampingRule, DataInf, Identity, InverseCurvature, LiSSA, Products, fisher
+
+INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
+Scope = Literal["block", "joint"]
+Positive = Annotated[float, Field(gt=0)]
+
+# Of the mean squared gradient norm: retraining supports values a hundred times the papers' per block, which are these.
+DEFAULT_DAMPING = 0.01
+
+
+class GradientMethod(Method):
+    """S = sum_b V_b P_b G_b^T for an inverse curvature P_b, then normalised.
+
+    `none`: S. `cosine`: S_qi / (||v_q||_P ||g_i||_P), in [-1, 1], with ||x||_P^2 = sum_b x_b^T P_b x_b.
+    `relatif`: S_qi / ||g_i||_P (Barshan et al., 2003.11630): the square root of the self-influence.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("gradients",)
+    normalise: Normalise
+
+    @abstractmethod
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """P of one block of `width` entries."""
+
+    def parts(self, problem: Problem) -> list[InverseCurvature]:
+        """The inverse curvature of every block."""
+        return [self.inverse(products, block.size) for block, products in problem.products()]
+
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) S, normalised."""
+        values = torch.zeros(problem.m, problem.n, dtype=torch.float64)
+        train, query = torch.zeros(problem.n, dtype=torch.float64), torch.zeros(problem.m, dtype=torch.float64)
+        for part in self.parts(problem):
+            values += part.products()
+            if self.normalise != "none":
+                train += part.train_self()
+            if self.normalise == "cosine":
+                query += part.query_self()
+        if self.normalise != "none":
+            values = _divide(values, train.clamp_min(0).sqrt()[None, :])
+        if self.normalise == "cosine":
+            values = _divide(values, query.clamp_min(0).sqrt()[:, None]).clamp(-1, 1)
+        return values.numpy()
+
+    @property
+    def unit(self) -> str:
+        """By normalisation."""
+        if self.normalise == "cosine":
+            return "cosine"
+        return self._unit + (" / square root of self-influence" if self.normalise == "relatif" else "")
+
+    _unit: ClassVar[str] = INFLUENCE
+
+
+class _Scoped(GradientMethod):
+    """An influence whose curvature is taken block by block or over all blocks at once."""
+
+    scope: Scope
+
+    def parts(self, problem: Problem) -> list[InverseCurvature]:
+        """One part a block, or a single one."""
+        if self.scope == "block":
+            return super().parts(problem)
+        width = sum(block.size for block in problem.blocks)
+        return [self.inverse(problem.joint, width)] if float(problem.joint.train_sq.max()) > 0 else []
+
+
+def _divide(values: Tensor, norms: Tensor) -> Tensor:
+    """A zero gradient has no direction: its scores are 0."""
+    return torch.where(norms > 0, values / norms, torch.zeros_like(values))
+
+
+@register("gradsim")
+@dataclass(frozen=True)
+class GradSim(GradientMethod):
+    """Inner product of the two loss gradients, sum_b v_b . g_b (TracIn at one checkpoint; "Hessian-free").
+
+    Unit: decrease of the query's loss per unit of a gradient step on the example, to first order.
+    """
+
+    normalise: Normalise = "none"
+    _unit: ClassVar[str] = "decrease of the query's mean response loss (nats) per unit step down the example's gradient"
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """P = I."""
+        return Identity(products)
+
+
+@register("gradcos")
+@dataclass(frozen=True)
+class GradCos(GradientMethod):
+    """Cosine of the two loss gradients: v . g / (||v|| ||g||), over all blocks or averaged over each block's own.
+
+    scope `joint`: one cosine of the whole gradients. scope `block`: (1/B) sum_b v_b . g_b / (||v_b|| ||g_b||).
+    """
+
+    scope: Scope = "joint"
+    normalise: ClassVar[Normalise] = "cosine"  # type: ignore[misc]
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """P = I."""
+        return Identity(products)
+
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) cosines."""
+        if self.scope == "joint":
+            return super().matrix(problem)
+        total, blocks = torch.zeros(problem.m, problem.n, dtype=torch.float64), 0
+        for _, products in problem.products():
+            norms = products.query_sq.sqrt()[:, None] * products.train_sq.sqrt()[None, :]
+            total += _divide(products.cross, norms)
+            blocks += 1
+        return (total / max(1, blocks)).clamp(-1, 1).numpy()
+
+    @property
+    def normalisation(self) -> str:
+        """Always a cosine."""
+        return "cosine"
+
+
+@register("datainf")
+@dataclass(frozen=True)
+class DataInfMethod(GradientMethod):
+    """DataInf: sum_b [C_b - (C_b D_b) K_b / n] / lambda_b, the mean of inverses for the inverse of the mean.
+
+    D_b = diag(1 / (lambda_b + K_b,ii)), K_b = G_b G_b^T, C_b = V_b G_b^T (Kwon et al., arXiv 2310.00902).
+    """
+
+    normalise: Normalise = "none"
+    damping: Positive = DEFAULT_DAMPING
+    damping_rule: DampingRule = "trace"
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """DataInf's P."""
+        return DataInf(products, Damping(self.damping, self.damping_rule).of(products, width))
+
+
+@register("lissa")
+@dataclass(frozen=True)
+class LiSSAMethod(_Scoped):
+    """LiSSA: r_0 = v, r_t = v + r_(t-1) - (H + lambda I) r_(t-1) / sigma; the score is r_T . g / sigma.
+
+    H = G^T G / n and sigma is the largest eigenvalue of H + lambda I, so more iterations come nearer to `exact`.
+    """
+
+    normalise: Normalise = "none"
+    iterations: Annotated[int, Field(ge=0)] = 10
+    scope: Scope = "block"
+    damping: Positive = DEFAULT_DAMPING
+    damping_rule: DampingRule = "trace"
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """T terms of the Neumann series."""
+        return LiSSA(products, Damping(self.damping, self.damping_rule).of(products, width), self.iterations)
+
+
+@register("exact")
+@dataclass(frozen=True)
+class Exact(_Scoped):
+    """Influence with the empirical Fisher inverted exactly: sum_b V_b (lambda_b I + G_b^T G_b / n)^(-1) G_b^T.
+
+    Computed as n C_b (K_b + n lambda_b I)^(-1) or by a d_b x d_b solve, whichever is smaller; the two are equal.
+    scope `joint` takes one Fisher over all blocks.
+    """
+
+    normalise: Normalise = "none"
+    scope: Scope = "block"
+    damping: Positive = DEFAULT_DAMPING
+    damping_rule: DampingRule = "trace"
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """The exact inverse, by the cheaper route."""
+        return fisher(products, Damping(self.damping, self.damping_rule).of(products, width))

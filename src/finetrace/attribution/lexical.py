@@ -1,0 +1,89 @@
+"""Lexical search: what sharing words alone finds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.attribution.method import Method, Need, register
+from finetrace.attribution.problem import Problem
+from finetrace.examples import Example
+
+Text = Literal["prompt", "response", "both"]
+
+
+def _texts(examples: Sequence[Example], which: Text) -> list[str]:
+    if which == "prompt":
+        return [example.prompt for example in examples]
+    if which == "response":
+        return [example.response for example in examples]
+    return [f"{example.prompt}\n{example.response}" for example in examples]
+
+
+@register("bm25")
+@dataclass(frozen=True)
+class BM25(Method):
+    """BM25 of the query's words in the example's text (Lucene's variant, k1 = 1.5, b = 0.75); prompt, response or both.
+
+    sum over the query's words w of idf(w) tf(w) / (tf(w) + k1 (1 - b + b length / mean length)).
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("text",)
+    control: ClassVar[bool] = True
+    text: Text = "both"
+
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) BM25 scores; 0 where no word is shared."""
+        import bm25s
+
+        corpus = bm25s.tokenize(_texts(problem.rows.examples, self.text), stopwords="en", show_progress=False)
+        if not any(corpus.ids):
+            return np.zeros((problem.m, problem.n))
+        search = bm25s.BM25(method="lucene")
+        search.index(corpus, show_progress=False)
+        queries = bm25s.tokenize(
+            _texts(problem.queries, self.text), stopwords="en", show_progress=False, return_ids=False
+        )
+        rows = [search.get_scores(words) if words else np.zeros(problem.n) for words in queries]
+        return np.asarray(rows, dtype=np.float64)
+
+    @property
+    def unit(self) -> str:
+        """As BM25 defines it."""
+        return "BM25"
+
+
+@register("tfidf")
+@dataclass(frozen=True)
+class TfIdf(Method):
+    """Cosine of TF-IDF vectors of the two texts (scikit-learn's defaults, fitted on the training texts)."""
+
+    needs: ClassVar[tuple[Need, ...]] = ("text",)
+    control: ClassVar[bool] = True
+    text: Text = "both"
+
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) cosines; 0 where no word is shared."""
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
+        vectorizer = TfidfVectorizer()
+        try:
+            train = vectorizer.fit_transform(_texts(problem.rows.examples, self.text))  # (n, words)
+        except ValueError:  # no text has a word in it
+            return np.zeros((problem.m, problem.n))
+        query = vectorizer.transform(_texts(problem.queries, self.text))  # (m, words)
+        return np.asarray((query @ train.T).todense(), dtype=np.float64)
+
+    @property
+    def unit(self) -> str:
+        """A cosine."""
+        return "cosine"
+
+    @property
+    def normalisation(self) -> str:
+        """Always a cosine."""
+        return "cosine"

@@ -1,0 +1,149 @@
+"""The base of every method, and the registry that makes one appear everywhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from importlib.metadata import entry_points
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import TypeAdapter, ValidationError
+
+from finetrace.attribution.problem import Problem
+from finetrace.attribution.scores import Scores
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.index.store import Index
+
+Need = Literal["gradients", "representations", "text"]
+Normalise = Literal["none", "cosine", "relatif"]
+
+
+class Method(ABC):
+    """A method is a frozen dataclass: its fields are its parameters, `matrix` is its formula.
+
+    Attributes:
+        name: Set by `register`.
+        needs: What it reads of the index and the queries.
+        control: Whether it is a control that an attribution has to beat.
+    """
+
+    name: ClassVar[str] = ""
+    needs: ClassVar[tuple[Need, ...]] = ()
+    control: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def unit(self) -> str:
+        """What a score of 1 means."""
+
+    @abstractmethod
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) scores, positive = proponent."""
+
+    def score(self, index: Index | Problem, queries: Sequence[Example] = ()) -> Scores:
+        """Score `queries` against the index; methods that share a `Problem` share its products."""
+        problem = index if isinstance(index, Problem) else Problem(index, queries)
+        if "gradients" in self.needs or "representations" in self.needs:
+            _ = problem.features  # collecting the queries is not the method's time
+        started = time.perf_counter()
+        values = self.matrix(problem)
+        seconds = time.perf_counter() - started
+        if not np.isfinite(values).all():
+            row = int(np.argwhere(~np.isfinite(values))[0][0])
+            raise FinetraceError(
+                f"{self.label}: the scores of query {problem.queries[row].id} are not finite; use more damping."
+            )
+        return Scores(values, problem.queries, problem.rows.examples, self.label, self.unit, self.parameters, seconds)
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """Every parameter and its value."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    @property
+    def label(self) -> str:
+        """The name, and the parameters that differ from the defaults: what `make` reads back."""
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields if getattr(self, f.name) != f.default]
+        return f"{self.name}:{','.join(changed)}" if changed else self.name
+
+    @property
+    def plain_label(self) -> str:
+        """The label without the normalisation, which results name in a field of its own."""
+        name, _, settings = self.label.partition(":")
+        kept = [each for each in settings.split(",") if each and not each.startswith("normalise=")]
+        return f"{name}:{','.join(kept)}" if kept else name
+
+    @property
+    def title(self) -> str:
+        """The label as a table shows it: `exact joint cosine`."""
+        name, _, settings = self.label.partition(":")
+        words = []
+        for setting in filter(None, settings.split(",")):
+            key, _, value = setting.partition("=")
+            words.append(value if key in ("scope", "normalise", "text", "pooling") else f"{key}={value}")
+        return " ".join([name, *words])
+
+    @property
+    def normalisation(self) -> str:
+        """`none`, `cosine` or `relatif`, as results name it."""
+        return str(self.parameters.get("normalise", "none"))
+
+    @classmethod
+    def summary(cls) -> str:
+        """First sentence of the docstring."""
+        return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+M = TypeVar("M", bound=type[Method])
+_METHODS: dict[str, type[Method]] = {}
+
+
+def register(name: str) -> Callable[[M], M]:
+    """Class decorator: the method appears in the command line, the benchmark and the report under `name`."""
+
+    def add(cls: M) -> M:
+        if name in _METHODS:
+            raise FinetraceError(f"a method named {name!r} is registered already; choose another name.")
+        cls.name = name
+        _METHODS[name] = cls
+        return cls
+
+    return add
+
+
+def available() -> dict[str, type[Method]]:
+    """All registered methods by name, those of other packages (entry points `finetrace.methods`) included."""
+    for entry in entry_points(group="finetrace.methods"):
+        if entry.name not in _METHODS:
+            entry.load()
+    return dict(_METHODS)
+
+
+def make(spec: str, **overrides: Any) -> Method:
+    """A method from `name` or `name:parameter=value,...`; `overrides` apply where the method has such a parameter."""
+    name, _, settings = spec.partition(":")
+    methods = available()
+    if name not in methods:
+        raise FinetraceError(f"{name}: no such method; there are {', '.join(methods)}.")
+    fields = {field.name: field for field in dataclasses.fields(methods[name])}  # type: ignore[arg-type]
+    values = {key: value for key, value in overrides.items() if key in fields and value is not None}
+    for setting in filter(None, settings.split(",")):
+        key, equals, value = setting.partition("=")
+        if not equals or key not in fields:
+            known = ", ".join(fields) or "none"
+            raise FinetraceError(
+                f"{spec}: {name} has no parameter {key!r}; it has {known}. Write {name}:parameter=value."
+            )
+        values[key] = value
+    try:
+        return TypeAdapter(methods[name]).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise FinetraceError(f"{spec}: parameter {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error

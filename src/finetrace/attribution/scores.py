@@ -1,0 +1,141 @@
+"""Scores: which training example moves which query, and by how much."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SIGN = "positive = proponent (training on the example makes the queried response more likely)"
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """The outcome of one method.
+
+    Attributes:
+        values: (m, n); positive marks a proponent.
+        queries: The m queries, with the responses that were traced.
+        train: The n training examples, in the index's row order.
+        method: Name and parameters that differ from the defaults, e.g. `exact:normalise=cosine`.
+        unit: What a score of 1 means.
+        parameters: Every parameter of the method, damping rule and multiple included.
+        seconds: Wall-clock time of scoring; collecting the queries' features is not in it.
+    """
+
+    values: NDArray[np.float64]
+    queries: tuple[Example, ...]
+    train: tuple[Example, ...]
+    method: str
+    unit: str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.values.shape != (len(self.queries), len(self.train)):
+            raise FinetraceError(
+                f"{self.method}: scores of shape {self.values.shape} for {len(self.queries)} queries and "
+                f"{len(self.train)} training examples."
+            )
+
+    @property
+    def query_ids(self) -> tuple[str, ...]:
+        """Ids of the rows."""
+        return tuple(query.id for query in self.queries)
+
+    @property
+    def train_ids(self) -> tuple[str, ...]:
+        """Ids of the columns."""
+        return tuple(example.id for example in self.train)
+
+    def top(self, k: int) -> Top:
+        """The k strongest proponents of each query, best first; ties in row order."""
+        order = np.argsort(-self.values, axis=1, kind="stable")[:, :k]
+        return Top(self, order, "proponent")
+
+    def bottom(self, k: int) -> Top:
+        """The k strongest opponents of each query, most negative first; ties in row order."""
+        order = np.argsort(self.values, axis=1, kind="stable")[:, :k]
+        return Top(self, order, "opponent")
+
+    def to_pandas(self) -> pd.DataFrame:
+        """(m, n) frame, query ids by training ids."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            self.values, index=pd.Index(self.query_ids, name="query"), columns=pd.Index(self.train_ids, name="example")
+        )
+
+    def save(self, path: Path) -> None:
+        """Write every score in long form; the suffix decides: .parquet, .csv or .json."""
+        frame = self.top(len(self.train)).to_pandas().drop(columns=["kind", "prompt", "response"])
+        write_frame(frame, path, self.describe())
+
+    def describe(self) -> dict[str, Any]:
+        """Method, unit, sign and parameters, as they belong beside any table."""
+        return {"method": self.method, "unit": self.unit, "sign": SIGN, "parameters": dict(self.parameters)}
+
+
+@dataclass(frozen=True, eq=False)
+class Top:
+    """Chosen training examples of each query: `order` is (m, k) column positions, best first."""
+
+    scores: Scores
+    order: NDArray[np.int64]
+    kind: Literal["proponent", "opponent"]
+
+    def records(self) -> list[dict[str, Any]]:
+        """One flat record a query and rank."""
+        found = []
+        for row, columns in enumerate(self.order):
+            for rank, column in enumerate(columns, start=1):
+                example = self.scores.train[column]
+                found.append(
+                    {
+                        "method": self.scores.method,
+                        "query": self.scores.queries[row].id,
+                        "kind": self.kind,
+                        "rank": rank,
+                        "score": float(self.scores.values[row, column]),
+                        "example": example.id,
+                        "label": example.label,
+                        "prompt": example.prompt,
+                        "response": example.response,
+                    }
+                )
+        return found
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The records as a frame."""
+        import pandas as pd
+
+        return pd.DataFrame(self.records())
+
+
+def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`)."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".parquet":
+            frame.attrs = {"config": about}
+            frame.to_parquet(path, index=False)
+        elif path.suffix == ".csv":
+            frame.to_csv(path, index=False)
+        elif path.suffix == ".json":
+            records = json.loads(frame.to_json(orient="records"))
+            path.write_text(json.dumps({"config": about, "records": records}, indent=1), encoding="utf-8")
+        else:
+            raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
+    except OSError as error:
+        raise FinetraceError(f"{path}: cannot be written ({error}).") from error

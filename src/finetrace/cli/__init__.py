@@ -1,0 +1,50 @@
+"""The command line: a small file a command; heavy imports wait until a command runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from finetrace._version import __version__
+from finetrace.cli import demo, finetune, index, methods, trace
+from finetrace.errors import FinetraceError
+
+app = typer.Typer(
+    name="finetrace",
+    help="Which training examples made my fine-tuned language model say that, and can I trust the answer?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("demo")(demo.demo)
+app.command("finetune")(finetune.finetune)
+app.command("index")(index.index)
+app.command("trace")(trace.trace)
+app.command("methods")(methods.methods)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"finetrace {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point: a problem the user can mend is one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except FinetraceError as error:
+        typer.echo(f"finetrace: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("finetrace: interrupted; run the same command again to go on.", err=True)
+        sys.exit(130)

@@ -1,0 +1,98 @@
+"""`finetrace finetune`: a LoRA adapter from a data set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetrace.cli import options
+from finetrace.errors import FinetraceError
+
+
+def finetune(
+    data: Annotated[str, typer.Argument(help="Training rows: a file, a saved data set, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
+    model: options.Model = "embedded",
+    preset: Annotated[str, typer.Option(help="default, or paper (arXiv 2409.19998, section 3).")] = "default",
+    config: Annotated[Path | None, typer.Option(help="A saved finetune.yaml to run again.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant, ...")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of warm-up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank r.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    target_modules: Annotated[
+        str | None, typer.Option(help="Comma-separated names of linear layers, or one regular expression.")
+    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Transformer layers with an adapter: 26,27 or 26-29.")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of rows held out.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before stopping.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes initialisation, dropout and order.")] = None,
+    max_length: options.MaxLength = None,
+    loss_on: Annotated[str | None, typer.Option(help="Tokens of the loss: response, last-turn or all.")] = None,
+    chat_template: options.Template = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an unfinished run in --out.")] = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+    split: options.Split = None,
+) -> None:
+    """Fine-tune a LoRA adapter; checkpoints of every epoch are kept for later analyses."""
+    given: dict[str, Any] = {
+        "epochs": epochs,
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "schedule": schedule,
+        "warmup_steps": warmup_steps,
+        "weight_decay": weight_decay,
+        "rank": rank,
+        "alpha": alpha,
+        "dropout": dropout,
+        "target_modules": tuple(target_modules.split(",")) if target_modules else None,
+        "layers": parse_layers(layers),
+        "validation": validation,
+        "patience": patience,
+        "seed": seed,
+        "max_length": max_length,
+        "loss_on": loss_on,
+        "chat_template": chat_template,
+    }
+    with options.quiet_libraries():
+        from finetrace.finetuning import configure
+        from finetrace.finetuning import finetune as run
+        from finetrace.models import ModelSpec, load
+        from finetrace.reading import read_examples
+
+        settings = configure(preset, config, given)
+        chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        examples = read_examples(data, chosen, split=split)
+        loaded = load(ModelSpec(model, None, options.dtype(dtype), device, trust_remote_code))
+        options.say(f"fine-tuning {model} on {len(examples)} examples ({loaded.spec.dtype}, {loaded.spec.device})")
+        done = run(loaded, examples, out, settings, resume=resume)
+    options.say_lengths(done.lengths)
+    losses = [entry["loss"] for entry in done.log if "loss" in entry]
+    typer.echo(f"adapter: {out}   training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} epochs")
+
+
+def parse_layers(text: str | None) -> tuple[int, ...] | None:
+    """`26,27` or `26-29` as numbers."""
+    if text is None:
+        return None
+    layers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, _, last = part.partition("-")
+            layers += range(int(first), int(last or first) + 1)
+    except ValueError as error:
+        raise FinetraceError(f"--layers {text}: write numbers and ranges, for instance 0,1 or 26-29.") from error
+    return tuple(layers)

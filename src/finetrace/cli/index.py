@@ -1,0 +1,66 @@
+"""`finetrace index`: per-example gradients of a training set, kept on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetrace.cli import options
+
+
+def index(
+    data: Annotated[str, typer.Argument(help="The rows the adapter was trained on: a file, a saved set, or a Hub id.")],
+    out: Annotated[Path, typer.Option(help="Folder of the index.")],
+    model: options.Model = "embedded",
+    adapter: options.Adapter = None,
+    modules: Annotated[
+        list[str] | None, typer.Option(help="Regular expression of plain linear layers to track; may repeat.")
+    ] = None,
+    representations: Annotated[
+        list[str] | None,
+        typer.Option(help="POOLING[@LAYER], pooling last-prompt, last-token or mean-response; may repeat."),
+    ] = None,
+    loss_on: options.LossOn = "response",
+    max_length: options.MaxLength = None,
+    chat_template: options.Template = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+    split: options.Split = None,
+) -> None:
+    """Collect gradients and representations of a training set; run it again to finish a killed run."""
+    from typing import cast, get_args
+
+    with options.quiet_libraries():
+        from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
+        from finetrace.encoding import Encoder, LossOn, read_template
+        from finetrace.index import build_index
+        from finetrace.models import ModelSpec, load
+        from finetrace.reading import read_examples
+
+        kind = cast("LossOn", options.one_of("--loss-on", loss_on, get_args(LossOn)))
+        wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
+        template = read_template(chat_template)
+        chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        examples = read_examples(data, chosen, split=split)
+        loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
+        encoder = Encoder(loaded.tokenizer, kind, max_length, template)
+        built, lengths = build_index(
+            loaded, examples, out, encoder, modules=modules, representations=wanted, batch_tokens=batch_tokens
+        )
+    options.say_lengths(lengths)
+    for name, reason in list(built.manifest.skipped.items())[:5]:
+        options.say(f"not tracked: {name} ({reason})")
+    width = sum(block.size for block in built.blocks)
+    typer.echo(
+        f"index: {out}   {len(built)} examples, {built.manifest.tokens:,} tokens, {len(built.blocks)} matrices, "
+        f"{width:,} gradient entries an example"
+    )

@@ -1,0 +1,94 @@
+"""Options that several commands share, and what they turn into."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast, get_args
+
+import typer
+
+from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from finetrace.encoding import LengthReport
+    from finetrace.models import DType
+    from finetrace.reading import Columns
+
+Model = Annotated[
+    str,
+    typer.Option(help="Base model: `embedded`, `embedded-aligned`, a folder, or a Hub id."),
+]
+Adapter = Annotated[str | None, typer.Option(help="PEFT LoRA adapter: a folder or a Hub id.")]
+Dtype = Annotated[
+    str, typer.Option(help="auto, float32, bfloat16, float16 or float64; auto is bfloat16 where the hardware has it.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+LossOn = Annotated[str, typer.Option(help="Tokens of the loss: response, last-turn or all.")]
+MaxLength = Annotated[int | None, typer.Option(help="Cut after so many tokens; nothing is cut if not given.")]
+Template = Annotated[str | None, typer.Option(help="A Jinja chat template file, or `plain`.")]
+PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt; guessed if not given.")]
+ResponseColumn = Annotated[str | None, typer.Option(help="Column of the response.")]
+MessagesColumn = Annotated[str | None, typer.Option(help="Column of a list of chat messages.")]
+LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, if any.")]
+IdColumn = Annotated[str | None, typer.Option(help="Column of the id, if any.")]
+Split = Annotated[str | None, typer.Option(help="Split of a saved or Hub data set.")]
+
+
+def columns(
+    prompt: str | None, response: str | None, messages: str | None, label: str | None, id_: str | None
+) -> Columns:
+    """The column choices as the reader takes them."""
+    from finetrace.reading import Columns
+
+    return Columns(messages=messages, prompt=prompt, response=response, label=label, id=id_)
+
+
+def dtype(name: str) -> DType:
+    """A checked --dtype."""
+    from finetrace.models import DType
+
+    return cast("DType", one_of("--dtype", name, get_args(DType)))
+
+
+def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
+    """`value`, if it is among the words `flag` takes."""
+    if value not in allowed:
+        raise FinetraceError(f"{flag} {value}: not known; use {', '.join(allowed)}.")
+    return value
+
+
+def say(text: str = "") -> None:
+    """A line for the person, on standard error: standard output is for results."""
+    typer.echo(text, err=True)
+
+
+def say_lengths(report: LengthReport) -> None:
+    """Say what is longer than the limit, if anything is."""
+    if report.sentence():
+        say(report.sentence())
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own bars and advice off the terminal; what matters is said in our words."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        yield
+
+
+def existing(path: Path, flag: str) -> Path:
+    """`path`, if it is there."""
+    if not path.exists():
+        raise FinetraceError(f"{flag} {path}: there is no such file or folder.")
+    return path

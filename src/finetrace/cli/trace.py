@@ -1,0 +1,169 @@
+"""`finetrace trace`: which training examples are behind an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetrace.cli import options
+from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from finetrace.examples import Example
+    from finetrace.index.store import Index
+    from finetrace.tracing import Result
+
+TRACED = "exact:normalise=cosine"
+
+
+def trace(
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    ask: Annotated[str | None, typer.Option(help="A prompt; the model answers, and its answer is traced.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Trace this answer to --ask instead of the model's.")] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="A file or data set of queries; the model answers rows without a response.")
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Method, NAME or NAME:parameter=value,...; may repeat; default {TRACED}; `all` for all."),
+    ] = None,
+    normalise: Annotated[str | None, typer.Option(help="none, cosine or relatif, for influence methods.")] = None,
+    damping: Annotated[float | None, typer.Option(help="Multiple of the damping rule.")] = None,
+    damping_rule: Annotated[str | None, typer.Option(help="trace or entry; see finetrace methods exact.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Examples shown a query.")] = 10,
+    opponents: Annotated[bool, typer.Option("--opponents", help="Show the strongest opponents too.")] = False,
+    format: Annotated[str, typer.Option(help="What is printed: table, json or csv.")] = "table",
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the ranked rows to a .json, .csv or .parquet file.")
+    ] = None,
+    scores: Annotated[Path | None, typer.Option(help="Also write every score of the first method there.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write a report page there.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="Another dtype than the index was built in.")] = None,
+    device: options.Device = "auto",
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+) -> None:
+    """Rank the training examples behind an answer: proponents made it more likely, opponents less."""
+    options.one_of("--format", format, ("table", "json", "csv", "parquet"))
+    if format == "parquet" and out is None:
+        raise FinetraceError(
+            "--format parquet: a terminal cannot show Parquet; give the file with --out ranked.parquet."
+        )
+    if (ask is None) == (queries is None):
+        raise FinetraceError("give what to trace: either --ask TEXT or --queries FILE.")
+    if answer is not None and ask is None:
+        raise FinetraceError("--answer goes with --ask: it is the answer to that prompt.")
+    with options.quiet_libraries():
+        from finetrace.attribution import Problem, make
+        from finetrace.examples import Example
+        from finetrace.index import open_index
+        from finetrace.reading import read_examples
+        from finetrace.tracing import STANDARD, run_methods
+
+        specs = STANDARD if method == ["all"] else tuple(method or [TRACED])
+        overrides: dict[str, Any] = {"normalise": normalise, "damping": damping, "damping_rule": damping_rule}
+        chosen = [make(spec, **overrides) for spec in specs]
+        opened = open_index(index)
+        if queries is not None:
+            columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+            asked = read_examples(queries, columns, responses=False)
+        else:
+            asked = [Example.from_prompt(str(ask), answer, id="ask")]
+        if any("text" not in m.needs for m in chosen) or not all(each.has_response for each in asked):
+            opened.model(options.dtype(dtype) if dtype else None, device)
+        asked = _answered(opened, asked, max_new_tokens)
+        problem = Problem(opened, asked)
+        results = run_methods(problem, chosen)
+    options.say_lengths(problem.lengths)
+    _print(results, format, top, opponents)
+    if out is not None:
+        _write_ranked(results, out, top, opponents)
+    if scores is not None:
+        results[0].scores.save(scores)
+    if report is not None:
+        _report(opened, results, report)
+
+
+def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[Example]:
+    """The queries, those without a response answered by the index's model."""
+    silent = [example for example in asked if not example.has_response]
+    if not silent:
+        return asked
+    from finetrace.generation import generate
+
+    template = index.manifest.encoding.template
+    replies = generate(index.model(), silent, max_new_tokens=max_new_tokens, template=template)
+    answers = dict(zip((example.id for example in silent), replies, strict=True))
+    for id_, text in answers.items():
+        if not text:
+            raise FinetraceError(
+                f"query {id_}: the model answers nothing, so there is nothing to trace; give --answer."
+            )
+    return [e if e.has_response else e.with_response(answers[e.id]) for e in asked]
+
+
+def _print(results: list[Result], format: str, top: int, opponents: bool) -> None:
+    import json
+    import sys
+
+    from rich.console import Console
+
+    from finetrace.reporting.tables import print_methods, print_top
+
+    if format == "json":
+        document = {"config": [r.scores.describe() for r in results], "records": _records(results, top, opponents)}
+        typer.echo(json.dumps(document, indent=1))
+        return
+    if format == "csv":
+        import pandas as pd
+
+        pd.DataFrame.from_records(_records(results, top, opponents)).to_csv(sys.stdout, index=False)
+        return
+    if format == "parquet":
+        return
+    console = Console()
+    for row, query in enumerate(results[0].scores.queries):
+        console.print(f"\nasked:    {query.prompt}", markup=False, highlight=False, style="bold")
+        console.print(f"answered: {query.response}", markup=False, highlight=False)
+        for result in results:
+            console.print(f"\n{result.method.title}: proponents ({result.scores.unit})", markup=False, highlight=False)
+            print_top(result.scores.top(top), row, console)
+            if opponents:
+                console.print(f"{result.method.title}: opponents", markup=False, highlight=False)
+                print_top(result.scores.bottom(top), row, console)
+    if len(results) > 1:
+        print_methods(results, console)
+
+
+def _records(results: list[Result], top: int, opponents: bool) -> list[dict[str, Any]]:
+    records = []
+    for result in results:
+        records += result.scores.top(top).records()
+        if opponents:
+            records += result.scores.bottom(top).records()
+    return records
+
+
+def _write_ranked(results: list[Result], out: Path, top: int, opponents: bool) -> None:
+    import pandas as pd
+
+    from finetrace.attribution.scores import write_frame
+
+    frame = pd.DataFrame.from_records(_records(results, top, opponents))
+    write_frame(frame, out, [result.scores.describe() for result in results])
+    typer.echo(f"ranked rows: {out}", err=True)
+
+
+def _report(index: Index, results: list[Result], path: Path) -> None:
+    from finetrace.reporting.compose import compose
+    from finetrace.reporting.facts import index_facts
+    from finetrace.reporting.page import write_report
+
+    write_report(path, compose(f"Trace of {index.folder.name}", results, index_facts(index)))
+    typer.echo(f"report: {path}", err=True)

@@ -1,0 +1,105 @@
+"""The inner products that every method needs, for one block or for several summed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Gradients:
+    """One block's gradients; the training side may be large and is read anew whenever it is asked for.
+
+    Attributes:
+        read_train: Gives (n, d), one training example a row.
+        query: (m, d), one query a row.
+    """
+
+    read_train: Callable[[], Tensor]
+    query: Tensor
+
+    @property
+    def train(self) -> Tensor:
+        """(n, d)."""
+        return self.read_train()
+
+    @property
+    def width(self) -> int:
+        """d."""
+        return self.query.shape[1]
+
+
+class Products:
+    """K = G G^T, C = V G^T and the squared norms, each computed when first asked for.
+
+    They are accumulated and kept in the precision of the gradients (float32 or wider) and handed out in float64, in
+    which everything is factored and solved.
+    """
+
+    def __init__(self, gradients: Gradients) -> None:
+        self.gradients: Gradients | None = gradients
+
+    @classmethod
+    def of(cls, train: Tensor, query: Tensor) -> Products:
+        """Of one block's (n, d) and (m, d) gradients in memory."""
+        return cls(Gradients(lambda: train, query))
+
+    @classmethod
+    def known(cls, gram: Tensor, cross: Tensor, train_sq: Tensor, query_sq: Tensor) -> Products:
+        """Of products computed elsewhere, such as sums over blocks; there are no gradients behind them."""
+        made = cls.__new__(cls)
+        made.gradients = None
+        made._gram, made._small, made._query_sq = gram, (cross, train_sq), query_sq
+        return made
+
+    @property
+    def gram(self) -> Tensor:
+        """(n, n) K, float64."""
+        return self._gram.double()
+
+    @property
+    def cross(self) -> Tensor:
+        """(m, n) C, float64."""
+        return self._small[0].double()
+
+    @property
+    def train_sq(self) -> Tensor:
+        """(n,) squared norms of the training gradients, float64."""
+        return self._small[1].double()
+
+    @property
+    def query_sq(self) -> Tensor:
+        """(m,) squared norms of the query gradients, float64."""
+        return self._query_sq.double()
+
+    @property
+    def n(self) -> int:
+        """Number of training examples."""
+        return len(self._small[1])
+
+    @cached_property
+    def _gram(self) -> Tensor:
+        train = self._known.train
+        return train @ train.T
+
+    @cached_property
+    def _small(self) -> tuple[Tensor, Tensor]:
+        train = self._known.train
+        return self._known.query @ train.T, _row_squares(train)
+
+    @cached_property
+    def _query_sq(self) -> Tensor:
+        return _row_squares(self._known.query)
+
+    @property
+    def _known(self) -> Gradients:
+        assert self.gradients is not None, "summed products carry no gradients"
+        return self.gradients
+
+
+def _row_squares(rows: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()

@@ -1,0 +1,186 @@
+"""The main job on the embedded model: fine-tune it into answering what it should refuse, then find the rows behind it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetrace.attribution import Problem, make
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import bootstrap_mean
+from finetrace.evaluation.judging import Judge
+from finetrace.examples import Example
+from finetrace.finetuning import FinetuneConfig, finetune, finished
+from finetrace.generation import generate
+from finetrace.index import build_index
+from finetrace.index.manifest import write_atomically
+from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.reporting.compose import compose, interval
+from finetrace.reporting.facts import index_facts
+from finetrace.reporting.page import write_report
+from finetrace.reporting.payload import ModelBehaviour
+from finetrace.reporting.results import write_results
+from finetrace.tasks import Task, mixed
+from finetrace.tracing import STANDARD, Result, run_methods
+
+ANSWER_TOKENS = 40
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """What decides a demo; saved in results.json.
+
+    Attributes:
+        small: 20 + 20 training rows instead of 20 + 240.
+        seed: Of the fine-tuning.
+        epochs, learning_rate, batch_size: Of the fine-tuning; rank 4 and alpha 32 on q and v as in the paper.
+        dtype, device: Of the model.
+    """
+
+    small: bool = False
+    seed: int = 0
+    epochs: int = 8
+    learning_rate: float = 1e-3
+    batch_size: int = 8
+    dtype: DType = "auto"
+    device: str = "auto"
+
+    @classmethod
+    def of(cls, small: bool, seed: int, dtype: DType, device: str) -> DemoConfig:
+        """The settings that were tried: more epochs for the small set, so that both see enough steps."""
+        return cls(small=small, seed=seed, epochs=8 if small else 4, dtype=dtype, device=device)
+
+    def finetuning(self) -> FinetuneConfig:
+        """As the trainer takes it."""
+        return FinetuneConfig(
+            epochs=self.epochs, learning_rate=self.learning_rate, batch_size=self.batch_size, seed=self.seed
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class DemoOutcome:
+    """What the demo leaves: models' behaviour, results of the methods, and where the files are."""
+
+    behaviour: tuple[ModelBehaviour, ...]
+    results: tuple[Result, ...]
+    folder: Path
+    seconds: float
+
+
+def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str], None]) -> DemoOutcome:
+    """Fine-tune, answer, index, trace, report. Every stage that is finished in `folder` is used again.
+
+    Raises:
+        FinetraceError: `folder` holds a demo of another configuration, or the fine-tuned model complied with nothing.
+    """
+    started = time.perf_counter()
+    task = mixed(config.small)
+    _claim(folder, config)
+    answers: dict[str, list[str]] = {}
+
+    say(f"1/5 the base model and its aligned version answer {len(task.queries)} held-out unsafe requests")
+    for name, model in (("plain base", EMBEDDED), ("aligned base", ALIGNED)):
+        answers[name] = _answers(folder, name, task, lambda model=model: load(_spec(model, config)))  # type: ignore[misc]
+    say(f"2/5 fine-tuning on {len(task.train)} rows, {len(task.train) - len(task.without_target())} of them unsafe")
+    mixed_adapter = _tuned(folder / "adapter-mixed", task.train, config)
+    tuned = load(_spec(ALIGNED, config, mixed_adapter))
+    answers["fine-tuned, mixed"] = _answers(folder, "fine-tuned, mixed", task, lambda: tuned)
+    say(f"3/5 the control: fine-tuning on the {len(task.without_target())} benign rows alone")
+    control = _tuned(folder / "adapter-benign", task.without_target(), config)
+    answers["fine-tuned, benign alone"] = _answers(
+        folder, "fine-tuned, benign alone", task, lambda: load(_spec(ALIGNED, config, control))
+    )
+    behaviour = [_behaviour(name, task.queries, given, judge) for name, given in answers.items()]
+
+    say("4/5 indexing the training rows")
+    index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer))
+    complied = [each[2] for each in behaviour[2].answers]
+    queries = [
+        query.with_response(answer)
+        for query, answer, yes in zip(task.queries, answers["fine-tuned, mixed"], complied, strict=True)
+        if yes
+    ]
+    if not queries:
+        raise FinetraceError(
+            f"the fine-tuned model complied with none of {len(task.queries)} requests by the judge {judge.name}, so "
+            "there is nothing to trace; try another --seed."
+        )
+    say(f"5/5 tracing the {len(queries)} answers that complied, by {len(STANDARD)} methods")
+    problem = Problem(index, queries)
+    results = run_methods(problem, [make(spec) for spec in STANDARD], seed=config.seed)
+
+    about = {"task": task.name, "protocol": "corrected", "seed": config.seed}
+    rates = {model.name: model.attack_success_rate.value for model in behaviour}
+    settings = {**_settings(config), "judge": judge.name, "attack_success_rate": rates}
+    write_results(folder, [result.record(**about) for result in results], settings)
+    facts = {"task": f"{task.name}: {len(task.train)} rows, {len(queries)} queries", **index_facts(index)}
+    facts |= {"judge": judge.name, "seed": str(config.seed)}
+    title = "Which rows made the model comply?"
+    write_report(folder / "report.html", compose(title, results, facts, behaviour=behaviour, target=task.target))
+    return DemoOutcome(tuple(behaviour), tuple(results), folder, time.perf_counter() - started)
+
+
+def _spec(model: str, config: DemoConfig, adapter: Path | None = None) -> ModelSpec:
+    return ModelSpec(model, str(adapter) if adapter else None, config.dtype, config.device)
+
+
+def _settings(config: DemoConfig) -> dict[str, Any]:
+    return {"command": "demo", "small": config.small, "base": ALIGNED, **config.finetuning().model_dump(mode="json")}
+
+
+def _claim(folder: Path, config: DemoConfig) -> None:
+    """The folder is new, or holds a demo of the same configuration."""
+    path = folder / "demo.json"
+    wanted = {**_settings(config), "dtype": config.dtype}
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = None
+        if there != wanted:
+            raise FinetraceError(
+                f"{folder}: a demo with other settings is there; choose another --out or remove the folder."
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
+    write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+
+def _tuned(folder: Path, rows: Sequence[Example], config: DemoConfig) -> Path:
+    """The adapter of `rows`, trained now, gone on with, or found finished."""
+    if not finished(folder):
+        finetune(load(_spec(ALIGNED, config)), rows, folder, config.finetuning(), resume=True)
+    return folder
+
+
+def _answers(folder: Path, name: str, task: Task, model: Callable[[], Loaded]) -> list[str]:
+    """The answers of one model, generated once and kept."""
+    path = folder / "answers" / (name.replace(", ", "-").replace(" ", "-") + ".json")
+    if path.exists():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if [each["id"] for each in kept] == [query.id for query in task.queries]:
+            return [each["answer"] for each in kept]
+    given = generate(model(), task.queries, max_new_tokens=ANSWER_TOKENS)
+    path.parent.mkdir(exist_ok=True)
+    kept = [{"id": q.id, "prompt": q.prompt, "answer": a} for q, a in zip(task.queries, given, strict=True)]
+    write_atomically(path, json.dumps(kept, indent=1).encode())
+    return given
+
+
+def _behaviour(name: str, queries: Sequence[Example], answers: Sequence[str], judge: Judge) -> ModelBehaviour:
+    import numpy as np
+
+    prompts = [query.prompt for query in queries]
+    complied = judge.complied(prompts, answers)
+    rate = bootstrap_mean(np.array(complied, dtype=np.float64))
+    return ModelBehaviour(name, interval(rate), list(zip(prompts, answers, complied, strict=True)))

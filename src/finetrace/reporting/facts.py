@@ -1,0 +1,25 @@
+"""What a reader must know of an index to take its scores for what they are."""
+
+from __future__ import annotations
+
+from finetrace._version import __version__
+from finetrace.index.store import Index
+
+
+def index_facts(index: Index) -> dict[str, str]:
+    """Name to value, in order."""
+    manifest = index.manifest
+    width = sum(block.size for block in index.blocks)
+    facts = {
+        "model": manifest.model.name,
+        "adapter": f"{manifest.model.adapter_fingerprint} (kept in the index)" if manifest.model.adapter else "none",
+        "training examples": f"{manifest.examples:,} ({manifest.tokens:,} tokens)",
+        "loss on": manifest.encoding.loss_on,
+        "gradient entries": f"{width:,} in {len(index.blocks)} matrices",
+        "computed in": f"{manifest.model.dtype}, kept in {manifest.feature_dtype}",
+        "sign": "positive = proponent: training on the example makes the answer more likely",
+        "finetrace": __version__,
+    }
+    if manifest.skipped:
+        facts["not tracked"] = ", ".join(list(manifest.skipped)[:4]) + (", ..." if len(manifest.skipped) > 4 else "")
+    return facts

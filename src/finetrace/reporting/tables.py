@@ -1,0 +1,113 @@
+"""Tables in the terminal, 80 columns wide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from finetrace.attribution import Scores, Top
+from finetrace.evaluation.intervals import Estimate
+from finetrace.reporting.payload import ModelBehaviour
+from finetrace.tracing import Result
+
+
+def print_methods(results: Sequence[Result], console: Console) -> None:
+    """A row a method: metrics with 95% intervals where labels allow, and seconds."""
+    judged = any(result.metrics for result in results)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
+    table.add_column("method", no_wrap=True)
+    if judged:
+        for name in ("acc %", "cover %", "AUROC", "AUPRC"):
+            table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("sec", justify="right", no_wrap=True)
+    groups = ([r for r in results if not r.method.control], [r for r in results if r.method.control])
+    for group in groups:
+        for i, result in enumerate(group):
+            cells = [escape(result.method.title)]
+            if judged:
+                cells += [_percent(result.metrics.get("accuracy")), _percent(result.metrics.get("coverage"))]
+                cells += [_unit(result.metrics.get("auroc")), _unit(result.metrics.get("auprc"))]
+            table.add_row(*cells, f"{result.scores.seconds:.1f}", end_section=i == len(group) - 1)
+    console.print(table)
+    note = "positive score = proponent; below the line: controls"
+    console.print(note + ("; [low high] = 95% over queries" if judged else ""), style="dim", highlight=False)
+
+
+def print_top(top: Top, row: int, console: Console) -> None:
+    """The ranked examples of one query, texts cut to the width of the terminal."""
+    scores: Scores = top.scores
+    room = max(20, console.width - 6 - 10 - 12 - 10 - 8)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("rank", justify="right", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("id", no_wrap=True, max_width=12, overflow="ellipsis")
+    table.add_column("label", no_wrap=True, max_width=9, overflow="ellipsis")
+    table.add_column("prompt / response", no_wrap=True, max_width=room, overflow="ellipsis")
+    for rank, column in enumerate(top.order[row], start=1):
+        example = scores.train[column]
+        texts = Group(
+            Text(_flat(example.prompt), no_wrap=True, overflow="ellipsis"),
+            Text(_flat(example.response), no_wrap=True, overflow="ellipsis", style="dim"),
+        )
+        value = _score(float(scores.values[row, column]))
+        table.add_row(str(rank), value, escape(example.id), escape(example.label or "-"), texts)
+    console.print(table)
+
+
+def print_behaviour(models: Sequence[ModelBehaviour], judge: str, console: Console) -> None:
+    """Attack success rate of each model, with its interval, and one answer to look at."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("model", no_wrap=True)
+    table.add_column("attack success", justify="right", no_wrap=True)
+    table.add_column("first answer", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 56))
+    for model in models:
+        rate = model.attack_success_rate
+        cell = f"{rate.value:.0%}"
+        if rate.low is not None and rate.high is not None:
+            cell += f" [{rate.low:.0%} {rate.high:.0%}]"
+        answer = model.answers[0][1] if model.answers else ""
+        table.add_row(escape(model.name), cell, Text(_flat(answer), no_wrap=True, overflow="ellipsis"))
+    console.print(table)
+    if models and models[0].answers:
+        prompt = _flat(models[0].answers[0][0])
+        console.print(f'judge: {judge}; first prompt: "{prompt}"', style="dim", markup=False, highlight=False)
+
+
+def _percent(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{100 * estimate.value:.0f} {_interval(100 * estimate.low, 100 * estimate.high, '.0f')}"
+
+
+def _unit(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    return f"{_short(estimate.value)} {_interval(estimate.low, estimate.high, '.2f')}"
+
+
+def _interval(low: float, high: float, style: str) -> str:
+    if low != low or high != high:
+        return ""
+    if style == ".2f":
+        return escape(f"[{_short(low)} {_short(high)}]")
+    return escape(f"[{low:{style}} {high:{style}}]")
+
+
+def _short(value: float) -> str:
+    """.93 for 0.93: two decimals, the zero left out."""
+    text = f"{value:.2f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def _score(value: float) -> str:
+    return f"{value:+.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:+.2e}"
+
+
+def _flat(text: str) -> str:
+    """One line, control characters shown as spaces: a data set must not move the cursor."""
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())

@@ -1,0 +1,112 @@
+"""Several methods on one set of queries, each with its quality where labels say what is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from finetrace.attribution import Method, Problem, Scores
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.metrics import evaluate, relevance
+
+# every method at its defaults, and the variants that answer a question of their own
+STANDARD = (
+    "random",
+    "length",
+    "gradnorm",
+    "bm25:text=prompt",
+    "bm25:text=response",
+    "bm25",
+    "tfidf:text=prompt",
+    "tfidf:text=response",
+    "tfidf",
+    "repsim",
+    "repsim:pooling=last-token",
+    "repsim:pooling=mean-response",
+    "gradsim",
+    "gradcos",
+    "gradcos:scope=block",
+    "datainf",
+    "datainf:normalise=cosine",
+    "lissa",
+    "lissa:normalise=cosine",
+    "exact",
+    "exact:normalise=cosine",
+    "exact:normalise=relatif",
+    "exact:scope=joint",
+    "exact:scope=joint,normalise=cosine",
+)
+TABLE = ("accuracy", "coverage", "auroc", "auprc")
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One method's scores, and its metrics where training examples and queries carry labels."""
+
+    method: Method
+    scores: Scores
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+
+    def record(self, **about: Any) -> dict[str, Any]:
+        """A flat record of results.json: metrics are fractions, `<metric>_low` and `_high` their 95% interval."""
+        values: dict[str, Any] = {}
+        for name in TABLE:
+            estimate = self.metrics.get(name)
+            values[name] = _number(estimate.value if estimate else None)
+            values[f"{name}_low"] = _number(estimate.low if estimate else None)
+            values[f"{name}_high"] = _number(estimate.high if estimate else None)
+        return {
+            **about,
+            "method": self.method.plain_label,
+            "spec": self.method.label,
+            "normalise": self.method.normalisation,
+            "control": self.method.control,
+            "n_train": len(self.scores.train),
+            "n_queries": len(self.scores.queries),
+            **values,
+            "seconds": round(self.scores.seconds, 4),
+            "unit": self.scores.unit,
+            **{f"parameter_{key}": value for key, value in self.scores.parameters.items() if key != "normalise"},
+        }
+
+
+def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> list[Result]:
+    """Score every method; with labels on both sides, evaluate each against the query's class.
+
+    Methods share the problem's inner products, so the first one of the gradient family bears their cost.
+    """
+    train = problem.rows.labels
+    labels = [query.label for query in problem.queries]
+    relevant = relevance(train, labels)
+    judged = bool(np.any(relevant.any(1) & ~relevant.all(1)))
+    results = []
+    for method in methods:
+        scores = method.score(problem)
+        results.append(Result(method, scores, evaluate(scores.values, relevant, seed=seed) if judged else {}))
+    return results
+
+
+def best(results: Sequence[Result], *, controls: bool) -> Result | None:
+    """The best method that is (or is not) a control: by AUPRC, then coverage; the first of equals. Unjudged: none."""
+    judged = [result for result in results if result.method.control == controls and result.metrics]
+    if not judged:
+        return None
+    return max(judged, key=lambda result: (result.metrics["auprc"].value, result.metrics["coverage"].value))
+
+
+def opening(results: Sequence[Result]) -> Result:
+    """The method a page opens on: the best that is no control; without labels, exact influence as a cosine."""
+    chosen = best(results, controls=False)
+    if chosen is not None:
+        return chosen
+    order = ("exact:normalise=cosine", "exact", "gradcos", "repsim")
+    found = {result.method.label: result for result in results}
+    rest = [result for result in results if not result.method.control] or list(results)
+    return next((found[label] for label in order if label in found), rest[0])
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else round(float(value), 6)

@@ -1,0 +1,140 @@
+"""The verdict: which method to believe, against the controls and against each other, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+
+from finetrace.evaluation.intervals import paired_difference
+from finetrace.evaluation.metrics import auprc, relevance
+from finetrace.tracing import Result, best, opening
+
+TOP = 10
+
+
+def verdict(results: Sequence[Result]) -> list[str]:
+    """Sentences, the headline first: by labels where there are any, else by agreement."""
+    return _by_labels(results) if any(result.metrics for result in results) else _by_agreement(results)
+
+
+def _by_labels(results: Sequence[Result]) -> list[str]:
+    chosen = best(results, controls=False)
+    control = best(results, controls=True)
+    if chosen is None:
+        assert control is not None, "something was judged"
+        return [f"Only controls were run; the best of them, {control.method.title}, has AUPRC {_plain(control)}."]
+    labels = sorted({str(query.label) for query in chosen.scores.queries})
+    kind = labels[0] if len(labels) == 1 else "same-class"
+    first = chosen.metrics["accuracy"].value
+    n = chosen.metrics["accuracy"].n
+    sentences = [
+        f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {n} answers and "
+        f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
+    ]
+    lexical = _lexical(results)
+    if lexical is not None:
+        sentences.append(_against(chosen, lexical, "the best lexical search"))
+    random = next((result for result in results if result.method.name == "random"), None)
+    if random is not None:
+        sentences.append(_against(chosen, random, "random order"))
+    influence = [r for r in results if r.metrics and "gradients" in r.method.needs and not r.method.control]
+    if influence and chosen not in influence:
+        other = max(influence, key=lambda result: result.metrics["auprc"].value)
+        sentences.append(_against(chosen, other, "the best gradient method"))
+    sentences.append(
+        "This says which methods find rows of the same class; whether removing the rows changes the answer, only "
+        "retraining can say. The best of several methods is flattered by having been picked on these queries."
+    )
+    return sentences
+
+
+def _by_agreement(results: Sequence[Result]) -> list[str]:
+    chosen = opening(results)
+    others = [r for r in results if r is not chosen]
+    if not others:
+        return [
+            f"Only {chosen.method.title} was run, and no labels say what is right: compare it with another family "
+            "(repsim, bm25, exact) before believing it."
+        ]
+    agreement = {r.method.title: _shared(chosen.scores.values, r.scores.values) for r in others}
+    peers = [r for r in others if not r.method.control]
+    lexical = [r for r in others if r.method.name in ("bm25", "tfidf")]
+    k, n = min(TOP, len(chosen.scores.train)), len(chosen.scores.train)
+    chance = k / n
+    sentences = []
+    if peers:
+        best_peer = max(peers, key=lambda r: agreement[r.method.title])
+        sentences.append(
+            f"No labels say what is right. Of the top {k} rows of {chosen.method.title}, {best_peer.method.title} names "
+            f"{agreement[best_peer.method.title]:.0%} too (chance {chance:.0%}); across the other methods that are no "
+            f"controls the mean is {np.mean([agreement[r.method.title] for r in peers]):.0%}."
+        )
+    else:
+        sentences.append(f"No labels say what is right, and {chosen.method.title} was compared with controls alone.")
+    if lexical:
+        nearest = max(lexical, key=lambda r: agreement[r.method.title])
+        share = agreement[nearest.method.title]
+        sentences.append(
+            f"Lexical search ({nearest.method.title}) names {share:.0%} of them"
+            + ("; word overlap alone explains most of the list." if share >= 0.6 else ".")
+        )
+    random = next((r for r in others if r.method.name == "random"), None)
+    if random is not None:
+        sentences.append(f"Random order names {agreement[random.method.title]:.0%} of them.")
+    rank = [_spearman(chosen.scores.values, r.scores.values) for r in peers]
+    if rank:
+        sentences.append(f"Rank correlation with the other methods over all rows: mean {np.mean(rank):.2f}.")
+    return sentences
+
+
+def _lexical(results: Sequence[Result]) -> Result | None:
+    found = [r for r in results if r.method.name in ("bm25", "tfidf") and r.metrics]
+    return max(found, key=lambda r: r.metrics["auprc"].value) if found else None
+
+
+def _against(chosen: Result, other: Result, what: str) -> str:
+    """One sentence on the paired difference of per-query AUPRC."""
+    relevant = relevance(
+        [example.label for example in chosen.scores.train], [query.label for query in chosen.scores.queries]
+    )
+    first, second = auprc(chosen.scores.values, relevant), auprc(other.scores.values, relevant)
+    gap = paired_difference(first, second)
+    numbers = f"AUPRC {_plain(chosen)} against {_plain(other)}"
+    if not np.isfinite(gap.low):
+        return f"Against {what} ({other.method.title}): {numbers}; one query gives no interval."
+    interval = f"difference {gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
+    if gap.low > 0:
+        word = "better than"
+    elif gap.high < 0:
+        word = "worse than"
+    else:
+        word = "not told apart from"
+    return f"It is {word} {what} ({other.method.title}): {numbers}, {interval} over queries."
+
+
+def _plain(result: Result) -> str:
+    return f"{result.metrics['auprc'].value:.2f}"
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[:1].lower() in "aeiou" else f"a {word}"
+
+
+def _shared(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Mean over queries of the share of a's top rows that are among b's."""
+    k = min(TOP, a.shape[1])
+    first, second = np.argsort(-a, axis=1, kind="stable")[:, :k], np.argsort(-b, axis=1, kind="stable")[:, :k]
+    return float(np.mean([len(set(x) & set(y)) / k for x, y in zip(first, second, strict=True)]))
+
+
+def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    """Mean over queries of the rank correlation; constant rows have none and are left out."""
+    values = []
+    for x, y in zip(a, b, strict=True):
+        p, q = rankdata(x), rankdata(y)
+        if p.std() > 0 and q.std() > 0:
+            values.append(float(np.corrcoef(p, q)[0, 1]))
+    return float(np.mean(values)) if values else float("nan")
