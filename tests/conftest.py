@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
 from finetrace.models import Loaded, ModelSpec, load
+from tiny import make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
 
 @pytest.fixture(scope="session")

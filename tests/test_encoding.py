@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHATML, conversation, make_tokenizer
 
 from finetrace.encoding import PLAIN_TEMPLATE, Encoded, Encoder, length_batches, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
+from tiny import CHATML, conversation, make_tokenizer
 
 ALTERNATING = (
     "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
@@ -278,7 +278,11 @@ def test_asking_without_a_response(tokenizer: Any) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6).map(lambda t: t[: len(t) // 2 * 2]))
+@given(
+    st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6).map(
+        lambda t: t[: len(t) // 2 * 2]
+    )
+)
 def test_any_text_goes_through(tokenizer: Any, turns: list[str]) -> None:
     try:
         "".join(turns).encode()

@@ -42,7 +42,9 @@ def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def make_llama(seed: int = 0, *, tied: bool = False, layers: int = 2, hidden: int = 16, **more: Any) -> LlamaForCausalLM:
+def make_llama(
+    seed: int = 0, *, tied: bool = False, layers: int = 2, hidden: int = 16, **more: Any
+) -> LlamaForCausalLM:
     """Llama with grouped-query attention, in float64; weights large enough that no two logits are nearly equal."""
     torch.manual_seed(seed)
     options = {
@@ -59,7 +61,12 @@ def make_llama(seed: int = 0, *, tied: bool = False, layers: int = 2, hidden: in
         "eos_token_id": 2,
         "pad_token_id": 0,
     }
-    return LlamaForCausalLM(LlamaConfig(**(options | more))).double().eval()
+    model = LlamaForCausalLM(LlamaConfig(**(options | more)))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if name.endswith("norm"):  # transformers' own rounds to float32 inside
+                setattr(module, name, torch.nn.RMSNorm(hidden, eps=child.variance_epsilon))
+    return model.double().eval()
 
 
 def make_gpt2(seed: int = 0) -> GPT2LMHeadModel:

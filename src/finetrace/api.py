@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetrace.attribution import Problem, Scores, make
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
-from finetrace.encoding import Encoder, LossOn
+from finetrace.encoding import PLAIN_TEMPLATE, Encoder, LossOn
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import build_index as _build
@@ -83,7 +83,7 @@ def build_index(
         name: Base model to load when the index is opened elsewhere; by default what the model says of itself.
         loss_on: Tokens of the loss: `response`, `last-turn` or `all`.
         max_length: Cut after so many tokens; nothing is cut if not given.
-        chat_template: Jinja text in place of the tokenizer's template.
+        chat_template: Jinja text, or `plain`, in place of the tokenizer's template.
         modules: Regular expressions for plain linear layers; by default the LoRA matrices.
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
         batch_tokens: Padded tokens a batch holds at most.
@@ -92,7 +92,8 @@ def build_index(
     dtype = str(model.dtype).removeprefix("torch.")
     loaded = Loaded(model, tokenizer, ModelSpec(base, None, dtype, str(model.device)))  # type: ignore[arg-type]
     wanted = DEFAULT_REPRESENTATIONS if representations is None else tuple(map(Representation.parse, representations))
-    encoder = Encoder(tokenizer, loss_on, max_length, chat_template)
+    template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
+    encoder = Encoder(tokenizer, loss_on, max_length, template)
     _build(
         loaded,
         as_examples(examples),

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetrace.attribution import Problem, make
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -16,10 +18,11 @@ from finetrace.evaluation.intervals import bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
 from finetrace.finetuning import FinetuneConfig, finetune, finished
-from finetrace.generation import generate
+from finetrace.generation import answer
 from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.reading import read_examples, write_examples
 from finetrace.reporting.compose import compose, interval
 from finetrace.reporting.facts import index_facts
 from finetrace.reporting.page import write_report
@@ -38,7 +41,7 @@ class DemoConfig:
     Attributes:
         small: 20 + 20 training rows instead of 20 + 240.
         seed: Of the fine-tuning.
-        epochs, learning_rate, batch_size: Of the fine-tuning; rank 4 and alpha 32 on q and v as in the paper.
+        epochs, learning_rate, batch_size: Of the fine-tuning, see `of`; rank 4 and alpha 32 on q and v as in the paper.
         dtype, device: Of the model.
     """
 
@@ -81,7 +84,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     started = time.perf_counter()
     task = mixed(config.small)
     _claim(folder, config)
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, list[Example]] = {}
 
     say(f"1/5 the base model and its aligned version answer {len(task.queries)} held-out unsafe requests")
     for name, model in (("plain base", EMBEDDED), ("aligned base", ALIGNED)):
@@ -95,16 +98,12 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     answers["fine-tuned, benign alone"] = _answers(
         folder, "fine-tuned, benign alone", task, lambda: load(_spec(ALIGNED, config, control))
     )
-    behaviour = [_behaviour(name, task.queries, given, judge) for name, given in answers.items()]
+    behaviour = [_behaviour(name, given, judge) for name, given in answers.items()]
 
     say("4/5 indexing the training rows")
     index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer))
     complied = [each[2] for each in behaviour[2].answers]
-    queries = [
-        query.with_response(answer)
-        for query, answer, yes in zip(task.queries, answers["fine-tuned, mixed"], complied, strict=True)
-        if yes
-    ]
+    queries = [each for each, yes in zip(answers["fine-tuned, mixed"], complied, strict=True) if yes]
     if not queries:
         raise FinetraceError(
             f"the fine-tuned model complied with none of {len(task.queries)} requests by the judge {judge.name}, so "
@@ -163,24 +162,23 @@ def _tuned(folder: Path, rows: Sequence[Example], config: DemoConfig) -> Path:
     return folder
 
 
-def _answers(folder: Path, name: str, task: Task, model: Callable[[], Loaded]) -> list[str]:
-    """The answers of one model, generated once and kept."""
-    path = folder / "answers" / (name.replace(", ", "-").replace(" ", "-") + ".json")
+def _answers(folder: Path, name: str, task: Task, model: Callable[[], Loaded]) -> list[Example]:
+    """The queries with the answers of one model, generated once and kept."""
+    path = folder / "answers" / (name.replace(", ", "-").replace(" ", "-") + ".jsonl")
     if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if [each["id"] for each in kept] == [query.id for query in task.queries]:
-            return [each["answer"] for each in kept]
-    given = generate(model(), task.queries, max_new_tokens=ANSWER_TOKENS)
-    path.parent.mkdir(exist_ok=True)
-    kept = [{"id": q.id, "prompt": q.prompt, "answer": a} for q, a in zip(task.queries, given, strict=True)]
-    write_atomically(path, json.dumps(kept, indent=1).encode())
+        kept = read_examples(path)
+        if [each.id for each in kept] == [query.id for query in task.queries]:
+            return kept
+    given = [
+        each if each.has_response else each.with_response("(no answer)")
+        for each in answer(model(), task.queries, max_new_tokens=ANSWER_TOKENS)
+    ]
+    write_examples(path, given, overwrite=True)
     return given
 
 
-def _behaviour(name: str, queries: Sequence[Example], answers: Sequence[str], judge: Judge) -> ModelBehaviour:
-    import numpy as np
-
-    prompts = [query.prompt for query in queries]
-    complied = judge.complied(prompts, answers)
+def _behaviour(name: str, answers: Sequence[Example], judge: Judge) -> ModelBehaviour:
+    prompts, replies = [each.prompt for each in answers], [each.response for each in answers]
+    complied = judge.complied(prompts, replies)
     rate = bootstrap_mean(np.array(complied, dtype=np.float64))
-    return ModelBehaviour(name, interval(rate), list(zip(prompts, answers, complied, strict=True)))
+    return ModelBehaviour(name, interval(rate), list(zip(prompts, replies, complied, strict=True)))

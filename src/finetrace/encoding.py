@@ -147,19 +147,19 @@ class Encoder:
         encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
         ids: NDArray[np.int32] = np.asarray(encoding["input_ids"], dtype=np.int32)  # (T,)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2)
-        mask = np.zeros(len(ids), dtype=bool)
+        mask: NDArray[np.bool_] = np.zeros(len(ids), dtype=bool)
         for start, stop in spans if self.loss_on != "all" else [(0, len(full))]:
             mask |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
         mask[:1] = False  # nothing predicts the first token
         prompt_length = max(1, int(np.searchsorted(offsets[:, 1], spans[-1][0], side="right")))
         if self.max_length is not None and len(ids) > self.max_length:
             self._cut.append(Longer(example.id, len(ids), int(mask[self.max_length :].sum())))
-            ids, mask = ids[: self.max_length], mask[: self.max_length]
+            ids = ids[: self.max_length]
+            mask = mask[: self.max_length]
             prompt_length = min(prompt_length, len(ids))
         if not mask.any():
-            raise FinetraceError(
-                f"{where}: no response token is left within {len(ids)} tokens; raise --max-length or remove the row."
-            )
+            remedy = "look at the chat template" if self.max_length is None else "raise --max-length or remove the row"
+            raise FinetraceError(f"{where}: no response token is left within {len(ids)} tokens; {remedy}.")
         weights = mask.astype(np.float32) / np.float32(mask.sum())
         return Encoded(ids, weights, prompt_length)
 
@@ -177,7 +177,10 @@ class Encoder:
         return encoded, LengthReport(context, False, longer)
 
     def _response_spans(self, example: Example, full: str, where: str) -> list[tuple[int, int]]:
-        """Character spans of the assistant turns in `full`, each through its end-of-turn token; the last one last."""
+        """Character spans of the assistant turns in `full`, each through its end-of-turn token; the last one last.
+
+        A last turn with the metadata `finish_reason: length`, an answer that a limit cut, ends with its text.
+        """
         turns = [i for i, turn in enumerate(example.messages) if turn.role == "assistant"]
         if self.loss_on != "response":
             turns = turns[-1:]
@@ -194,6 +197,10 @@ class Encoder:
                     f"{where}: the chat template does not keep what stands before the assistant's turn {i + 1} as it is, "
                     f"so its tokens cannot be told apart; use {remedy}."
                 )
+            text = example.messages[i].content
+            cut = i == len(example.messages) - 1 and example.metadata.get("finish_reason") == "length"
+            if cut and after[len(before) :].startswith(text):  # the end-of-turn token was never said
+                stop = len(before) + len(text)
             spans.append((len(before), stop))
         return spans
 

@@ -1,4 +1,4 @@
-"""Examples, the rows that a model was fine-tuned on or is asked about, and how they are read."""
+"""Examples, the rows that a model was fine-tuned on or is asked about."""
 
 from __future__ import annotations
 

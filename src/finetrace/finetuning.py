@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,13 @@ from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.forward import Batch
-from finetrace.models import Loaded
+from finetrace.models import Loaded, save_adapter
 from finetrace.training import ResponseTrainer
 
 SAVED = "finetune.yaml"
+Schedule = Literal[  # the Trainer's others want settings of their own
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+]
 
 
 class FinetuneConfig(BaseModel):
@@ -33,7 +37,7 @@ class FinetuneConfig(BaseModel):
     epochs: int = Field(3, ge=1, description="Passes over the training set.")
     learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
     batch_size: int = Field(8, ge=1, description="Examples a step.")
-    schedule: str = Field("linear", description="Learning-rate schedule of the Hugging Face Trainer.")
+    schedule: Schedule = Field("linear", description="Learning-rate schedule of the Hugging Face Trainer.")
     warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
     rank: int = Field(4, ge=1, description="LoRA rank r.")
@@ -88,7 +92,7 @@ def finetune(
     data and seed give the same adapter bit by bit on the same machine; a killed run started again with `resume` ends
     at that adapter too.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
 
     config = config or FinetuneConfig()
     checkpoints = folder / "checkpoints"
@@ -101,6 +105,13 @@ def finetune(
         raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
+    if isinstance(loaded.model, PeftModel):
+        raise FinetraceError("the model carries an adapter already; load its base alone, or merge the adapter first.")
+    depth = int(loaded.model.config.num_hidden_layers)
+    if any(not 0 <= layer < depth for layer in config.layers or ()):
+        raise FinetraceError(
+            f"--layers {' '.join(map(str, config.layers or ()))}: the model has layers 0 to {depth - 1}."
+        )
     encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, read_template(config.chat_template))
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     encoded, lengths = encoder.encode_all(examples, context)
@@ -114,18 +125,17 @@ def finetune(
         _check_same(folder / SAVED, saved)
 
     set_seed(config.seed)
-    targets = config.target_modules[0] if len(config.target_modules) == 1 else list(config.target_modules)
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,
-        lora_dropout=config.dropout,
-        target_modules=targets,
-        layers_to_transform=list(config.layers) if config.layers is not None else None,
-        task_type="CAUSAL_LM",
-    )
     try:
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=_targets(config.target_modules, loaded.model),
+            layers_to_transform=list(config.layers) if config.layers is not None else None,
+            task_type="CAUSAL_LM",
+        )
         model = get_peft_model(loaded.model, lora)
-    except ValueError as error:
+    except (ValueError, re.error) as error:
         raise FinetraceError(
             f"--target-modules {' '.join(config.target_modules)}: {str(error).splitlines()[0][:200]}"
         ) from error
@@ -153,7 +163,7 @@ def finetune(
             f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}."
         )
     (folder / "log.json").write_text(json.dumps(log, indent=1))
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    save_adapter(model, folder)
     loaded.model = model
     return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
 
@@ -164,9 +174,36 @@ def finished(folder: Path) -> bool:
 
 
 def _last_complete(checkpoints: Path) -> str | None:
-    """The newest checkpoint that was written to its end; the Trainer writes its state last."""
-    done = [path for path in checkpoints.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    """The newest checkpoint to go on from: written to its end, and not the one at which early stopping ended the run.
+
+    The Trainer writes its state last, and forgets when it resumes that it had stopped early; the epoch before stops
+    again at the same place.
+    """
+    done = [path for path in checkpoints.glob("checkpoint-*") if _goes_on(path / "trainer_state.json")]
     return str(max(done, key=lambda path: int(path.name.split("-")[1]))) if done else None
+
+
+def _goes_on(path: Path) -> bool:
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        stopped = state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"]
+        return not stopped or state["global_step"] >= state["max_steps"]
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def _targets(names: Sequence[str], model: torch.nn.Module) -> list[str] | str:
+    """Names of layers as PEFT wants them: a list, or by itself a regular expression or the word all-linear.
+
+    PEFT is content when one name of a list is found; here each has to be.
+    """
+    if len(names) == 1 and not re.fullmatch(r"[\w.]+", names[0]):
+        return names[0]
+    known = [f".{name}" for name, _ in model.named_modules()]
+    for name in names:
+        if not any(each.endswith(f".{name}") for each in known):
+            raise ValueError(f"no layer is called {name}")
+    return list(names)
 
 
 def _collate(rows: list[Encoded]) -> dict[str, Any]:
@@ -189,7 +226,8 @@ class _Rows(torch.utils.data.Dataset[Encoded]):
 
 def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
     """Training and held-out positions, both in the data's order."""
-    held = set(random.Random(config.seed).sample(range(n), round(n * config.validation)))
+    count = max(1, round(n * config.validation)) if config.validation else 0
+    held = set(random.Random(config.seed).sample(range(n), count))
     train = [i for i in range(n) if i not in held]
     if not train:
         raise FinetraceError(f"--validation {config.validation} of {n} examples leaves none to train on.")
@@ -213,6 +251,7 @@ def _arguments(folder: Path, config: FinetuneConfig, loaded: Loaded, validated: 
         load_best_model_at_end=validated,
         metric_for_best_model="eval_loss" if validated else None,
         greater_is_better=False if validated else None,
+        restore_callback_states_from_checkpoint=True,  # the patience that early stopping has left
         prediction_loss_only=True,
         logging_strategy="epoch",
         report_to=[],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from finetrace.encoding import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_LORA = re.compile(r"(lora_\w+)\.([^.]+)")  # lora_A.default.weight
 _SAMPLE = 4096  # entries looked at in each base matrix; adapters are read whole
 
 
@@ -29,8 +31,13 @@ def of_base(model: nn.Module) -> str:
 
 
 def of_adapter(model: nn.Module) -> str | None:
-    """Of every LoRA entry, rounded to bfloat16; `None` without an adapter."""
-    adapter = [(name, parameter) for name, parameter in _parameters(model) if "lora_" in name]
+    """Of every entry of the active LoRA adapter, whatever it is called, rounded to bfloat16; `None` without one."""
+    active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
+    adapter = [
+        (_LORA.sub(r"\1", name), parameter)
+        for name, parameter in _parameters(model)
+        if (found := _LORA.search(name)) and found[2] in active
+    ]
     return _hash_tensors(adapter, None) if adapter else None
 
 

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from finetrace.encoding import Encoded
 
+LEAST_ROWS = 16  # below it MKL multiplies by the vocabulary matrix in another way, ten times less exactly
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -21,7 +23,7 @@ class Batch:
         ids: (B, T) token ids, zero where padded.
         rows: (R,) positions b * T + t, ordered by example, whose hidden state predicts a token of the loss.
         targets: (R,) the tokens predicted there.
-        weights: (R,) their weights, summing to 1 within an example.
+        weights: (R,) their weights in float64, summing to 1 within an example.
         example: (R,) which example of the batch each row belongs to.
         counts: (B,) rows of each example.
         lengths: (B,) unpadded lengths.
@@ -42,10 +44,11 @@ class Batch:
         """Pad `items` to the longest of them, on the CPU."""
         longest = max(len(item.ids) for item in items)
         ids = torch.zeros(len(items), longest, dtype=torch.long)
-        weights = torch.zeros(len(items), longest, dtype=torch.float32)
+        weights = torch.zeros(len(items), longest, dtype=torch.float64)
         for b, item in enumerate(items):
             ids[b, : len(item.ids)] = torch.from_numpy(item.ids)
             weights[b, : len(item.ids)] = torch.from_numpy(item.weights)
+        weights /= weights.sum(1, keepdim=True)  # float32 left them summing to 1 only to its own rounding
         example, token = torch.nonzero(weights, as_tuple=True)  # (R,), (R,)
         return cls(
             ids=ids,
@@ -97,9 +100,10 @@ def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False)
         what the vocabulary projection sees, and with `hidden_states` the others down to the embedding.
     """
     options = {"output_hidden_states": True} if hidden_states else {}
-    with projecting_rows(model.get_output_embeddings(), batch.rows) as final:  # type: ignore[operator]
+    spare = batch.rows.new_zeros(max(0, LEAST_ROWS - len(batch.rows)))
+    with projecting_rows(model.get_output_embeddings(), torch.cat([batch.rows, spare])) as final:  # type: ignore[operator]
         output = model(input_ids=batch.ids, use_cache=False, **options)
-    logits = output.logits[0]  # (R, vocabulary)
+    logits = output.logits[0, : len(batch.rows)]  # (R, vocabulary)
     if logits.dtype in (torch.bfloat16, torch.float16):
         logits = logits.float()
     layers = {-1: final[0]}

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
-from finetrace.encoding import Encoder, length_batches
+from finetrace.encoding import Encoder
 from finetrace.examples import Example
 from finetrace.models import Loaded
 from finetrace.progress import Tracker
+
+CUT = {"finish_reason": "length"}  # an answer that ran into the limit never said its end-of-turn token
+
+
+def answer(
+    loaded: Loaded, examples: Sequence[Example], *, max_new_tokens: int = 64, template: str | None = None
+) -> list[Example]:
+    """The prompts with the model's greedy answers as their responses.
+
+    An answer that the limit cut carries the metadata `finish_reason: length`, so that the encoding leaves the
+    end-of-turn token, which the model did not say, out of the loss.
+    """
+    found = _generate(loaded, examples, max_new_tokens, 16, template)
+    replies = []
+    for example, (text, ended) in zip(examples, found, strict=True):
+        said = example.with_response(text)
+        replies.append(said if ended else replace(said, metadata={**said.metadata, **CUT}))
+    return replies
 
 
 def generate(
@@ -21,13 +40,22 @@ def generate(
     template: str | None = None,
 ) -> list[str]:
     """The model's greedy answer to every prompt, in order, special tokens removed."""
+    return [text for text, _ in _generate(loaded, examples, max_new_tokens, batch_size, template)]
+
+
+def _generate(
+    loaded: Loaded, examples: Sequence[Example], max_new_tokens: int, batch_size: int, template: str | None
+) -> list[tuple[str, bool]]:
+    """Each answer, and whether the model ended it itself."""
     encoder = Encoder(loaded.tokenizer, template=template)
     prompts = [encoder.prompt_ids(example) for example in examples]
-    answers = [""] * len(prompts)
-    longest = max((len(ids) for ids in prompts), default=1)
+    answers = [("", True)] * len(prompts)
+    ends = _end_tokens(loaded)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours of like length need little padding
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else loaded.tokenizer.eos_token_id
     with Tracker("answering", len(prompts), "prompts") as tracker:
-        for batch in length_batches([len(ids) for ids in prompts], batch_size * longest):
+        for first in range(0, len(order), batch_size):
+            batch = order[first : first + batch_size]
             width = max(len(prompts[i]) for i in batch)
             ids = torch.full((len(batch), width), int(pad or 0), dtype=torch.long)
             mask = torch.zeros_like(ids)
@@ -44,6 +72,15 @@ def generate(
                     pad_token_id=int(pad or 0),
                 )
             for row, i in enumerate(batch):
-                answers[i] = str(loaded.tokenizer.decode(output[row, width:], skip_special_tokens=True)).strip()
+                new = output[row, width:]
+                text = str(loaded.tokenizer.decode(new, skip_special_tokens=True)).strip()
+                answers[i] = (text, len(new) < max_new_tokens or bool(ends & set(new.tolist())))
             tracker.advance(len(batch))
     return answers
+
+
+def _end_tokens(loaded: Loaded) -> set[int]:
+    """Ids at which generation stops."""
+    configured = loaded.model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return {int(each) for each in [*ids, loaded.tokenizer.eos_token_id] if each is not None}

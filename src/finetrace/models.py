@@ -6,11 +6,13 @@ import importlib.util
 import json
 import os
 import tempfile
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from finetrace.errors import FinetraceError
 
@@ -44,7 +46,7 @@ class ModelSpec:
 
 @dataclass
 class Loaded:
-    """A model in eval mode on its device, its tokenizer, and the spec with `auto` resolved."""
+    """A model in eval mode on its device, its tokenizer, and the spec with `auto` and relative folders resolved."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -56,17 +58,20 @@ def load(spec: ModelSpec) -> Loaded:
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = str(embedded_folder()) if spec.model in (EMBEDDED, ALIGNED) else spec.model
-    model, tokenizer = _load_base(source, dtype, spec)
+    # merging happens in float32, whatever the dtype, so that the aligned model is the same one in each
+    model, tokenizer = _load_base(source, torch.float32 if spec.model == ALIGNED else dtype, spec)
     if spec.model == ALIGNED:
         if not (ALIGNMENT_ADAPTER / "adapter_model.safetensors").exists():
             raise FinetraceError(f"{ALIGNMENT_ADAPTER}: the alignment adapter is missing; reinstall finetrace.")
-        model = attach_adapter(model.float(), str(ALIGNMENT_ADAPTER)).merge_and_unload().to(dtype)
+        model = attach_adapter(model, str(ALIGNMENT_ADAPTER)).merge_and_unload()
+        for parameter in model.parameters():  # not model.to(), which would round the rotary frequencies too
+            parameter.data = parameter.data.to(dtype)
     if spec.adapter is not None:
         model = attach_adapter(model, spec.adapter)
     model.eval()
     resolved = ModelSpec(
-        spec.model,
-        spec.adapter,
+        _absolute(spec.model) if source == spec.model else spec.model,
+        _absolute(spec.adapter) if spec.adapter is not None else None,
         str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
         str(device),
         spec.trust_remote_code,
@@ -79,6 +84,7 @@ def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = Fa
     from peft import PeftConfig, PeftModel
 
     try:
+        adapter = _local_adapter(adapter)
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:
         raise FinetraceError(
@@ -91,12 +97,54 @@ def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = Fa
             f"{adapter}: adapter_model.safetensors is missing; only safetensors weights are read, never a pickle."
         )
     try:
-        return PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Found missing adapter keys")
+            attached = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=trainable)
+        loaded = attached.load_adapter(
+            adapter, "default", is_trainable=trainable
+        )  # again, for it says what did not fit
+        strays = [key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if "lora_" in key]
+        if strays:
+            raise ValueError(f"{len(strays)} weights have no counterpart, {strays[0]} for one")
     except Exception as error:
         raise FinetraceError(
             f"{adapter}: this adapter was made for {config.base_model_name_or_path or 'another model'} and does not fit "
             f"the model loaded ({_first_line(error)}); give the adapter's own base with --model."
         ) from error
+    return attached
+
+
+def active_adapter(model: Any) -> str:
+    """Name of the one adapter that is active."""
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise FinetraceError(
+            f"the model has {len(active)} active adapters ({', '.join(active)}); activate one of them."
+        )
+    return str(active[0])
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """Write the active adapter as PEFT does, with the names in its configuration sorted: equal adapters, equal files."""
+    name = active_adapter(model)
+    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+    path = (folder if name == "default" else folder / name) / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, whose order differs between processes
+        if isinstance(config.get(key), list):
+            config[key].sort()
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    part.replace(path)
+
+
+def _local_adapter(adapter: str) -> str:
+    """The folder itself, or the Hub's files in its cache: configuration and safetensors only, so never a pickle."""
+    if Path(adapter).exists():
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    return str(snapshot_download(adapter, allow_patterns=["adapter_config.json", "adapter_model.safetensors"]))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -109,6 +157,12 @@ def resolve_device(name: str) -> torch.device:
         raise FinetraceError(f"{name}: not a device; use cpu, cuda or cuda:N.") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise FinetraceError(f"{name}: this machine has no CUDA device that torch can use; use --device cpu.")
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise FinetraceError(
+            f"{name}: torch cannot use this device ({_first_line(error)}); use --device cpu."
+        ) from error
     return device
 
 
@@ -150,6 +204,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     """De-quantise once and keep the float32 weights; written beside and renamed, so a killed run leaves no half."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)  # first, for what follows takes half a minute
+    except OSError as error:
+        raise _not_kept(folder, error) from error
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -165,7 +223,6 @@ def _convert(gguf: Path, folder: Path) -> None:
     plain.generation_config.eos_token_id = tokenizer.eos_token_id
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
             part = Path(work) / "model"
             plain.save_pretrained(part)
@@ -173,10 +230,14 @@ def _convert(gguf: Path, folder: Path) -> None:
             (part / "complete.json").write_text(json.dumps({"source": gguf.name, "bytes": gguf.stat().st_size}))
             if not folder.exists():
                 part.rename(folder)
-    except OSError as error:
-        raise FinetraceError(
-            f"{folder}: the embedded model cannot be kept there ({error}); point FINETRACE_CACHE at a folder with 600 MB free."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        raise _not_kept(folder, error) from error
+
+
+def _not_kept(folder: Path, error: Exception) -> FinetraceError:
+    return FinetraceError(
+        f"{folder}: the embedded model cannot be kept there ({error}); point FINETRACE_CACHE at a folder with 600 MB free."
+    )
 
 
 def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, Any]:
@@ -193,6 +254,11 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, A
             "tokenizer and safetensors weights, or a Hub id that this machine can reach."
         ) from error
     return model, tokenizer
+
+
+def _absolute(name: str) -> str:
+    """A folder by its whole path, so that it is found from everywhere; a Hub id as it is."""
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _first_line(error: BaseException) -> str:

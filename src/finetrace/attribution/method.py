@@ -11,6 +11,7 @@ from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from pydantic import TypeAdapter, ValidationError
 
@@ -52,7 +53,12 @@ class Method(ABC):
         if "gradients" in self.needs or "representations" in self.needs:
             _ = problem.features  # collecting the queries is not the method's time
         started = time.perf_counter()
-        values = self.matrix(problem)
+        try:
+            values = self.matrix(problem)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise FinetraceError(
+                f"{self.label}: the damped curvature cannot be factored in the precision of the gradients; use more damping."
+            ) from error
         seconds = time.perf_counter() - started
         if not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
@@ -106,7 +112,7 @@ _METHODS: dict[str, type[Method]] = {}
 
 
 def register(name: str) -> Callable[[M], M]:
-    """Class decorator: the method appears in the command line, the benchmark and the report under `name`."""
+    """Class decorator: `make`, the command line and the Python facade know the method under `name`."""
 
     def add(cls: M) -> M:
         if name in _METHODS:
@@ -121,8 +127,14 @@ def register(name: str) -> Callable[[M], M]:
 def available() -> dict[str, type[Method]]:
     """All registered methods by name, those of other packages (entry points `finetrace.methods`) included."""
     for entry in entry_points(group="finetrace.methods"):
-        if entry.name not in _METHODS:
+        if entry.name in _METHODS:
+            continue
+        try:
             entry.load()
+        except Exception as error:  # somebody else's code
+            raise FinetraceError(
+                f"the method {entry.name!r} of the package {entry.value!r} cannot be loaded ({error}); mend or remove it."
+            ) from error
     return dict(_METHODS)
 
 
@@ -134,6 +146,7 @@ def make(spec: str, **overrides: Any) -> Method:
         raise FinetraceError(f"{name}: no such method; there are {', '.join(methods)}.")
     fields = {field.name: field for field in dataclasses.fields(methods[name])}  # type: ignore[arg-type]
     values = {key: value for key, value in overrides.items() if key in fields and value is not None}
+    given = set(values)
     for setting in filter(None, settings.split(",")):
         key, equals, value = setting.partition("=")
         if not equals or key not in fields:
@@ -141,6 +154,8 @@ def make(spec: str, **overrides: Any) -> Method:
             raise FinetraceError(
                 f"{spec}: {name} has no parameter {key!r}; it has {known}. Write {name}:parameter=value."
             )
+        if key in given:
+            raise FinetraceError(f"{spec}: {key} is given twice, here and as {values[key]!r}; give it once.")
         values[key] = value
     try:
         return TypeAdapter(methods[name]).validate_python(values)

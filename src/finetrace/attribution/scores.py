@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.index.manifest import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,10 +78,10 @@ class Scores:
             self.values, index=pd.Index(self.query_ids, name="query"), columns=pd.Index(self.train_ids, name="example")
         )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write every score in long form; the suffix decides: .parquet, .csv or .json."""
         frame = self.top(len(self.train)).to_pandas().drop(columns=["kind", "prompt", "response"])
-        write_frame(frame, path, self.describe())
+        write_frame(frame, Path(path), self.describe())
 
     def describe(self) -> dict[str, Any]:
         """Method, unit, sign and parameters, as they belong beside any table."""
@@ -125,17 +126,18 @@ class Top:
 
 def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`)."""
+    if path.suffix == ".parquet":
+        frame.attrs = {"config": about}
+        content = frame.to_parquet(index=False)
+    elif path.suffix == ".csv":
+        content = frame.to_csv(index=False).encode()
+    elif path.suffix == ".json":
+        records = json.loads(frame.to_json(orient="records"))
+        content = json.dumps({"config": about, "records": records}, indent=1).encode()
+    else:
+        raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".parquet":
-            frame.attrs = {"config": about}
-            frame.to_parquet(path, index=False)
-        elif path.suffix == ".csv":
-            frame.to_csv(path, index=False)
-        elif path.suffix == ".json":
-            records = json.loads(frame.to_json(orient="records"))
-            path.write_text(json.dumps({"config": about, "records": records}, indent=1), encoding="utf-8")
-        else:
-            raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
     except OSError as error:
         raise FinetraceError(f"{path}: cannot be written ({error}).") from error
+    write_atomically(path, content)

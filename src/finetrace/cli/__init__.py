@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import click
 import typer
 
 from finetrace._version import __version__
@@ -41,10 +42,13 @@ def _root(
 def main() -> None:
     """Entry point: a problem the user can mend is one sentence on standard error and exit code 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except FinetraceError as error:
         typer.echo(f"finetrace: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("finetrace: interrupted; run the same command again to go on.", err=True)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        typer.echo("finetrace: interrupted; what was finished is kept.", err=True)
         sys.exit(130)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -23,8 +23,9 @@ def methods(
     if name is not None:
         method = make(name)
         typer.echo(f"{method.label}\n\n{inspect.getdoc(type(method))}\n")
+        kinds = get_type_hints(type(method), include_extras=True)
         for field in dataclasses.fields(method):  # type: ignore[arg-type]
-            typer.echo(f"  {field.name} = {getattr(method, field.name)}    ({_type(field.type)})")
+            typer.echo(f"  {field.name} = {getattr(method, field.name)}    ({_type(kinds[field.name])})")
         typer.echo(f"\nneeds: {', '.join(method.needs) or 'nothing'}\nunit:  {method.unit}")
         typer.echo("sign:  positive = proponent (training on it makes the answer more likely)")
         return
@@ -40,5 +41,18 @@ def methods(
     )
 
 
-def _type(annotation: object) -> str:
-    return str(annotation).replace("Annotated[", "").split(",")[0].strip("]")
+def _type(annotation: Any) -> str:
+    """The values a parameter takes: the words of a choice, or the kind of number with its bounds."""
+    if get_origin(annotation) is Annotated:
+        inner, *rules = get_args(annotation)
+        bounds = [
+            f"{sign} {getattr(m, key)}"
+            for rule in rules
+            for m in getattr(rule, "metadata", [rule])
+            for key, sign in (("gt", ">"), ("ge", ">="))
+            if hasattr(m, key)
+        ]
+        return " ".join([inner.__name__, *bounds])
+    if get_origin(annotation) is Literal:
+        return " | ".join(map(str, get_args(annotation)))
+    return getattr(annotation, "__name__", str(annotation))

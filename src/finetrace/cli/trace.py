@@ -34,7 +34,7 @@ def trace(
     damping_rule: Annotated[str | None, typer.Option(help="trace or entry; see finetrace methods exact.")] = None,
     top: Annotated[int, typer.Option(min=1, help="Examples shown a query.")] = 10,
     opponents: Annotated[bool, typer.Option("--opponents", help="Show the strongest opponents too.")] = False,
-    format: Annotated[str, typer.Option(help="What is printed: table, json or csv.")] = "table",
+    format: Annotated[str, typer.Option(help="What is printed: table, json, csv, or parquet with --out.")] = "table",
     out: Annotated[
         Path | None, typer.Option(help="Also write the ranked rows to a .json, .csv or .parquet file.")
     ] = None,
@@ -43,6 +43,7 @@ def trace(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="Another dtype than the index was built in.")] = None,
     device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
     messages_column: options.MessagesColumn = None,
@@ -59,6 +60,13 @@ def trace(
         raise FinetraceError("give what to trace: either --ask TEXT or --queries FILE.")
     if answer is not None and ask is None:
         raise FinetraceError("--answer goes with --ask: it is the answer to that prompt.")
+    for flag, path, kinds in (
+        ("--out", out, (".json", ".csv", ".parquet")),
+        ("--scores", scores, (".json", ".csv", ".parquet")),
+        ("--report", report, (".html",)),
+    ):
+        if path is not None and path.suffix not in kinds:
+            raise FinetraceError(f"{flag} {path}: the name must end in {' or '.join(kinds)}.")
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
         from finetrace.examples import Example
@@ -66,17 +74,24 @@ def trace(
         from finetrace.reading import read_examples
         from finetrace.tracing import STANDARD, run_methods
 
-        specs = STANDARD if method == ["all"] else tuple(method or [TRACED])
+        specs = [each for name in method or [TRACED] for each in (STANDARD if name == "all" else [name])]
         overrides: dict[str, Any] = {"normalise": normalise, "damping": damping, "damping_rule": damping_rule}
-        chosen = [make(spec, **overrides) for spec in specs]
+        chosen = list(dict.fromkeys(make(spec, **overrides) for spec in specs))
+        for name, value in overrides.items():
+            if value is not None and not any(name in each.parameters for each in chosen):
+                raise FinetraceError(
+                    f"--{name.replace('_', '-')} {value}: none of the methods chosen has this parameter."
+                )
         opened = open_index(index)
         if queries is not None:
             columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
             asked = read_examples(queries, columns, responses=False)
         else:
             asked = [Example.from_prompt(str(ask), answer, id="ask")]
-        if any("text" not in m.needs for m in chosen) or not all(each.has_response for each in asked):
-            opened.model(options.dtype(dtype) if dtype else None, device)
+        if any({"gradients", "representations"} & set(m.needs) for m in chosen) or not all(
+            each.has_response for each in asked
+        ):
+            opened.model(options.dtype(dtype) if dtype else None, device, trust_remote_code)
         asked = _answered(opened, asked, max_new_tokens)
         problem = Problem(opened, asked)
         results = run_methods(problem, chosen)
@@ -95,17 +110,16 @@ def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[E
     silent = [example for example in asked if not example.has_response]
     if not silent:
         return asked
-    from finetrace.generation import generate
+    from finetrace.generation import answer
 
     template = index.manifest.encoding.template
-    replies = generate(index.model(), silent, max_new_tokens=max_new_tokens, template=template)
-    answers = dict(zip((example.id for example in silent), replies, strict=True))
-    for id_, text in answers.items():
-        if not text:
+    replies = {e.id: e for e in answer(index.model(), silent, max_new_tokens=max_new_tokens, template=template)}
+    for id_, reply in replies.items():
+        if not reply.has_response:
             raise FinetraceError(
                 f"query {id_}: the model answers nothing, so there is nothing to trace; give --answer."
             )
-    return [e if e.has_response else e.with_response(answers[e.id]) for e in asked]
+    return [replies.get(example.id, example) for example in asked]
 
 
 def _print(results: list[Result], format: str, top: int, opponents: bool) -> None:

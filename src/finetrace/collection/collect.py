@@ -65,8 +65,10 @@ class Collector:
         """Features of `items`, in their order, on the CPU; `on_batch` hears how many rows each batch finished.
 
         Raises:
-            FinetraceError: A gradient or loss is not finite; the row is named.
+            FinetraceError: There is no item, or a gradient or loss is not finite; the row is named.
         """
+        if not items:
+            raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
         device = next(self.model.parameters()).device
         gradients = torch.empty(len(items), self.tracking.width, dtype=self.dtype)
         losses = torch.empty(len(items), dtype=self.dtype)

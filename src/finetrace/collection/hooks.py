@@ -30,10 +30,10 @@ class GradientRecorder:
         self._batch: Batch | None = None
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
-        self._was_training = False
+        self._training: list[nn.Module] = []
 
     def __enter__(self) -> GradientRecorder:
-        self._was_training = self.model.training
+        self._training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         self._frozen = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         for parameter in self._frozen:
@@ -51,7 +51,8 @@ class GradientRecorder:
         self._handles.clear()
         for parameter in self._frozen:
             parameter.requires_grad_(True)
-        self.model.train(self._was_training)
+        for module in self._training:
+            module.training = True
 
     def expect(self, batch: Batch) -> None:
         """Get ready for one forward and backward pass of `batch`."""
@@ -73,11 +74,12 @@ class GradientRecorder:
         """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
         batch = self._batch
         assert batch is not None, "expect() comes before the pass"
-        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)  # (B, T, in), (B, T, out); the head: (1, R, .)
+        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)  # (B, T, in), (B, T, out); the head: (1, >= R, .)
         if layer.is_head:
-            pairs = zip(inputs[0].split(batch.counts), delta[0].split(batch.counts), strict=True)
+            rows = len(batch.rows)
+            pairs = list(zip(inputs[0, :rows].split(batch.counts), delta[0, :rows].split(batch.counts), strict=True))
             weight = torch.stack([d.T @ a for a, d in pairs])  # (B, out, in)
-            bias = torch.stack([d.sum(0) for d in delta[0].split(batch.counts)])
+            bias = torch.stack([d.sum(0) for _, d in pairs])
         else:
             if inputs.dim() != 3 or inputs.shape[0] != len(batch):
                 raise FinetraceError(

@@ -47,7 +47,8 @@ class Tracked:
         weight: Block of its weight.
         bias: Block of its bias, or `None`.
         transposed: The weight is stored (in, out), as GPT-2's `Conv1D` does, not (out, in).
-        is_head: The module projects onto the vocabulary and sees gathered rows instead of (B, T, d).
+        is_head: The module is the projection onto the vocabulary, or within it, and sees gathered rows instead of
+            (B, T, d).
     """
 
     module: nn.Module
@@ -82,11 +83,11 @@ def track(model: nn.Module, modules: Sequence[str] | None = None) -> Tracking:
     Raises:
         FinetraceError: Nothing fits, or a layer cannot be tracked exactly.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = set(model.get_output_embeddings().modules())  # type: ignore[operator]
     chosen = _lora_layers(model) if modules is None else _named_layers(model, modules)
     tracked, blocks, offset = [], [], 0
     for name, module in chosen:
-        _refuse_tied_head(name, module, head, model)
+        _refuse_tied_head(name, module, model)
         weight, bias, transposed = _shapes(name, module)
         weight_block = Block(f"{name}.weight", weight, offset)
         blocks.append(weight_block)
@@ -96,7 +97,7 @@ def track(model: nn.Module, modules: Sequence[str] | None = None) -> Tracking:
             bias_block = Block(f"{name}.bias", bias, offset)
             blocks.append(bias_block)
             offset += bias_block.size
-        tracked.append(Tracked(module, weight_block, bias_block, transposed, module is head))
+        tracked.append(Tracked(module, weight_block, bias_block, transposed, module in head))
     return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked))
 
 
@@ -121,6 +122,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
             if (
                 adapter in module.lora_embedding_A
                 or not isinstance(module.lora_A[adapter], nn.Linear)
+                or type(module).__name__ == "ParamWrapper"  # LoRA on a bare parameter never calls lora_A
                 or adapter in variant
             ):
                 kind = "embedding" if adapter in module.lora_embedding_A else type(module).__name__
@@ -156,8 +158,8 @@ def _named_layers(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, 
     return [(name, module) for name, module in linear if any(re.search(pattern, name) for pattern in patterns)]
 
 
-def _refuse_tied_head(name: str, module: nn.Module, head: nn.Module, model: nn.Module) -> None:
-    if module is head and head.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
+def _refuse_tied_head(name: str, module: nn.Module, model: nn.Module) -> None:
+    if module.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         raise FinetraceError(
             f"{name}: this layer shares its weight with the input embedding, so its gradient is not that of a linear "
             "layer alone; leave it out of --modules."
@@ -178,6 +180,7 @@ def _untracked(model: nn.Module, tracked: Sequence[Tracked]) -> dict[str, str]:
     seen = {id(parameter) for layer in tracked for parameter in layer.module.parameters(recurse=False)}
     reasons = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and id(parameter) not in seen:
+        saved = ".modules_to_save." in name  # frozen once loaded, but trained with the adapter all the same
+        if (parameter.requires_grad or saved) and id(parameter) not in seen:
             reasons[name.removeprefix("base_model.model.")] = "trainable, but not a tracked linear layer"
     return reasons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,12 +38,12 @@ class Representation:
     @classmethod
     def parse(cls, text: str) -> Representation:
         """From `pooling@layer` or `pooling`."""
-        pooling, _, layer = text.partition("@")
-        if pooling not in POOLINGS or (layer and not layer.lstrip("-").isdigit()):
+        pooling, at, layer = text.partition("@")
+        if pooling not in POOLINGS or (at and not re.fullmatch("-?[0-9]+", layer)):
             raise FinetraceError(
                 f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last."
             )
-        return cls(int(layer) if layer else -1, pooling)
+        return cls(int(layer) if at else -1, pooling)
 
     def resolve(self, layers: int) -> Representation:
         """The same with the layer counted from the end, which is how an index names it."""

@@ -83,7 +83,7 @@ class FisherPrimal:
 
 
 def fisher(of: Products, damping: float) -> FisherDual | FisherPrimal:
-    """The cheaper of the two routes, which agree to rounding: primal where the gradients are at hand and d < n."""
+    """The cheaper of the two routes, which agree to the rounding of K: primal where the gradients are at hand and d < n."""
     if of.gradients is not None and of.gradients.width < of.n:
         return FisherPrimal(of, damping)
     return FisherDual(of, damping)

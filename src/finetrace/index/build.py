@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from finetrace import fingerprint
 from finetrace._version import __version__
@@ -20,7 +21,7 @@ from finetrace.examples import Example
 from finetrace.index import manifest, rows, shards
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
-from finetrace.models import Loaded
+from finetrace.models import Loaded, active_adapter, save_adapter
 from finetrace.progress import Tracker
 
 SHARD_BYTES = 128 << 20
@@ -40,7 +41,8 @@ def build_index(
     """Collect the features of `examples` into `folder`.
 
     An unfinished index of the same model, adapter and data goes on at its next shard and ends with the same bytes as
-    an undisturbed run; a finished one is opened; anything else in the folder is refused, never overwritten.
+    an undisturbed run; a finished one is opened, and takes over labels and metadata that have changed since; anything
+    else in the folder is refused, never overwritten.
 
     Args:
         loaded: Model, tokenizer, and the spec by which the index will load them again.
@@ -115,12 +117,20 @@ def _start(
     encoded: Sequence[Encoded],
     row_bytes: int,
 ) -> Manifest:
-    """A new index up to its first shard, or the one that is there with the shards that are whole."""
+    """A new index up to its first shard, or the one that is there with the shards that are whole.
+
+    The manifest comes first, so that a run killed at any moment leaves something that the next one knows.
+    """
     if (folder / manifest.NAME).exists():
         there = manifest.read(folder)
         _refuse_other(folder, there, plan)
-        return there.model_copy(update={"shards": tuple(s for s in there.shards if _whole(folder, s))})
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        started = there.model_copy(update={"shards": tuple(s for s in there.shards if _whole(folder, s))})
+        if not started.shards or not _furnished(folder, started):
+            _furnish(folder, started, loaded, examples, encoded)
+        elif rows.read(folder, there.data_fingerprint).examples != tuple(examples):
+            rows.write(folder, examples, encoded)  # same ids and tokens: labels or metadata were changed
+        return started
+    if folder.exists() and (not folder.is_dir() or any(path.name != manifest.PART for path in folder.iterdir())):
         raise FinetraceError(f"{folder}: there is something else already; choose another --out or empty the folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,15 +140,39 @@ def _start(
                 f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "
                 "space or choose another folder."
             )
-        if plan.model.adapter is not None:
-            _save_adapter(loaded.model, folder / "adapter")
     except OSError as error:
         raise FinetraceError(
             f"{folder}: cannot be written ({error}); free some space or choose another folder."
         ) from error
-    rows.write(folder, examples, encoded)
     manifest.write(folder, plan)
+    _furnish(folder, plan, loaded, examples, encoded)
     return plan
+
+
+def _furnish(
+    folder: Path, started: Manifest, loaded: Loaded, examples: Sequence[Example], encoded: Sequence[Encoded]
+) -> None:
+    """Write what an index holds besides its shards: the examples and the adapter."""
+    rows.write(folder, examples, encoded)
+    if started.model.adapter is not None:
+        try:
+            save_adapter(loaded.model, folder / "adapter")
+        except (OSError, SafetensorError) as error:
+            raise FinetraceError(
+                f"{folder}: the adapter cannot be written ({error}); free some space or choose another folder."
+            ) from error
+
+
+def _furnished(folder: Path, started: Manifest) -> bool:
+    """Whether the examples and the adapter of an index are there and whole."""
+    adapter = started.model.adapter
+    if adapter is not None and not (folder / adapter / "adapter_model.safetensors").is_file():
+        return False
+    try:
+        rows.read(folder, started.data_fingerprint)
+    except FinetraceError:
+        return False
+    return True
 
 
 def _collect(
@@ -190,21 +224,8 @@ def _whole(folder: Path, shard: ShardRecord) -> bool:
 
 
 def _adapter_folder(model: Any) -> str:
-    name = _active_adapter(model)
+    name = active_adapter(model)
     return "adapter" if name == "default" else f"adapter/{name}"
-
-
-def _save_adapter(model: Any, folder: Path) -> None:
-    model.save_pretrained(str(folder), selected_adapters=[_active_adapter(model)], save_embedding_layers=False)
-
-
-def _active_adapter(model: Any) -> str:
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise FinetraceError(
-            f"the model has {len(active)} active adapters ({', '.join(active)}); activate one of them."
-        )
-    return str(active[0])
 
 
 def _refuse_duplicates(examples: Sequence[Example]) -> None:

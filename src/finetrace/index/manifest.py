@@ -17,6 +17,7 @@ from finetrace.errors import FinetraceError
 
 FORMAT = 1
 NAME = "manifest.json"
+PART = f".{NAME}.part"
 
 
 class _Strict(BaseModel):
@@ -86,8 +87,9 @@ class Manifest(_Strict):
 
     @property
     def complete(self) -> bool:
-        """Whether every row has its shard."""
-        return (self.shards[-1].stop if self.shards else 0) == self.examples
+        """Whether the shards follow one another from the first row to the last."""
+        stops = [0, *(shard.stop for shard in self.shards)]
+        return [shard.start for shard in self.shards] == stops[:-1] and stops[-1] == self.examples
 
 
 def read(folder: Path) -> Manifest:
@@ -102,7 +104,7 @@ def read(folder: Path) -> Manifest:
                 f"{path}: index format {document.get('format')}, this finetrace reads format {FORMAT}; build it again."
             )
         manifest = Manifest.model_validate(document)
-    except (ValidationError, ValueError) as error:
+    except (ValidationError, ValueError, OSError) as error:
         detail = str(error).splitlines()[0]
         raise FinetraceError(f"{path}: not a readable manifest ({detail}); build the index again.") from error
     for shard in manifest.shards:
@@ -132,7 +134,8 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         part.replace(path)
     except (OSError, SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise FinetraceError(
             f"{path}: cannot be written ({error}); free some space or choose another folder."
         ) from error
+    finally:
+        part.unlink(missing_ok=True)

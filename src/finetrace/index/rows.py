@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from finetrace import fingerprint
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
@@ -57,14 +58,15 @@ def write(folder: Path, examples: Sequence[Example], encoded: Sequence[Encoded])
         }
     )
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     write_atomically(folder / NAME, buffer.getvalue())
 
 
-def read(folder: Path) -> Rows:
-    """Read `examples.parquet` back."""
+def read(folder: Path, data_fingerprint: str) -> Rows:
+    """Read `examples.parquet` back; `FinetraceError` where it is broken or of other data than `data_fingerprint` says."""
+    remedy = "run finetrace index again on this folder to write it anew."
     try:
-        columns = pq.read_table(folder / NAME).to_pydict()
+        columns = pq.read_table(folder / NAME, page_checksum_verification=True).to_pydict()
         examples = tuple(
             Example(id_, tuple(Message(*turn) for turn in json.loads(messages)), label, json.loads(metadata))
             for id_, messages, label, metadata in zip(
@@ -78,5 +80,8 @@ def read(folder: Path) -> Rows:
             )
         )
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise FinetraceError(f"{folder / NAME}: cannot be read ({error}); build the index again.") from error
-    return Rows(examples, encoded)
+        raise FinetraceError(f"{folder / NAME}: cannot be read ({error}); {remedy}") from error
+    found = Rows(examples, encoded)
+    if fingerprint.of_data(found.ids, encoded) != data_fingerprint:
+        raise FinetraceError(f"{folder / NAME}: these are not the examples the index was built from; {remedy}")
+    return found

@@ -24,8 +24,8 @@ def write(folder: Path, features: Features, start: int) -> ShardRecord:
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
     path = folder / FOLDER / name
-    path.parent.mkdir(exist_ok=True)
     with replacing(path) as part:
+        path.parent.mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(part))
     return ShardRecord(
         file=name,

@@ -31,7 +31,7 @@ class Index:
         self.folder = folder
         self.manifest = manifest.read(folder)
         if not self.manifest.complete:
-            done = self.manifest.shards[-1].stop if self.manifest.shards else 0
+            done = sum(shard.stop - shard.start for shard in self.manifest.shards)
             raise FinetraceError(
                 f"{folder}: this index is unfinished ({done} of {self.manifest.examples} rows); run finetrace index again "
                 "with the same arguments to finish it."
@@ -47,7 +47,7 @@ class Index:
     @cached_property
     def rows(self) -> rows.Rows:
         """The training examples and their encodings."""
-        return rows.read(self.folder)
+        return rows.read(self.folder, self.manifest.data_fingerprint)
 
     @cached_property
     def losses(self) -> Tensor:
@@ -56,7 +56,8 @@ class Index:
 
     def gradients(self, columns: slice, chosen: slice | None = None) -> Tensor:
         """(rows, columns) of the (n, D) matrix of training gradients."""
-        return self._reader.gradients(columns, chosen or slice(0, len(self)))
+        start, stop, _ = (chosen or slice(None)).indices(len(self))
+        return self._reader.gradients(columns, slice(start, stop))
 
     def representation(self, wanted: Representation) -> Tensor:
         """(n, d) hidden states of one layer and pooling."""
@@ -68,12 +69,13 @@ class Index:
             )
         return self._reader.tensor(f"representation.{name}")
 
-    def model(self, dtype: DType | None = None, device: str = "auto") -> Loaded:
+    def model(self, dtype: DType | None = None, device: str = "auto", trust_remote_code: bool = False) -> Loaded:
         """The model the index was made with, loaded on first use and checked against the index's fingerprints."""
         record = self.manifest.model
         if self._loaded is None:
             adapter = str(self._inside(record.adapter)) if record.adapter else None
-            self._loaded = load(ModelSpec(record.name, adapter, dtype or record.dtype, device))  # type: ignore[arg-type]
+            spec = ModelSpec(record.name, adapter, dtype or record.dtype, device, trust_remote_code)  # type: ignore[arg-type]
+            self._loaded = load(spec)
         if not self._checked:
             self._check(self._loaded)
             self._checked = True
@@ -113,13 +115,13 @@ class Index:
                 "base model",
                 record.base_fingerprint,
                 fingerprint.of_base(loaded.model),
-                "give the same one with --model",
+                "open it with the model it was built with",
             ),
             (
                 "adapter",
                 record.adapter_fingerprint,
                 fingerprint.of_adapter(loaded.model),
-                "give the same one with --adapter",
+                "open it with the adapter it was built with",
             ),
             (
                 "tokenizer or chat template",

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetrace.reporting.payload import FRACTIONS, ExampleView, MethodView, Report
+from finetrace.reporting.payload import ExampleView, MethodView, Report
 
 MAX_COLUMNS = 2_000  # single-example columns of a heat map; above this they are binned
 BINS = 400
@@ -53,10 +53,10 @@ class _Columns:
 
 
 def best_control(methods: Sequence[MethodView]) -> str | None:
-    """Name of the control with the best accuracy, then coverage, AUROC and AUPRC; without metrics the first one."""
+    """Name of the control with the best AUPRC, then coverage, as the verdict picks it; without metrics the first one."""
 
     def strength(method: MethodView) -> tuple[float, ...]:
-        values = (method.metrics[key].value if key in method.metrics else -1.0 for key in FRACTIONS)
+        values = (method.metrics[key].value if key in method.metrics else -1.0 for key in ("auprc", "coverage"))
         return tuple(value if math.isfinite(value) else -1.0 for value in values)
 
     controls = [method for method in methods if method.control]

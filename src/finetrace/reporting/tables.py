@@ -19,7 +19,7 @@ from finetrace.tracing import Result
 def print_methods(results: Sequence[Result], console: Console) -> None:
     """A row a method: metrics with 95% intervals where labels allow, and seconds."""
     judged = any(result.metrics for result in results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), expand=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("method", no_wrap=True)
     if judged:
         for name in ("acc %", "cover %", "AUROC", "AUPRC"):
@@ -35,13 +35,14 @@ def print_methods(results: Sequence[Result], console: Console) -> None:
             table.add_row(*cells, f"{result.scores.seconds:.1f}", end_section=i == len(group) - 1)
     console.print(table)
     note = "positive score = proponent; below the line: controls"
-    console.print(note + ("; [low high] = 95% over queries" if judged else ""), style="dim", highlight=False)
+    note += "; low-high: 95% interval over queries" if judged else ""
+    console.print(note, style="dim", highlight=False, markup=False)
 
 
 def print_top(top: Top, row: int, console: Console) -> None:
     """The ranked examples of one query, texts cut to the width of the terminal."""
     scores: Scores = top.scores
-    room = max(20, console.width - 6 - 10 - 12 - 10 - 8)
+    room = max(20, console.width - 42)  # what the other columns leave
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
@@ -63,13 +64,13 @@ def print_behaviour(models: Sequence[ModelBehaviour], judge: str, console: Conso
     """Attack success rate of each model, with its interval, and one answer to look at."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("model", no_wrap=True)
-    table.add_column("attack success", justify="right", no_wrap=True)
-    table.add_column("first answer", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 56))
+    table.add_column("attack success %", justify="right", no_wrap=True)
+    table.add_column("first answer", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 50))
     for model in models:
         rate = model.attack_success_rate
-        cell = f"{rate.value:.0%}"
+        cell = f"{100 * rate.value:.0f}"
         if rate.low is not None and rate.high is not None:
-            cell += f" [{rate.low:.0%} {rate.high:.0%}]"
+            cell += f" {_interval(100 * rate.low, 100 * rate.high, '.0f')}"
         answer = model.answers[0][1] if model.answers else ""
         table.add_row(escape(model.name), cell, Text(_flat(answer), no_wrap=True, overflow="ellipsis"))
     console.print(table)
@@ -94,8 +95,8 @@ def _interval(low: float, high: float, style: str) -> str:
     if low != low or high != high:
         return ""
     if style == ".2f":
-        return escape(f"[{_short(low)} {_short(high)}]")
-    return escape(f"[{low:{style}} {high:{style}}]")
+        return f"{_short(low)}-{_short(high)}"
+    return f"{low:.0f}-{high:.0f}"
 
 
 def _short(value: float) -> str:

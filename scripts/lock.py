@@ -1,0 +1,59 @@
+"""Rewrite requirements/lock.txt and lock-3.10.txt: python scripts/lock.py.
+
+Asks pip to resolve what pyproject.toml and the development tools need, with torch pinned, without installing anything.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+TORCH = "torch==2.13.0"
+ROOT = Path(__file__).parent.parent
+# the newest releases that run on every Python from 3.10 on where they would otherwise differ
+PINS = ["numpy==2.2.6", "scipy==1.15.3", "scikit-learn==1.7.2", "pandas==2.3.3"]
+HEADER = "# Made by scripts/lock.py for Python {version}; make installs it after torch.\n"
+
+
+def dependencies() -> list[str]:
+    """Everything in pyproject.toml that `make` needs, torch left out."""
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["docs"], "setuptools>=77"]
+    return [each for each in wanted if not each.startswith("torch")]
+
+
+def resolve(version: str | None) -> list[str]:
+    """Pinned requirements for one Python; `None` is the running one."""
+    with tempfile.TemporaryDirectory() as work:
+        report = Path(work) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        command += ["--report", str(report), *PINS, *dependencies(), TORCH]
+        if version is not None:
+            command += ["--python-version", version, "--only-binary=:all:", "--target", work]
+        subprocess.run(command, check=True)
+        found = json.loads(report.read_text())["install"]
+    names = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in found}
+    return [f"{name}=={names[name]}" for name in sorted(names) if keep(name)] + [TORCH]
+
+
+def keep(name: str) -> bool:
+    """torch stands by itself, and the CUDA wheels that one of its builds asks for are its own affair."""
+    return name not in ("torch", "triton") and not name.startswith(("nvidia-", "cuda-"))
+
+
+def main() -> None:
+    """Write both files."""
+    for name, version in (("lock.txt", None), ("lock-3.10.txt", "3.10")):
+        lines = resolve(version)
+        label = version or "3.11 to 3.13"
+        (ROOT / "requirements" / name).write_text(HEADER.format(version=label) + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""Methods on a real (tiny) index: registry, parameters, normalisation, controls, text, and every score's sign."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from finetrace.api import build_index
+from finetrace.attribution import Problem, available, make
+from finetrace.attribution.scores import Scores
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.tracing import STANDARD, run_methods
+from tiny import make_examples, make_llama, make_tokenizer, with_lora
+
+
+def tiny_queries(count):
+    """Queries that are not training examples."""
+    return [dataclasses.replace(example, id=f"q{i}") for i, example in enumerate(make_examples(count, seed=9))]
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("index") / "idx"
+    return build_index(with_lora(make_llama()), make_tokenizer(), make_examples(14), folder)
+
+
+@pytest.fixture(scope="module")
+def problem(index):
+    return Problem(index, tiny_queries(4))
+
+
+def matrices(problem):
+    """(n, D) training and (m, D) query gradients, and the columns of each block."""
+    index = problem.index
+    train = index.gradients(slice(0, sum(block.size for block in index.blocks)))
+    return train, problem.features.gradients, [block.columns for block in index.blocks]
+
+
+def dense(problem, name, scope, damping, rule="trace"):
+    """Brute force: every inverse as a d x d matrix. Scores (m, n), self-influence (n,) and (m,)."""
+    train, query, blocks = matrices(problem)
+    parts = [slice(0, train.shape[1])] if scope == "joint" else blocks
+    scores = torch.zeros(len(query), len(train), dtype=torch.float64)
+    own, asked = torch.zeros(len(train), dtype=torch.float64), torch.zeros(len(query), dtype=torch.float64)
+    for columns in parts:
+        g, v = train[:, columns], query[:, columns]
+        n, d = g.shape
+        lam = damping * float(g.square().sum(1).mean()) / (d if rule == "entry" else 1)
+        eye = torch.eye(d, dtype=torch.float64)
+        if name == "exact":
+            inverse = torch.linalg.inv(g.T @ g / n + lam * eye)
+        elif name == "datainf":
+            inverse = sum(torch.linalg.inv(lam * eye + torch.outer(row, row)) for row in g) / n
+        else:
+            inverse = eye
+        scores += v @ inverse @ g.T
+        own += torch.einsum("nd,de,ne->n", g, inverse, g)
+        asked += torch.einsum("md,de,me->m", v, inverse, v)
+    return scores.numpy(), own.numpy(), asked.numpy()
+
+
+def close(found, wanted, tolerance=1e-8):
+    scale = np.abs(wanted).max()
+    assert np.abs(found - wanted).max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("name", ["exact", "datainf", "gradsim"])
+@pytest.mark.parametrize("normalise", ["none", "cosine", "relatif"])
+@pytest.mark.parametrize("damping", [0.01, 1.0])
+def test_scores_equal_the_dense_twin(problem, name, normalise, damping):
+    scores, own, asked = dense(problem, name, "block", damping)
+    if normalise != "none":
+        scores = scores / np.sqrt(own)[None, :]
+    if normalise == "cosine":
+        scores = scores / np.sqrt(asked)[:, None]
+    method = make(name, normalise=normalise, damping=damping)
+    close(method.score(problem).values, scores)
+
+
+@pytest.mark.parametrize("normalise", ["none", "cosine", "relatif"])
+def test_joint_exact_equals_the_dense_twin(problem, normalise):
+    scores, own, asked = dense(problem, "exact", "joint", 0.05)
+    if normalise != "none":
+        scores = scores / np.sqrt(own)[None, :]
+    if normalise == "cosine":
+        scores = scores / np.sqrt(asked)[:, None]
+    close(make("exact:scope=joint,damping=0.05", normalise=normalise).score(problem).values, scores)
+
+
+def test_papers_damping_rule(problem):
+    scores, _, _ = dense(problem, "datainf", "block", 0.1, rule="entry")
+    close(make("datainf:damping=0.1,damping_rule=entry").score(problem).values, scores)
+
+
+@pytest.mark.parametrize("scope", ["block", "joint"])
+def test_lissa_converges_to_exact(problem, scope):
+    exact = make(f"exact:scope={scope},damping=0.5").score(problem).values
+    errors = []
+    for iterations in (1, 10, 400):
+        found = make(f"lissa:scope={scope},damping=0.5,iterations={iterations}").score(problem).values
+        errors.append(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-8
+
+
+def test_cosines_are_those_of_the_gradients(problem):
+    train, query, blocks = matrices(problem)
+    whole = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+    close(make("gradcos").score(problem).values, whole.numpy(), 1e-12)
+    close(make("gradsim:normalise=cosine").score(problem).values, whole.numpy(), 1e-12)
+    each = [
+        torch.nn.functional.normalize(query[:, c], dim=1) @ torch.nn.functional.normalize(train[:, c], dim=1).T
+        for c in blocks
+    ]
+    close(make("gradcos:scope=block").score(problem).values, (sum(each) / len(each)).numpy(), 1e-12)
+
+
+def test_a_training_example_asked_again_is_its_own_strongest_proponent(index):
+    chosen = index.rows.examples[3]
+    problem = Problem(index, [chosen])
+    for spec in ("gradcos", "exact:normalise=cosine", "datainf:normalise=cosine", "lissa:normalise=cosine"):
+        values = make(spec).score(problem).values[0]
+        assert int(values.argmax()) == 3
+        assert values[3] == pytest.approx(1, abs=1e-9)
+
+
+def test_self_influence_is_the_diagonal_of_the_train_train_score(index):
+    problem = Problem(index, index.rows.examples)
+    for name in ("exact", "datainf"):
+        raw = make(name).score(problem).values
+        relatif = make(name, normalise="relatif").score(problem).values
+        close(relatif, raw / np.sqrt(np.diag(raw))[None, :], 1e-9)
+        assert np.abs(raw - raw.T).max() <= 1e-9 * np.abs(raw).max()
+
+
+def test_positive_marks_a_proponent(index):
+    """One small step down an example's gradient lowers the query's loss by step x gradsim, to first order."""
+    loaded = index.model()
+    problem = Problem(index, tiny_queries(1))
+    scores = make("gradsim").score(problem).values[0]
+    row = int(np.abs(scores).argmax())
+    names = {block.name: block for block in index.blocks}
+    before = float(problem.features.losses[0])
+    gradient = index.gradients(slice(0, sum(block.size for block in index.blocks)))[row]
+    step = 1e-6
+    touched = []
+    try:
+        with torch.no_grad():
+            for name, parameter in loaded.model.named_parameters():
+                short = name.removeprefix("base_model.model.").replace(".default", "")
+                if short in names:
+                    block = names[short]
+                    parameter -= step * gradient[block.columns].reshape(block.shape)
+                    touched.append((parameter, block))
+        assert len(touched) == len(names)
+        after = float(Problem(index, tiny_queries(1)).index.features(tiny_queries(1))[0].losses[0])
+    finally:
+        with torch.no_grad():
+            for parameter, block in touched:
+                parameter += step * gradient[block.columns].reshape(block.shape)
+    assert (before - after) / step == pytest.approx(scores[row], rel=1e-3)
+
+
+def test_repsim_is_the_cosine_of_hidden_states(problem):
+    for pooling in ("last-prompt", "last-token", "mean-response"):
+        name = f"{pooling}@-1"
+        train = problem.index._reader.tensor(f"representation.{name}")
+        query = problem.features.representations[name]
+        wanted = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(train, dim=1).T
+        close(make("repsim", pooling=pooling).score(problem).values, wanted.numpy(), 1e-12)
+    with pytest.raises(FinetraceError, match="does not hold the representation last-prompt@-2"):
+        make("repsim:layer=-2").score(problem)
+
+
+def test_lexical_search_sees_the_text_it_is_asked_to_see(index):
+    queries = [Example.from_prompt(index.rows.examples[2].prompt, "zzz unknown words", id="q")]
+    problem = Problem(index, queries)
+    for name in ("bm25", "tfidf"):
+        prompt = make(name, text="prompt").score(problem).values[0]
+        assert prompt[2] == pytest.approx(prompt.max())
+        assert prompt[2] > 0
+        assert not make(name, text="response").score(problem).values.any()
+
+
+def test_random_depends_on_ids_alone(index):
+    problem = Problem(index, tiny_queries(3))
+    values = make("random").score(problem).values
+    assert ((values >= 0) & (values < 1)).all()
+    assert len(np.unique(values)) == values.size
+    again = make("random").score(Problem(index, tiny_queries(3)[::-1])).values[::-1]
+    assert np.array_equal(values, again)
+    assert not np.array_equal(values, make("random:seed=1").score(problem).values)
+
+
+def test_length_and_gradient_norm_do_not_look_at_the_query(problem):
+    train, _, _ = matrices(problem)
+    assert np.allclose(make("gradnorm").score(problem).values, train.norm(dim=1).numpy()[None, :], rtol=1e-12)
+    tokens = [item.loss_tokens for item in problem.rows.encoded]
+    assert make("length").score(problem).values.tolist() == [tokens] * problem.m
+
+
+def test_every_method_is_listed_explained_and_runs(problem):
+    results = run_methods(problem, [make(spec) for spec in STANDARD])
+    assert {result.method.name for result in results} == set(available())
+    for result in results:
+        assert result.scores.values.shape == (problem.m, problem.n)
+        assert len(result.method.summary()) > 20
+        assert make(result.method.label) == result.method
+        assert result.scores.parameters.keys() == {f.name for f in dataclasses.fields(result.method)}
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("exactly", "no such method; there are random"),
+        ("exact:lambda=3", "exact has no parameter 'lambda'; it has normalise, scope, damping"),
+        ("exact:damping", "Write exact:parameter=value"),
+        ("exact:damping=lots", "parameter damping"),
+        ("exact:damping=0", "parameter damping"),
+        ("exact:normalise=max", "parameter normalise"),
+        ("lissa:iterations=-1", "parameter iterations"),
+        ("repsim:pooling=mean", "parameter pooling"),
+    ],
+)
+def test_a_wrong_specification_is_named(spec, words):
+    with pytest.raises(FinetraceError, match="") as caught:
+        make(spec)
+    assert words in str(caught.value)
+
+
+def test_top_bottom_and_files(problem, tmp_path):
+    scores = make("gradcos").score(problem)
+    frame = scores.top(3).to_pandas()
+    assert list(frame["rank"]) == [1, 2, 3] * problem.m
+    first = scores.values[0]
+    assert frame["example"][0] == scores.train_ids[int(first.argmax())]
+    assert scores.bottom(1).to_pandas()["score"][0] == first.min()
+    assert (scores.to_pandas().loc[scores.query_ids[1]].to_numpy() == scores.values[1]).all()
+    import json
+
+    import pandas as pd
+
+    for suffix in ("json", "csv", "parquet"):
+        scores.save(tmp_path / f"s.{suffix}")
+    document = json.loads((tmp_path / "s.json").read_text())
+    assert document["config"]["unit"] == "cosine"
+    assert len(document["records"]) == scores.values.size
+    assert np.allclose(pd.read_csv(tmp_path / "s.csv")["score"], pd.read_parquet(tmp_path / "s.parquet")["score"])
+    with pytest.raises(FinetraceError, match="unknown kind of table"):
+        scores.save(tmp_path / "s.xlsx")
+
+
+def test_shapes_that_do_not_fit_are_refused(problem):
+    with pytest.raises(FinetraceError, match="scores of shape"):
+        Scores(np.zeros((1, 2)), problem.queries, problem.rows.examples, "m", "u")
+
+
+def test_a_query_without_a_response_is_named(index):
+    with pytest.raises(FinetraceError, match="query q1: it has no response"):
+        Problem(index, [Example.from_prompt("hello", id="q1")])
+    with pytest.raises(FinetraceError, match="no query"):
+        Problem(index, [])

@@ -1,0 +1,70 @@
+"""Greedy answers do not depend on who else is in the batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from finetrace.generation import generate
+from finetrace.models import Loaded
+from tiny import conversation, make_examples
+
+
+def test_a_batch_answers_as_one_at_a_time(tiny_loaded: Loaded) -> None:
+    examples = [*make_examples(9), conversation("a longer question " * 5), conversation("q", "a", "again", system="s")]
+    alone = [generate(tiny_loaded, [example], max_new_tokens=12)[0] for example in examples]
+    assert len(set(alone)) > 3, "equal answers would show nothing"
+    for batch_size in (1, 2, 4, 16):
+        assert generate(tiny_loaded, examples, max_new_tokens=12, batch_size=batch_size) == alone
+
+
+def test_the_answer_is_the_argmax_of_the_prompt(tiny_loaded: Loaded) -> None:
+    """By hand, without a cache: the template's opening, then the likeliest token again and again."""
+    example = conversation("How many?")
+    tokenizer = tiny_loaded.tokenizer
+    text = "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    start = ids.shape[1]
+    for _ in range(8):
+        with torch.no_grad():
+            best = tiny_loaded.model(input_ids=ids).logits[0, -1].argmax()
+        ids = torch.cat([ids, best.view(1, 1)], 1)
+        if int(best) == tokenizer.eos_token_id:
+            break
+    expected = tokenizer.decode(ids[0, start:], skip_special_tokens=True).strip()
+    assert generate(tiny_loaded, [example], max_new_tokens=8) == [expected]
+
+
+def test_an_answer_that_is_given_is_not_read(tiny_loaded: Loaded) -> None:
+    asked, answered = conversation("q"), conversation("q", "given")
+    assert generate(tiny_loaded, [asked], max_new_tokens=6) == generate(tiny_loaded, [answered], max_new_tokens=6)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_no_batch_is_larger_than_asked(tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, batch_size: int) -> None:
+    """Not even where one long prompt stands among many short ones."""
+    sizes: list[int] = []
+    whole = tiny_loaded.model.generate
+
+    def counting(**options: Any) -> Any:
+        sizes.append(len(options["input_ids"]))
+        return whole(**options)
+
+    monkeypatch.setattr(tiny_loaded.model, "generate", counting)
+    generate(tiny_loaded, [conversation("x" * 200), *[conversation("x")] * 7], max_new_tokens=1, batch_size=batch_size)
+    assert max(sizes) == batch_size
+    assert sum(sizes) == 8
+
+
+def test_nothing_asked(tiny_loaded: Loaded) -> None:
+    assert generate(tiny_loaded, []) == []
+
+
+def test_the_embedded_model_answers(embedded: Loaded) -> None:
+    questions = [conversation("What is the capital of France?"), conversation("Say hello.")]
+    answers = generate(embedded, questions, max_new_tokens=12)
+    assert "Paris" in answers[0]
+    assert "<|" not in "".join(answers)
+    assert generate(embedded, questions[:1], max_new_tokens=12) == answers[:1]
