@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,16 @@ def test_all_is_every_token_but_the_first(either: Any) -> None:
     assert item.weights[0] == 0
     assert item.loss_tokens == len(item.ids) - 1
     assert item.prompt_length == Encoder(either).encode(example).prompt_length
+
+
+def test_an_answer_that_a_limit_cut_has_no_end_of_turn(either: Any) -> None:
+    whole = conversation("a", "one", "b", "two")
+    cut = replace(whole, metadata={"finish_reason": "length"})
+    item = Encoder(either).encode(cut)
+    assert [either.decode(item.ids[start:stop].tolist()) for start, stop in runs(item)] == ["one<|im_end|>", "two"]
+    assert item.ids.tolist() == Encoder(either).encode(whole).ids.tolist()
+    stopped = replace(whole, metadata={"finish_reason": "stop"})
+    assert Encoder(either).encode(stopped).loss_tokens == item.loss_tokens + 1
 
 
 def test_equal_turns_are_told_apart_by_place(tokenizer: Any) -> None:
@@ -258,16 +269,16 @@ def test_templates_from_a_file(tmp_path: Path) -> None:
     [(), (("user", "a"),), (("user", "a"), ("assistant", "  \n"))],
 )
 def test_without_a_response_there_is_nothing_to_encode(tokenizer: Any, messages: Any) -> None:
-    with pytest.raises(FinetraceError, match="example e: .*give it a response or remove it"):
+    with pytest.raises(FinetraceError, match=r"example e: .*give it a response or remove it"):
         Encoder(tokenizer).encode(Example("e", tuple(Message(*turn) for turn in messages)))
 
 
 def test_an_answer_to_nothing_is_refused_in_words(tokenizer: Any) -> None:
     """A conversation that opens with the assistant has no prompt to answer."""
     example = Example("alone", (Message("assistant", "hello"),))
-    with pytest.raises(FinetraceError, match="example alone: .*before"):
+    with pytest.raises(FinetraceError, match=r"example alone: .*before"):
         Encoder(tokenizer).encode(example)
-    with pytest.raises(FinetraceError, match="example alone: .*before"):
+    with pytest.raises(FinetraceError, match=r"example alone: .*before"):
         Encoder(tokenizer).prompt_ids(example)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetrace.generation import generate
+from finetrace.generation import answer, generate
 from finetrace.models import Loaded
 from tiny import conversation, make_examples
 
@@ -56,6 +56,17 @@ def test_no_batch_is_larger_than_asked(tiny_loaded: Loaded, monkeypatch: pytest.
     generate(tiny_loaded, [conversation("x" * 200), *[conversation("x")] * 7], max_new_tokens=1, batch_size=batch_size)
     assert max(sizes) == batch_size
     assert sum(sizes) == 8
+
+
+def test_an_answer_that_the_limit_cut_says_so(embedded: Loaded) -> None:
+    question = conversation("What is the capital of France? One word.")
+    whole, cut = (answer(embedded, [question], max_new_tokens=n)[0] for n in (40, 2))
+    assert cut.metadata == {"finish_reason": "length"}
+    assert whole.metadata == {}
+    assert whole.response.startswith(cut.response)
+    assert whole.id == cut.id == question.id
+    mixed = answer(embedded, [question, conversation("Write a long poem.")], max_new_tokens=12)
+    assert [reply.metadata.get("finish_reason") for reply in mixed] == [None, "length"]
 
 
 def test_nothing_asked(tiny_loaded: Loaded) -> None:

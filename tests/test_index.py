@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -200,9 +201,10 @@ def test_interrupted_and_resumed(
         calls.append(1)
         return collect(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopping)
-        build(tiny_loaded, folder)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_loaded, folder)
     with pytest.raises(
         FinetraceError, match=rf"unfinished \({after * PER_SHARD} of {ROWS} rows\); run finetrace index again"
     ):
@@ -261,6 +263,13 @@ from test_index import build, load, ModelSpec, Path
 build(load(ModelSpec({base!r}, {adapter!r}, dtype="float64", device="cpu")), Path({folder!r}), rows_per_shard={per_shard})
 """
 
+SLOWLY = """
+import time
+from finetrace.index import build as module
+write = module.shards.write
+module.shards.write = lambda *all: (time.sleep(0.1), write(*all))[1]
+"""
+
 
 def test_killed_for_real(base_folder: Path, adapter_folder: Path, tiny_loaded: Loaded, tmp_path: Path) -> None:
     """kill -9 in the middle, another process (another hash seed) goes on, and the bytes are those of one go."""
@@ -272,11 +281,7 @@ def test_killed_for_real(base_folder: Path, adapter_folder: Path, tiny_loaded: L
         folder=str(folder),
         per_shard=1,
     )
-    slowed = script.replace(
-        "build(",
-        "import time, finetrace.index.build as b; w = b.shards.write\nb.shards.write = lambda *a: (time.sleep(0.1), w(*a))[1]\nbuild(",
-        1,
-    )
+    slowed = script.replace("build(", SLOWLY + "build(", 1)
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     process = subprocess.Popen([sys.executable, "-c", slowed], env=environment)
     deadline = time.monotonic() + 120
@@ -326,9 +331,10 @@ def test_a_gap_in_the_middle_is_never_a_whole_index(
         calls.append(1)
         return collect(self, *args)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopping)
-        build(tiny_loaded, copied)
+        with pytest.raises(KeyboardInterrupt):
+            build(tiny_loaded, copied)
     with pytest.raises(FinetraceError, match=rf"unfinished \({ROWS - PER_SHARD} of {ROWS} rows\)"):
         open_index(copied)
     build(tiny_loaded, copied)
@@ -419,7 +425,7 @@ def test_queries_that_cannot_be_asked(built: Path) -> None:
     index = open_index(built)
     with pytest.raises(FinetraceError, match="no example"):
         index.features([])
-    with pytest.raises(FinetraceError, match="example q: .*not an assistant's answer"):
+    with pytest.raises(FinetraceError, match=r"example q: .*not an assistant's answer"):
         index.features([Example.from_prompt("q", id="q")])
 
 
@@ -511,6 +517,15 @@ def test_no_index(tmp_path: Path) -> None:
             open_index(folder)
 
 
+def test_labels_may_change(tiny_loaded: Loaded, built: Path, copied: Path) -> None:
+    """They decide no gradient: the examples are written anew and the shards stay."""
+    examples = [replace(example, label="new", metadata={"k": 1}) for example in make_examples(ROWS)]
+    assert build(tiny_loaded, copied, examples).rows.examples == tuple(examples)
+    assert {n: c for n, c in files(copied).items() if "examples" not in n} == {
+        n: c for n, c in files(built).items() if "examples" not in n
+    }
+
+
 @pytest.mark.parametrize("how", ["missing", "flipped", "cut"])
 def test_a_damaged_shard_is_named(copied: Path, how: str) -> None:
     damage(copied / "shards" / "000000008.safetensors", how)
@@ -541,6 +556,20 @@ def test_damaged_examples_are_noticed_and_mended(tiny_loaded: Loaded, built: Pat
         assert files(copied) == files(built)
     else:
         assert same  # a bit that carries nothing
+
+
+@pytest.mark.parametrize("column", ["id", "label", "response", "messages", "metadata", "input_ids.list.element"])
+def test_a_bit_flipped_in_a_column_is_noticed(copied: Path, column: str) -> None:
+    """Text and labels decide no gradient, so no fingerprint knows them: the page's own checksum does."""
+    path = copied / "examples.parquet"
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = [group.column(i) for i in range(group.num_columns)]
+    chunk = next(chunk for chunk in chunks if chunk.path_in_schema == column)
+    content = bytearray(path.read_bytes())
+    content[(chunk.dictionary_page_offset or chunk.data_page_offset) + chunk.total_compressed_size - 2] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(FinetraceError, match=r"examples.parquet: cannot be read \(.*\); run finetrace index again"):
+        _ = open_index(copied).rows
 
 
 def test_examples_of_another_index_are_noticed(tiny_loaded: Loaded, copied: Path, tmp_path: Path) -> None:

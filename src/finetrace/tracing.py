@@ -32,7 +32,6 @@ STANDARD = (
     "datainf",
     "datainf:normalise=cosine",
     "lissa",
-    "lissa:normalise=cosine",
     "exact",
     "exact:normalise=cosine",
     "exact:normalise=relatif",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -23,6 +24,7 @@ Positive = Annotated[float, Field(gt=0)]
 # Of the empirical Fisher's trace. A rank-n Fisher has eigenvalues of the order of trace / n, so this damps the directions
 # that a training set of a hundred rows or more barely determines; the papers' 0.1 / d of the trace damps next to none.
 DEFAULT_DAMPING = 0.01
+PARTS = ("products", "train_self", "query_self")  # of an InverseCurvature, in the order normalisations need them
 
 
 class GradientMethod(Method):
@@ -39,25 +41,35 @@ class GradientMethod(Method):
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """P of one block of `width` entries."""
 
-    def parts(self, problem: Problem) -> list[InverseCurvature]:
-        """The inverse curvature of every block."""
-        return [self.inverse(products, block.size) for block, products in problem.products()]
+    def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
+        """The inverse curvature of every block, one at a time."""
+        for block, products in problem.products():
+            yield self.inverse(products, block.size)
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) S, normalised."""
-        values = torch.zeros(problem.m, problem.n, dtype=torch.float64)
-        train, query = torch.zeros(problem.n, dtype=torch.float64), torch.zeros(problem.m, dtype=torch.float64)
-        for part in self.parts(problem):
-            values += part.products()
-            if self.normalise != "none":
-                train += part.train_self()
-            if self.normalise == "cosine":
-                query += part.query_self()
+        wanted = {"none": PARTS[:1], "relatif": PARTS[:2], "cosine": PARTS}[self.normalise]
+        sums = self._sums(problem, wanted)
+        values = sums["products"]
         if self.normalise != "none":
-            values = _divide(values, train.clamp_min(0).sqrt()[None, :])
+            values = _divide(values, sums["train_self"].clamp_min(0).sqrt()[None, :])
         if self.normalise == "cosine":
-            values = _divide(values, query.clamp_min(0).sqrt()[:, None]).clamp(-1, 1)
-        return values.numpy()
+            values = _divide(values, sums["query_self"].clamp_min(0).sqrt()[:, None]).clamp(-1, 1)
+        return values.numpy().copy()
+
+    def _sums(self, problem: Problem, wanted: Sequence[str]) -> dict[str, Tensor]:
+        """Sums over blocks of an inverse's `products`, `train_self`, `query_self`; other normalisations find them kept."""
+        curvature = {key: value for key, value in self.parameters.items() if key != "normalise"}
+        kept = problem.sums.setdefault(f"{self.name} {curvature}", {})
+        missing = [name for name in wanted if name not in kept]
+        if missing:
+            shapes = {"products": (problem.m, problem.n), "train_self": (problem.n,), "query_self": (problem.m,)}
+            totals = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in missing}
+            for part in self.parts(problem):
+                for name in missing:
+                    totals[name] += getattr(part, name)()
+            kept |= totals
+        return kept
 
     @property
     def unit(self) -> str:
@@ -74,12 +86,12 @@ class _Scoped(GradientMethod):
 
     scope: Scope
 
-    def parts(self, problem: Problem) -> list[InverseCurvature]:
+    def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """One part a block, or a single one."""
         if self.scope == "block":
-            return super().parts(problem)
-        width = sum(block.size for block in problem.blocks)
-        return [self.inverse(problem.joint, width)] if float(problem.joint.train_sq.max()) > 0 else []
+            yield from super().parts(problem)
+        elif float(problem.joint.train_sq.max()) > 0:
+            yield self.inverse(problem.joint, sum(block.size for block in problem.blocks))
 
 
 def _divide(values: Tensor, norms: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class Problem:
     cost little.
     """
 
-    def __init__(self, index: Index, queries: Sequence[Example]) -> None:
+    def __init__(self, index: Index, queries: Sequence[Example], features: Features | None = None) -> None:
+        """The queries, each with a response; features that were collected before need no model."""
         if not queries:
             raise FinetraceError("there is no query to trace; give at least one with a response.")
         for query in queries:
@@ -40,6 +41,8 @@ class Problem:
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)
         self._kept: dict[str, Products] = {}
+        self._features = features
+        self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
 
     @property
     def n(self) -> int:
@@ -61,11 +64,12 @@ class Problem:
         """The training examples' texts and encodings."""
         return self.index.rows
 
-    @cached_property
+    @property
     def features(self) -> Features:
         """The queries' gradients, representations and losses."""
-        features, self.lengths = self.index.features(self.queries)
-        return features
+        if self._features is None:
+            self._features, self.lengths = self.index.features(self.queries)
+        return self._features
 
     def products(self) -> Iterator[tuple[Block, Products]]:
         """Block after block; a block whose gradients are all zero (A while B is still zero) is left out."""

@@ -37,8 +37,16 @@ class FisherDual:
         return self.of.n * self._solved
 
     def train_self(self) -> Tensor:
-        """(n,) diag(n K (K + n lambda I)^{-1}), summed entry by entry, which loses nothing under large damping."""
-        return self.of.n * (self.of.gram * torch.cholesky_inverse(self._factor)).sum(1)
+        """(n,) diag(n K F^{-1}) with F = K + n lambda I, which is n - n^2 lambda diag(F^{-1}).
+
+        Where n lambda is so much larger than K that the difference would cancel, K F^{-1} is summed entry by entry.
+        """
+        eye = torch.eye(self.of.n, dtype=torch.float64, device=self._factor.device)
+        half = torch.linalg.solve_triangular(self._factor, eye, upper=False)  # L^{-1}
+        shift = self.of.n * self.damping
+        if shift < 1e3 * float(self.of.train_sq.min()):
+            return self.of.n * (1 - shift * half.square().sum(0))
+        return self.of.n * (self.of.gram * (half.T @ half)).sum(1)
 
     def query_self(self) -> Tensor:
         """(m,) (||v||^2 - diag(C (K + n lambda I)^{-1} C^T)) / lambda."""

@@ -33,7 +33,7 @@ class LiSSA:
 
     def products(self) -> Tensor:
         """(m, n) (a C + beta K) / sigma."""
-        a, beta = self._iterate(self.of.cross)
+        a, beta = self._query_coefficients
         return (a * self.of.cross + beta @ self.of.gram) / self.scale
 
     def train_self(self) -> Tensor:
@@ -43,18 +43,24 @@ class LiSSA:
 
     def query_self(self) -> Tensor:
         """(m,) (a ||v||^2 + beta . C) / sigma."""
-        a, beta = self._iterate(self.of.cross)
+        a, beta = self._query_coefficients
         return (a * self.of.query_sq + (beta * self.of.cross).sum(1)) / self.scale
+
+    @cached_property
+    def _query_coefficients(self) -> tuple[float, Tensor]:
+        return self._iterate(self.of.cross)
 
     def _iterate(self, inner: Tensor) -> tuple[float, Tensor]:
         """Coefficients after T steps for vectors whose inner products with G are `inner` (rows, n)."""
         keep = 1 - self.damping / self.scale
         step = 1 / (self.scale * self.of.n)
+        gram = self.of.kept_gram  # products alone, no solve: K's own precision is enough
+        inner = inner.to(gram.dtype)
         a, beta = 1.0, torch.zeros_like(inner)
         for _ in range(self.iterations):
-            beta = keep * beta - step * (a * inner + beta @ self.of.gram)
+            beta = torch.addmm((keep * beta).sub_(inner, alpha=step * a), beta, gram, alpha=-step)
             a = 1 + keep * a
-        return a, beta
+        return a, beta.double()
 
 
 def largest_eigenvalue(matrix: Tensor) -> float:

@@ -53,13 +53,13 @@ class Products:
         """Of products computed elsewhere, such as sums over blocks; there are no gradients behind them."""
         made = cls.__new__(cls)
         made.gradients = None
-        made._gram, made._small, made._query_sq = gram, (cross, train_sq), query_sq
+        made.kept_gram, made._small, made._query_sq = gram, (cross, train_sq), query_sq
         return made
 
     @property
     def gram(self) -> Tensor:
         """(n, n) K, float64."""
-        return self._gram.double()
+        return self.kept_gram.double()
 
     @property
     def cross(self) -> Tensor:
@@ -82,7 +82,8 @@ class Products:
         return len(self._small[1])
 
     @cached_property
-    def _gram(self) -> Tensor:
+    def kept_gram(self) -> Tensor:
+        """(n, n) K in the precision in which it was accumulated."""
         train = self._known.train
         return train @ train.T
 

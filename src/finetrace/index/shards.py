@@ -42,6 +42,7 @@ class ShardReader:
     def __init__(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
         self.folder = folder / FOLDER
         self.shards = tuple(shards)
+        self._mapped: dict[str, Tensor] = {}
         self._checked: set[str] = set()
 
     def gradients(self, columns: slice, rows: slice) -> Tensor:
@@ -50,10 +51,15 @@ class ShardReader:
         for shard in self.shards:
             first, last = max(rows.start, shard.start), min(rows.stop, shard.stop)
             if first < last:
-                with self._open(shard) as file:
-                    view = file.get_slice("gradients")
-                    parts.append(view[first - shard.start : last - shard.start, columns])
-        return torch.cat(parts) if len(parts) != 1 else parts[0]
+                parts.append(self._map(shard)[first - shard.start : last - shard.start, columns])
+        return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
+
+    def _map(self, shard: ShardRecord) -> Tensor:
+        """(rows, D) gradients of one shard, mapped and not read: the system pages in what is touched."""
+        if shard.file not in self._mapped:
+            with self._open(shard) as file:
+                self._mapped[shard.file] = file.get_tensor("gradients")
+        return self._mapped[shard.file]
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that has one row an example, from all shards."""

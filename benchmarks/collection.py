@@ -1,0 +1,108 @@
+"""Collection against its floor: python benchmarks/collection.py [--rows 96] [--rounds 5] [--dtype float32 bfloat16].
+
+The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
+response positions alone. Floor and collection run in turn; the ratio is taken within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from finetrace.collection import Collector, track
+from finetrace.encoding import Encoded, Encoder, length_batches
+from finetrace.examples import Example
+from finetrace.forward import Batch, example_losses, token_losses
+from finetrace.index import build_index
+from finetrace.models import Loaded, ModelSpec, load
+from finetrace.tasks import mixed
+
+
+def with_adapter(dtype: str) -> Loaded:
+    """The embedded model with a fresh LoRA adapter (q and v, r = 4) whose B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    loaded = load(ModelSpec(dtype=dtype))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(loaded.model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.01)
+    loaded.model = model.eval()
+    return loaded
+
+
+def floor(loaded: Loaded, items: list[Encoded], batch_tokens: int) -> None:
+    """Plain training passes of the same batches; the optimizer's step is left out."""
+    device = next(loaded.model.parameters()).device
+    for name, parameter in loaded.model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    for chosen in length_batches([len(item.ids) for item in items], batch_tokens):
+        batch = Batch.of([items[i] for i in chosen]).to(device)
+        example_losses(batch, token_losses(loaded.model, batch)[0]).sum().backward()
+        loaded.model.zero_grad(set_to_none=True)
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def main() -> None:
+    """Print one line a dtype."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    args = parser.parse_args()
+    examples = list(mixed().train[: args.rows])
+    for dtype in args.dtype:
+        print(measure(dtype, examples, args.rounds, args.batch_tokens), flush=True)
+
+
+def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int) -> str:
+    """Floor, collection in memory and index on disk in turn; the ratios of each round."""
+    loaded = with_adapter(dtype)
+    encoder = Encoder(loaded.tokenizer)
+    items, _ = encoder.encode_all(examples)
+    lengths = [len(item.ids) for item in items]
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in length_batches(lengths, batch_tokens))
+    collector = Collector(loaded.model, track(loaded.model), batch_tokens=batch_tokens)
+    ids = [example.id for example in examples]
+
+    def index() -> None:
+        with tempfile.TemporaryDirectory() as work:
+            build_index(loaded, examples, Path(work) / "index", encoder, batch_tokens=batch_tokens)
+
+    floor(loaded, items[:8], batch_tokens)  # warm up
+    times = [
+        (
+            seconds(lambda: floor(loaded, items, batch_tokens)),
+            seconds(lambda: collector.collect(items, ids)),
+            seconds(index),
+        )
+        for _ in range(rounds)
+    ]
+    base = statistics.median(each[0] for each in times)
+    ratio = [each[1] / each[0] for each in times]
+    disk = [each[2] / each[0] for each in times]
+    return (
+        f"{dtype}: floor {base:.2f} s ({sum(lengths) / base:.0f} tokens/s, {len(items)} rows, padding "
+        f"{padded / sum(lengths) - 1:.1%}); collection / floor median {statistics.median(ratio):.3f} "
+        f"[{min(ratio):.3f}, {max(ratio):.3f}]; index on disk / floor median {statistics.median(disk):.3f}; "
+        f"{rounds} rounds, {torch.get_num_threads()} threads"
+    )
+
+
+if __name__ == "__main__":
+    main()
