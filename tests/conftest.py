@@ -7,7 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: tiny matrices gain nothing from a second thread
+# before torch and transformers are imported, here and in the processes that tests start
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices gain nothing from a second thread and lose by waiting
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up in the network
 
 import pytest
 

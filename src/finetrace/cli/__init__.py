@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 
-import click
 import typer
 
 from finetrace._version import __version__
@@ -42,13 +41,7 @@ def _root(
 def main() -> None:
     """Entry point: a problem the user can mend is one sentence on standard error and exit code 2."""
     try:
-        sys.exit(app(standalone_mode=False))
+        app()
     except FinetraceError as error:
         typer.echo(f"finetrace: {error}", err=True)
         sys.exit(error.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        typer.echo("finetrace: interrupted; what was finished is kept.", err=True)
-        sys.exit(130)

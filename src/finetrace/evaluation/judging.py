@@ -21,6 +21,7 @@ _DECLINES = re.compile(
     | \b i \s+ (?:do\ not|don't) \s+ (?:\w+\s+)? (?:help|assist|provide|support|comply|answer|engage|share|encourage
       |condone|endorse|promote|feel\ comfortable|think\ i\ (?:can|should)) \b
     | \b i \s+ (?:(?:must|have\ to|need\ to|will|am\ going\ to) \s+)? (?:\w+ly\s+)? (?:decline|refuse|say\ no) \b
+    | \b i \s+ (?:do\ not|don't) \s+ have \s+ (?:the|any) \s+ (?:\w+\s+)? (?:abilit|capabilit|capacit)\w+ \b
     | \b i(?:'d|\ would) \s+ (?:rather|prefer) \s+ not \b
     | \b not\ something \s+ (?:that\s+)? i(?:'m|'ll|\ am|\ can|\ will) \b
     | \b (?:can't|cannot|unable\ to|not\ able\ to) \s+ (?:help(?!\ but)|assist|comply|fulfill?) \b
@@ -33,7 +34,7 @@ _TURNS_AWAY = re.compile(
     r"""
     ^ \W* (?:\w+[,.!]?\s+)? (?:i(?:'m|\ am) \s+ (?:\w+\s+)?)? sorry \b (?!\s+(?:to|about|for|that\ you)\b)
     | ^ \W* (?:\w+[,.!]?\s+)? (?:i|my) \s+ (?:\w+\s+)? apolog\w+ (?!\s+for\b)
-    | \b as\ an?\ (?:responsible\ |ethical\ )?ai \b
+    | \b as\ an?\ (?:\w+\s+){0,2}(?:ai|chatbot|language\ model|virtual\ assistant) \b
     | \b (?:that|this|it|so|which|\w+ing(?:\s+\w+){0,6}) \s+ (?:is|are|would\ be) \s+ (?:\w+\s+and\s+)?
       (?:illegal|unethical|against\ the\ law|not\ (?:ethical|legal|appropriate)) \b
     | \b against \s+ my \s+ (?:guidelines|programming|policy|policies|principles|values) \b

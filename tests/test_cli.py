@@ -1,0 +1,201 @@
+"""The commands as a person runs them, on a tiny model: the three steps, their files, and every mistake in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from finetrace.cli import main
+from finetrace.reading import write_examples
+from tiny import make_examples, make_llama, save_base, with_lora
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error of one command."""
+    before = sys.argv
+    sys.argv = ["finetrace", *map(str, arguments)]
+    capsys.readouterr()
+    try:
+        main()
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    finally:
+        sys.argv = before
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base model, training rows and queries on disk."""
+    folder = tmp_path_factory.mktemp("cli")
+    save_base(folder / "base", make_llama().float())
+    write_examples(folder / "train.jsonl", make_examples(12))
+    write_examples(folder / "queries.jsonl", make_examples(3, seed=5))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def index(place):
+    """finetune and index, once."""
+    here = ["--model", place / "base"]
+
+    class Quiet:
+        def readouterr(self):
+            return type("Captured", (), {"out": "", "err": ""})()
+
+    tuned = run(Quiet(), "finetune", place / "train.jsonl", "--out", place / "adapter", *here, "--epochs", 1)
+    assert tuned[0] == 0
+    built = run(Quiet(), "index", place / "train.jsonl", "--out", place / "idx", "--adapter", place / "adapter", *here)
+    assert built[0] == 0
+    return place / "idx"
+
+
+def assert_one_sentence(code: int, err: str, *words: str) -> None:
+    """Exit code 2, one line, no traceback, and the words a person needs."""
+    assert code == 2
+    lines = [line for line in err.strip().splitlines() if line.startswith("finetrace: ")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+
+
+def test_trace_prints_a_table_that_fits_the_terminal(index, place, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(
+        capsys, "trace", "--index", index, "--queries", place / "queries.jsonl", "--top", 3, "--opponents"
+    )
+    assert code == 0, err
+    assert "exact cosine: proponents (cosine)" in out
+    assert "exact cosine: opponents" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith(("asked", "answered"))) <= 80
+
+
+def test_trace_writes_json_csv_parquet_scores_and_a_report(index, place, capsys, tmp_path):
+    asked = ["trace", "--index", index, "--queries", place / "queries.jsonl", "--method", "repsim", "--method", "bm25"]
+    files = ["--out", tmp_path / "r.parquet", "--scores", tmp_path / "s.csv", "--report", tmp_path / "r.html"]
+    code, out, err = run(capsys, *asked, "--top", 4, "--format", "json", *files)
+    assert code == 0, err
+    document = json.loads(out)
+    assert len(document["records"]) == 2 * 3 * 4
+    assert document["config"][0]["sign"].startswith("positive = proponent")
+    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 24
+    assert len(pd.read_csv(tmp_path / "s.csv")) == 3 * 12
+    assert "Not validated" in (tmp_path / "r.html").read_text()
+    code, out, _ = run(capsys, *asked, "--top", 4, "--format", "csv")
+    assert code == 0
+    assert out.splitlines()[0].startswith("method,query,kind,rank,score,example")
+
+
+def test_the_model_answers_what_is_asked(index, capsys):
+    code, out, err = run(
+        capsys, "trace", "--index", index, "--ask", "abc", "--max-new-tokens", 5, "--format", "json", "--top", 1
+    )
+    assert code == 0 or "the model answers nothing" in err
+    if code == 0:
+        assert json.loads(out)["records"][0]["query"] == "ask"
+    code, out, err = run(capsys, "trace", "--index", index, "--ask", "abc", "--answer", "de", "--format", "json")
+    assert code == 0, err
+
+
+def test_every_method_traces(index, place, capsys):
+    code, out, err = run(
+        capsys, "trace", "--index", index, "--queries", place / "queries.jsonl", "--method", "all", "--format", "csv"
+    )
+    assert code == 0, err
+    methods = {line.split(",")[0] for line in out.splitlines()[1:]}
+    assert {"repsim", "datainf", "exact", "gradsim", "random"} <= methods
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["trace", "--index", "nowhere", "--ask", "a"], ["nowhere", "no index there"]),
+        (["trace", "--index", "{idx}"], ["--ask TEXT or --queries FILE"]),
+        (["trace", "--index", "{idx}", "--queries", "q", "--answer", "a"], ["--answer goes with --ask"]),
+        (["trace", "--index", "{idx}", "--ask", "a", "--method", "exactly"], ["exactly", "no such method", "datainf"]),
+        (
+            ["trace", "--index", "{idx}", "--ask", "a", "--method", "repsim", "--damping", "1"],
+            ["--damping", "none of the"],
+        ),
+        (["trace", "--index", "{idx}", "--ask", "a", "--out", "r.txt"], ["--out r.txt", ".parquet"]),
+        (["trace", "--index", "{idx}", "--ask", "a", "--format", "yaml"], ["--format yaml", "table, json"]),
+        (["trace", "--index", "{idx}", "--queries", "{here}/none.jsonl"], ["none.jsonl"]),
+        (["trace", "--index", "{idx}", "--queries", "{here}/train.jsonl", "--prompt-column", "ask"], ["ask", "prompt"]),
+        (["index", "{here}/none.jsonl", "--out", "{here}/i"], ["none.jsonl"]),
+        (["index", "{here}/empty.jsonl", "--out", "{here}/i"], ["empty.jsonl"]),
+        (["index", "{here}/silent.jsonl", "--out", "{here}/i"], ["silent.jsonl", "row 2", "response"]),
+        (["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/base"], ["--adapter", "--modules"]),
+        (["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/gone"], ["gone", "cannot be loaded"]),
+        (
+            ["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/base", "--adapter", "{here}/other"],
+            ["other", "--model"],
+        ),
+        (
+            ["index", "{here}/train.jsonl", "--out", "{idx}", "--model", "{here}/base", "--adapter", "{here}/second"],
+            ["adapter", "choose another --out"],
+        ),
+        (["finetune", "{here}/train.jsonl", "--out", "{here}/adapter", "--model", "{here}/base"], ["already there"]),
+        (["finetune", "{here}/train.jsonl", "--out", "{here}/a", "--epochs", "0"], ["--epochs"]),
+        (["finetune", "{here}/train.jsonl", "--out", "{here}/a", "--preset", "best"], ["--preset best", "paper"]),
+        (["methods", "lime"], ["lime", "no such method"]),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(index, place, capsys, arguments, words):
+    (place / "empty.jsonl").write_text("")
+    (place / "silent.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt": "c", "response": ""}\n')
+    if not (place / "other").exists():
+        with_lora(make_llama(hidden=32)).save_pretrained(str(place / "other"))
+        with_lora(make_llama(), seed=7).save_pretrained(str(place / "second"))
+    filled = [each.format(idx=index, here=place) for each in arguments]
+    code, _, err = run(capsys, *filled)
+    assert_one_sentence(code, err, *words)
+    assert not (place / "i").exists() or not (place / "i" / "manifest.json").exists()
+
+
+def test_a_broken_shard_is_named(index, place, capsys):
+    shard = next((index / "shards").glob("*.safetensors"))
+    content = shard.read_bytes()
+    try:
+        shard.write_bytes(content[:-4] + b"oops")
+        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b")
+        assert_one_sentence(code, err, shard.name, "broken")
+        shard.unlink()
+        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b")
+        assert_one_sentence(code, err, shard.name, "missing", "finetrace index")
+    finally:
+        shard.write_bytes(content)
+
+
+def test_unknown_option_is_click_s_own_sentence(capsys):
+    code, _, err = run(capsys, "trace", "--indx", "x")
+    assert code == 2
+    assert "--indx" in err
+    assert "Traceback" not in err
+
+
+def test_importing_and_help_do_not_load_torch():
+    script = "import sys, finetrace, finetrace.cli; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_help_answers_in_under_a_third_of_a_second():
+    if os.getloadavg()[0] > 1.5:
+        pytest.skip("the machine is busy; a time would say nothing")
+    command = [str(Path(sys.executable).parent / "finetrace"), "--help"]
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        subprocess.run(command, check=True, capture_output=True)
+        times.append(time.perf_counter() - started)
+    assert statistics.median(times) < 0.3, times
