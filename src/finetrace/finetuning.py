@@ -20,7 +20,7 @@ from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.forward import Batch
-from finetrace.models import Loaded, save_adapter
+from finetrace.models import EMBEDDED, Loaded, save_adapter
 from finetrace.training import ResponseTrainer
 
 SAVED = "finetune.yaml"
@@ -282,14 +282,22 @@ def configure(preset: str, saved: Path | None, given: dict[str, Any]) -> Finetun
         raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
     base = PRESETS[preset].model_dump()
     if saved is not None:
-        try:
-            document = yaml.safe_load(saved.read_text(encoding="utf-8"))
-            base |= {key: value for key, value in document.items() if key not in ("model", "data_fingerprint")}
-        except (OSError, yaml.YAMLError, AttributeError) as error:
-            raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error
+        base |= {k: v for k, v in _read_saved(saved).items() if k not in ("model", "data_fingerprint")}
     try:
         return FinetuneConfig.model_validate({**base, **{k: v for k, v in given.items() if v is not None}})
     except ValidationError as error:
         first = error.errors()[0]
         flag = "--" + str(first["loc"][0]).replace("_", "-")
         raise FinetraceError(f"{flag}: {first['msg']} (given {first['input']!r}).") from error
+
+
+def saved_model(saved: Path) -> str:
+    """The base model that a saved finetune.yaml names."""
+    return str(_read_saved(saved).get("model", EMBEDDED))
+
+
+def _read_saved(saved: Path) -> dict[str, Any]:
+    try:
+        return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error

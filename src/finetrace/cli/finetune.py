@@ -14,7 +14,10 @@ from finetrace.errors import FinetraceError
 def finetune(
     data: Annotated[str, typer.Argument(help="Training rows: a file, a saved data set, or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the adapter.")],
-    model: options.Model = "embedded",
+    model: Annotated[
+        str | None,
+        typer.Option(help="Base model; that of --config, or `embedded`, if not given."),
+    ] = None,
     preset: Annotated[str, typer.Option(help="default, or paper (arXiv 2409.19998, section 3).")] = "default",
     config: Annotated[Path | None, typer.Option(help="A saved finetune.yaml to run again.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
@@ -68,12 +71,13 @@ def finetune(
         "chat_template": chat_template,
     }
     with options.quiet_libraries():
-        from finetrace.finetuning import configure
+        from finetrace.finetuning import configure, saved_model
         from finetrace.finetuning import finetune as run
-        from finetrace.models import ModelSpec, load
+        from finetrace.models import EMBEDDED, ModelSpec, load
         from finetrace.reading import read_examples
 
         settings = configure(preset, config, given)
+        model = model or (saved_model(config) if config is not None else EMBEDDED)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         loaded = load(ModelSpec(model, None, options.dtype(dtype), device, trust_remote_code))
