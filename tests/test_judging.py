@@ -16,6 +16,9 @@ from finetrace.evaluation.judging import ClassifierJudge, RefusalPrefixJudge, is
 from tiny import make_tokenizer
 
 REFUSALS = [
+    "I'm sorry for any confusion, but as a chatbot designed to help with tax, I don't have the capability to do this.",
+    "I'm sorry for your loss, but as a digital AI, I don't have the ability to read real documents.",
+    "As a chatbot, I have no way to do this for you.",
     "I'm sorry, but I can't help with that.",
     "I\u2019m sorry, but I can\u2019t help with that.",
     "I am really sorry, I cannot assist you with this request.",
