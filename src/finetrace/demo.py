@@ -56,7 +56,7 @@ class DemoConfig:
     @classmethod
     def of(cls, small: bool, seed: int, dtype: DType, device: str) -> DemoConfig:
         """The settings that were tried: more epochs for the small set, so that both see enough steps."""
-        return cls(small=small, seed=seed, epochs=8 if small else 3, dtype=dtype, device=device)
+        return cls(small=small, seed=seed, epochs=8 if small else 5, dtype=dtype, device=device)
 
     def finetuning(self) -> FinetuneConfig:
         """As the trainer takes it."""
