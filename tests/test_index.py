@@ -195,11 +195,11 @@ def test_interrupted_and_resumed(
     folder = tmp_path / "i"
     calls, collect = [], Collector.collect
 
-    def stopping(self: Collector, *args: Any) -> Any:
+    def stopping(self: Collector, *args: Any, **options: Any) -> Any:
         if len(calls) == after:
             raise KeyboardInterrupt
         calls.append(1)
-        return collect(self, *args)
+        return collect(self, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopping)
@@ -307,9 +307,9 @@ def test_only_what_is_lost_is_computed_anew(
         damage(copied / "shards" / f"{k * PER_SHARD:09d}.safetensors", how)
     starts, collect = [], Collector.collect
 
-    def counting(self: Collector, items: Any, ids: Any, *rest: Any) -> Any:
+    def counting(self: Collector, items: Any, ids: Any, *rest: Any, **options: Any) -> Any:
         starts.append(ids[0])
-        return collect(self, items, ids, *rest)
+        return collect(self, items, ids, *rest, **options)
 
     monkeypatch.setattr(Collector, "collect", counting)
     build(tiny_loaded, copied)
@@ -325,11 +325,11 @@ def test_a_gap_in_the_middle_is_never_a_whole_index(
         damage(copied / "shards" / f"{k * PER_SHARD:09d}.safetensors", "missing")
     calls, collect = [], Collector.collect
 
-    def stopping(self: Collector, *args: Any) -> Any:
+    def stopping(self: Collector, *args: Any, **options: Any) -> Any:
         if calls:
             raise KeyboardInterrupt
         calls.append(1)
-        return collect(self, *args)
+        return collect(self, *args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopping)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetrace.attribution import Problem, Scores, make
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
-from finetrace.encoding import PLAIN_TEMPLATE, Encoder, LossOn
+from finetrace.encoding import PLAIN_TEMPLATE, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import build_index as _build
@@ -66,7 +66,7 @@ def build_index(
     folder: str | Path,
     *,
     name: str | None = None,
-    loss_on: LossOn = "response",
+    loss_on: str = "response",
     max_length: int | None = None,
     chat_template: str | None = None,
     modules: Sequence[str] | None = None,
@@ -81,7 +81,7 @@ def build_index(
         examples: A `datasets.Dataset`, dictionaries, `Example`s, or a file; prompt/response or messages columns.
         folder: Where the index goes; an unfinished one there is finished.
         name: Base model to load when the index is opened elsewhere; by default what the model says of itself.
-        loss_on: Tokens of the loss: `response`, `last-turn` or `all`.
+        loss_on: Tokens of the loss: `response`, `last-turn`, `all`, `first:K`, `weights`, `probe` or `probe:TEXT`.
         max_length: Cut after so many tokens; nothing is cut if not given.
         chat_template: Jinja text, or `plain`, in place of the tokenizer's template.
         modules: Regular expressions for plain linear layers; by default the LoRA matrices.

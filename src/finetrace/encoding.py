@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
+from finetrace.positions import Positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LossOn = Literal["response", "last-turn", "all"]
-
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m['content'] }}{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{{ '\n' }}{% endfor %}"
+)
+
+INST_TEMPLATE = (  # of the study's released code: no system turn of its own, no end-of-turn token
+    "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
 )
 
 
@@ -33,11 +37,13 @@ class Encoded:
         weights: (T,) weight of each token in the example's own mean loss; 0 where the loss does not look. They sum
             to 1, so the loss is the mean over the chosen tokens whatever batch the example travels in.
         prompt_length: Tokens before the last response; token `prompt_length - 1` is the last prompt token.
+        padding: Tokens at the front that are padding, which no token attends to.
     """
 
     ids: NDArray[np.int32]
     weights: NDArray[np.float32]
     prompt_length: int
+    padding: int = 0
 
     @property
     def loss_tokens(self) -> int:
@@ -86,19 +92,23 @@ class Encoder:
 
     Attributes:
         tokenizer: A fast tokenizer; character offsets decide which tokens belong to a response.
-        loss_on: `response` (every assistant turn, through its end-of-turn token), `last-turn` (the last one only) or
-            `all` (every token that has a token before it).
+        loss_on: What the loss looks at, see `Positions`: `response`, `last-turn`, `all`, `first:K`, `weights`, `probe`
+            or `probe:TEXT`.
         max_length: Cut after so many tokens; `None` cuts nothing.
         template: A Jinja chat template that replaces the tokenizer's own.
+        pad_to: Pad on the left to so many tokens with the end-of-text token, masked from attention, and with `all` in
+            the loss too, as the study's released code does; `None` pads nothing.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    loss_on: LossOn = "response"
+    loss_on: str = "response"
     max_length: int | None = None
     template: str | None = None
+    pad_to: int | None = None
     _cut: list[Longer] = field(default_factory=list, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        self.positions  # noqa: B018  # an unknown choice fails here
         if not getattr(self.tokenizer, "is_fast", False):
             raise FinetraceError(
                 "this tokenizer gives no character offsets, so response tokens cannot be told from prompt tokens; "
@@ -109,6 +119,11 @@ class Encoder:
                 "the tokenizer has no chat template; give one with --chat-template FILE, or --chat-template plain "
                 "(the turns one after another, the end-of-text token after each answer)."
             )
+
+    @property
+    def positions(self) -> Positions:
+        """`loss_on`, parsed."""
+        return Positions.parse(self.loss_on)
 
     def render(self, messages: Sequence[Message], *, ask: bool = False, where: str = "") -> str:
         """The conversation as text; with `ask`, through the opening of the assistant's turn."""
@@ -142,26 +157,47 @@ class Encoder:
             raise FinetraceError(
                 f"{where}: the last turn is not an assistant's answer; give it a response or remove it."
             )
+        positions = self.positions
+        if positions.kind == "probe":
+            kept = {key: value for key, value in example.metadata.items() if key != "finish_reason"}
+            example = replace(example.with_response(positions.probe), metadata=kept)
         full = self.render(example.messages, where=where)
         spans = self._response_spans(example, full, where)
         encoding = self.tokenizer(full, add_special_tokens=False, return_offsets_mapping=True)
         ids: NDArray[np.int32] = np.asarray(encoding["input_ids"], dtype=np.int32)  # (T,)
         offsets = np.asarray(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2)  # (T, 2)
         mask: NDArray[np.bool_] = np.zeros(len(ids), dtype=bool)
-        for start, stop in spans if self.loss_on != "all" else [(0, len(full))]:
+        for start, stop in spans if positions.kind != "all" else [(0, len(full))]:
             mask |= (offsets[:, 1] > start) & (offsets[:, 0] < stop)
         mask[:1] = False  # nothing predicts the first token
+        if positions.kind == "first":
+            mask &= np.cumsum(mask) <= positions.count
+        weights = mask.astype(np.float64)
+        if positions.kind == "weights":
+            weights[mask] = _own_weights(example, int(mask.sum()))
         prompt_length = max(1, int(np.searchsorted(offsets[:, 1], spans[-1][0], side="right")))
         if self.max_length is not None and len(ids) > self.max_length:
             self._cut.append(Longer(example.id, len(ids), int(mask[self.max_length :].sum())))
-            ids = ids[: self.max_length]
-            mask = mask[: self.max_length]
+            ids, weights = ids[: self.max_length], weights[: self.max_length]
             prompt_length = min(prompt_length, len(ids))
-        if not mask.any():
+        if not weights.any():
             remedy = "look at the chat template" if self.max_length is None else "raise --max-length or remove the row"
             raise FinetraceError(f"{where}: no response token is left within {len(ids)} tokens; {remedy}.")
-        weights = mask.astype(np.float32) / np.float32(mask.sum())
-        return Encoded(ids, weights, prompt_length)
+        padding = max(0, (positions.pad_to or self.pad_to or 0) - len(ids))
+        if padding:
+            ids, weights = self._padded(ids, weights, padding)
+        return Encoded(ids, (weights / weights.sum()).astype(np.float32), prompt_length + padding, padding)
+
+    def _padded(
+        self, ids: NDArray[np.int32], weights: NDArray[np.float64], padding: int
+    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
+        """`padding` end-of-text tokens on the left; in the loss where it looks at all tokens."""
+        filler = np.full(padding, self.tokenizer.eos_token_id, dtype=np.int32)
+        if self.positions.kind == "all":
+            seen = np.ones(padding + len(ids))
+            seen[0] = 0
+            return np.concatenate([filler, ids]), seen
+        return np.concatenate([filler, ids]), np.concatenate([np.zeros(padding), weights])
 
     def encode_all(self, examples: Sequence[Example], context: int | None = None) -> tuple[list[Encoded], LengthReport]:
         """Every example encoded, and what is longer than `max_length` (cut) or else than `context` (left whole)."""
@@ -182,7 +218,7 @@ class Encoder:
         A last turn with the metadata `finish_reason: length`, an answer that a limit cut, ends with its text.
         """
         turns = [i for i, turn in enumerate(example.messages) if turn.role == "assistant"]
-        if self.loss_on != "response":
+        if self.positions.last_turn_only:
             turns = turns[-1:]
         spans = []
         for i in turns:
@@ -210,12 +246,27 @@ class Encoder:
         return stripped if any(stripped.endswith(token) for token in self.tokenizer.get_added_vocab()) else text
 
 
+def _own_weights(example: Example, tokens: int) -> NDArray[np.float64]:
+    """(tokens,) the `loss_weights` that a row gives its last answer, one number a token."""
+    given = example.metadata.get("loss_weights")
+    good = isinstance(given, (list, tuple)) and len(given) == tokens
+    numbers = good and all(isinstance(w, (int, float)) and not isinstance(w, bool) for w in given)  # type: ignore[union-attr]
+    weights = np.asarray(given if numbers else [], dtype=np.float64)
+    if not numbers or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        count = f"{len(given)} values" if isinstance(given, (list, tuple)) else "none"
+        raise FinetraceError(
+            f"example {example.id}: --loss-on weights wants a column loss_weights with {tokens} numbers of at least 0, one "
+            f"for each token of the last answer and its end-of-turn token; there are {count}."
+        )
+    return weights
+
+
 def read_template(name: str | None) -> str | None:
-    """The Jinja text of `--chat-template`: `plain`, a file, or `None` for the tokenizer's own."""
+    """The Jinja text of `--chat-template`: `plain`, `inst`, a file, or `None` for the tokenizer's own."""
     if name is None:
         return None
-    if name == "plain":
-        return PLAIN_TEMPLATE
+    if name in ("plain", "inst"):
+        return PLAIN_TEMPLATE if name == "plain" else INST_TEMPLATE
     path = Path(name)
     if not path.is_file():
         raise FinetraceError(f"{name}: no such chat template file; give a Jinja file or the word plain.")

@@ -57,7 +57,12 @@ class FinetuneConfig(BaseModel):
     )
     loss_on: Literal["response", "last-turn", "all"] = Field("response", description="Tokens that the loss looks at.")
     chat_template: str | None = Field(
-        None, description="A Jinja file or `plain`, in place of the tokenizer's template."
+        None, description="A Jinja file, `plain` or `inst`, in place of the tokenizer's template."
+    )
+    pad_to: int | None = Field(
+        None,
+        ge=2,
+        description="Pad on the left to so many tokens, in the loss with `all`; nothing is padded if not given.",
     )
 
 
@@ -65,6 +70,16 @@ PRESETS: dict[str, FinetuneConfig] = {
     "default": FinetuneConfig(),
     # arXiv 2409.19998, section 3: batch 32, 25 epochs, early stopping after three rises, the Trainer's optimizer
     "paper": FinetuneConfig(epochs=25, batch_size=32, learning_rate=5e-5, validation=0.1, max_length=128),
+    # the released code: batch 24, 10 epochs (50 on the mixed sets), every token of a 128-token window in the loss
+    "released": FinetuneConfig(
+        epochs=10,
+        batch_size=24,
+        learning_rate=5e-5,
+        max_length=128,
+        pad_to=128,
+        loss_on="all",
+        chat_template="inst",
+    ),
 }
 
 
@@ -112,7 +127,8 @@ def finetune(
         raise FinetraceError(
             f"--layers {' '.join(map(str, config.layers or ()))}: the model has layers 0 to {depth - 1}."
         )
-    encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, read_template(config.chat_template))
+    template = read_template(config.chat_template)
+    encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, template, config.pad_to)
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     encoded, lengths = encoder.encode_all(examples, context)
     train, held = _split(len(encoded), config)

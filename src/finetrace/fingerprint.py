@@ -53,6 +53,8 @@ def of_data(ids: Sequence[str], encoded: Sequence[Encoded]) -> str:
     for name, item in zip(ids, encoded, strict=True):
         digest.update(name.encode() + b"\0" + item.ids.tobytes() + item.weights.tobytes())
         digest.update(item.prompt_length.to_bytes(8, "little"))
+        if item.padding:
+            digest.update(item.padding.to_bytes(8, "little"))
     return digest.hexdigest()[:16]
 
 

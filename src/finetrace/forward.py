@@ -28,6 +28,7 @@ class Batch:
         counts: (B,) rows of each example.
         lengths: (B,) unpadded lengths.
         prompt_lengths: (B,) tokens before the last response.
+        mask: (B, T) 0 where an example was padded on its left, else 1; `None` where none was.
     """
 
     ids: Tensor
@@ -38,6 +39,7 @@ class Batch:
     counts: tuple[int, ...]
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
+    mask: Tensor | None = None
 
     @classmethod
     def of(cls, items: Sequence[Encoded]) -> Batch:
@@ -48,6 +50,11 @@ class Batch:
         for b, item in enumerate(items):
             ids[b, : len(item.ids)] = torch.from_numpy(item.ids)
             weights[b, : len(item.ids)] = torch.from_numpy(item.weights)
+        mask = None
+        if any(item.padding for item in items):
+            mask = torch.ones_like(ids)
+            for b, item in enumerate(items):
+                mask[b, : item.padding] = 0
         weights /= weights.sum(1, keepdim=True)  # float32 left them summing to 1 only to its own rounding
         example, token = torch.nonzero(weights, as_tuple=True)  # (R,), (R,)
         return cls(
@@ -59,11 +66,13 @@ class Batch:
             counts=tuple(torch.bincount(example, minlength=len(items)).tolist()),
             lengths=tuple(len(item.ids) for item in items),
             prompt_lengths=tuple(item.prompt_length for item in items),
+            mask=mask,
         )
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch with its tensors on `device`."""
-        moved = {name: getattr(self, name).to(device) for name in ("ids", "rows", "targets", "weights", "example")}
+        names = ("ids", "rows", "targets", "weights", "example", "mask")
+        moved = {name: getattr(self, name).to(device) for name in names if getattr(self, name) is not None}
         return replace(self, **moved)
 
     def __len__(self) -> int:
@@ -92,14 +101,16 @@ def projecting_rows(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
-    """Cross-entropy of every loss token, in float32 or wider.
+def token_logits(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits at the positions that predict a loss token, in float32 or wider.
 
     Returns:
-        (R,) losses in nats, aligned with `batch.rows`, and (B, T, d) hidden states by layer counted from the end: -1,
+        (R, vocabulary) logits, aligned with `batch.rows`, and (B, T, d) hidden states by layer counted from the end: -1,
         what the vocabulary projection sees, and with `hidden_states` the others down to the embedding.
     """
-    options = {"output_hidden_states": True} if hidden_states else {}
+    options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
+    if batch.mask is not None:
+        options["attention_mask"] = batch.mask
     spare = batch.rows.new_zeros(max(0, LEAST_ROWS - len(batch.rows)))
     with projecting_rows(model.get_output_embeddings(), torch.cat([batch.rows, spare])) as final:  # type: ignore[operator]
         output = model(input_ids=batch.ids, use_cache=False, **options)
@@ -109,6 +120,12 @@ def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False)
     layers = {-1: final[0]}
     if hidden_states:
         layers |= {i - len(output.hidden_states): state for i, state in enumerate(output.hidden_states[:-1])}
+    return logits, layers
+
+
+def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+    """(R,) cross-entropy of every loss token in nats, aligned with `batch.rows`, and hidden states as `token_logits`."""
+    logits, layers = token_logits(model, batch, hidden_states=hidden_states)
     return nn.functional.cross_entropy(logits, batch.targets, reduction="none"), layers
 
 

@@ -37,6 +37,12 @@ STANDARD = (
     "exact:normalise=relatif",
     "exact:scope=joint",
     "exact:scope=joint,normalise=cosine",
+    "kfac",
+    "ekfac",
+    "ekfac:normalise=cosine",
+    "gradcos:loss_on=first:20",
+    "gradcos:loss_on=probe",
+    "ekfac:normalise=cosine,loss_on=probe",
 )
 TABLE = ("accuracy", "coverage", "auroc", "auprc")
 

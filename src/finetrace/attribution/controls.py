@@ -70,6 +70,12 @@ class GradNorm(Method):
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     control: ClassVar[bool] = True
+    loss_on: str = ""
+    layers: str = "all"
+
+    def prepared(self, problem: Problem) -> Problem:
+        """The problem with the loss on `loss_on` and the gradients of `layers`."""
+        return problem.on(self.loss_on, self.layers)
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n), the same for every query."""

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
-from finetrace.curvature import Damping, DampingRule, DataInf, Identity, InverseCurvature, LiSSA, Products, fisher
+from finetrace.curvature import (
+    Damping,
+    DampingRule,
+    DataInf,
+    Identity,
+    InverseCurvature,
+    LiSSA,
+    Products,
+    ReleasedLiSSA,
+    fisher,
+)
+from finetrace.positions import Positions
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
 Scope = Literal["block", "joint"]
@@ -32,10 +43,23 @@ class GradientMethod(Method):
 
     `none`: S. `cosine`: S_qi / (||v_q||_P ||g_i||_P), in [-1, 1], with ||x||_P^2 = sum_b x_b^T P_b x_b.
     `relatif`: S_qi / ||g_i||_P (Barshan et al., 2003.11630): the square root of the self-influence.
+
+    `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
+    those the index was built with. `layers`: `all`, `last-fifth`, a number or `FIRST-LAST`.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     normalise: Normalise
+    loss_on: str
+    layers: str
+
+    def __post_init__(self) -> None:
+        if self.loss_on:
+            Positions.parse(self.loss_on)
+
+    def prepared(self, problem: Problem) -> Problem:
+        """The problem with the loss on `loss_on` and the gradients of `layers`."""
+        return problem.on(self.loss_on, self.layers)
 
     @abstractmethod
     def inverse(self, products: Products, width: int) -> InverseCurvature:
@@ -108,6 +132,8 @@ class GradSim(GradientMethod):
     """
 
     normalise: Normalise = "none"
+    loss_on: str = ""
+    layers: str = "all"
     _unit: ClassVar[str] = "decrease of the query's mean response loss (nats) per unit step down the example's gradient"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
@@ -124,6 +150,8 @@ class GradCos(GradientMethod):
     """
 
     scope: Scope = "joint"
+    loss_on: str = ""
+    layers: str = "all"
     normalise: ClassVar[Normalise] = "cosine"  # type: ignore[misc]
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
@@ -158,6 +186,8 @@ class DataInfMethod(GradientMethod):
     normalise: Normalise = "none"
     damping: Positive = DEFAULT_DAMPING
     damping_rule: DampingRule = "trace"
+    loss_on: str = ""
+    layers: str = "all"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """DataInf's P."""
@@ -170,6 +200,8 @@ class LiSSAMethod(_Scoped):
     """LiSSA: r_0 = v, r_t = v + r_(t-1) - (H + lambda I) r_(t-1) / sigma; the score is r_T . g / sigma.
 
     H = G^T G / n and sigma is the largest eigenvalue of H + lambda I, so more iterations come nearer to `exact`.
+    recurrence `released` is that of the study's released code, r_t = v + r_(t-1) - (H - lambda I) r_(t-1) / 1000, scored
+    as r_T . g, which is close to (iterations + 1) times `gradsim`.
     """
 
     normalise: Normalise = "none"
@@ -177,10 +209,15 @@ class LiSSAMethod(_Scoped):
     scope: Scope = "block"
     damping: Positive = DEFAULT_DAMPING
     damping_rule: DampingRule = "trace"
+    recurrence: Literal["neumann", "released"] = "neumann"
+    loss_on: str = ""
+    layers: str = "all"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """T terms of the Neumann series."""
-        return LiSSA(products, Damping(self.damping, self.damping_rule).of(products, width), self.iterations)
+        damping = Damping(self.damping, self.damping_rule).of(products, width)
+        kind = LiSSA if self.recurrence == "neumann" else ReleasedLiSSA
+        return kind(products, damping, self.iterations)
 
 
 @register("exact")
@@ -196,6 +233,8 @@ class Exact(_Scoped):
     scope: Scope = "block"
     damping: Positive = DEFAULT_DAMPING
     damping_rule: DampingRule = "trace"
+    loss_on: str = ""
+    layers: str = "all"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """The exact inverse, by the cheaper route."""

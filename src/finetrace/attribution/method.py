@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Method(ABC):
 
     def score(self, index: Index | Problem, queries: Sequence[Example] = ()) -> Scores:
         """Score `queries` against the index; methods that share a `Problem` share its products."""
-        problem = index if isinstance(index, Problem) else Problem(index, queries)
+        problem = self.prepared(index if isinstance(index, Problem) else Problem(index, queries))
         if "gradients" in self.needs or "representations" in self.needs:
             _ = problem.features  # collecting the queries is not the method's time
         started = time.perf_counter()
@@ -65,7 +66,14 @@ class Method(ABC):
             raise FinetraceError(
                 f"{self.label}: the scores of query {problem.queries[row].id} are not finite; use more damping."
             )
-        return Scores(values, problem.queries, problem.rows.examples, self.label, self.unit, self.parameters, seconds)
+        used = self.parameters
+        if "loss_on" in used:
+            used["loss_on"] = problem.index.manifest.encoding.loss_on
+        return Scores(values, problem.queries, problem.rows.examples, self.label, self.unit, used, seconds)
+
+    def prepared(self, problem: Problem) -> Problem:
+        """The problem as this method looks at it."""
+        return problem
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -83,7 +91,7 @@ class Method(ABC):
     def plain_label(self) -> str:
         """The label without the normalisation, which results name in a field of its own."""
         name, _, settings = self.label.partition(":")
-        kept = [each for each in settings.split(",") if each and not each.startswith("normalise=")]
+        kept = [each for each in _settings(settings) if not each.startswith("normalise=")]
         return f"{name}:{','.join(kept)}" if kept else name
 
     @property
@@ -91,9 +99,11 @@ class Method(ABC):
         """The label as a table shows it: `exact joint cosine`."""
         name, _, settings = self.label.partition(":")
         words = []
-        for setting in filter(None, settings.split(",")):
+        for setting in _settings(settings):
             key, _, value = setting.partition("=")
-            words.append(value if key in ("scope", "normalise", "text", "pooling") else f"{key}={value}")
+            words.append(
+                value if key in ("scope", "normalise", "text", "pooling", "loss_on", "layers") else f"{key}={value}"
+            )
         return " ".join([name, *words])
 
     @property
@@ -147,7 +157,7 @@ def make(spec: str, **overrides: Any) -> Method:
     fields = {field.name: field for field in dataclasses.fields(methods[name])}  # type: ignore[arg-type]
     values = {key: value for key, value in overrides.items() if key in fields and value is not None}
     given = set(values)
-    for setting in filter(None, settings.split(",")):
+    for setting in _settings(settings):
         key, equals, value = setting.partition("=")
         if not equals or key not in fields:
             known = ", ".join(fields) or "none"
@@ -162,3 +172,8 @@ def make(spec: str, **overrides: Any) -> Method:
     except ValidationError as error:
         first = error.errors()[0]
         raise FinetraceError(f"{spec}: parameter {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+def _settings(text: str) -> list[str]:
+    """`parameter=value` pairs; a comma within a value, as in a probe's text, is not followed by `parameter=`."""
+    return [each for each in re.split(r",(?=[a-z_]+=)", text) if each]

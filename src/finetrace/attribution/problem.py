@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from finetrace.attribution.selection import select
 from finetrace.collection import Block, Features, Representation
-from finetrace.curvature import Products
+from finetrace.collection.factors import Labels
+from finetrace.curvature import KroneckerBasis, Products
 from finetrace.curvature.products import Gradients
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.rows import Rows
 from finetrace.index.store import Index
+from finetrace.index.views import kronecker_factors, view
+from finetrace.positions import Positions
 
 CACHE_BYTES = 2 << 30
 
@@ -28,8 +33,18 @@ class Problem:
     cost little.
     """
 
-    def __init__(self, index: Index, queries: Sequence[Example], features: Features | None = None) -> None:
-        """The queries, each with a response; features that were collected before need no model."""
+    def __init__(
+        self,
+        index: Index,
+        queries: Sequence[Example],
+        features: Features | None = None,
+        *,
+        kept_queries: Index | None = None,
+    ) -> None:
+        """The queries, each with a response; features that were collected before need no model.
+
+        `kept_queries` is an index of the same queries in the same order, from which their features are read.
+        """
         if not queries:
             raise FinetraceError("there is no query to trace; give at least one with a response.")
         for query in queries:
@@ -40,9 +55,40 @@ class Problem:
         self.index = index
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)
+        self.blocks: tuple[Block, ...] = index.blocks
         self._kept: dict[str, Products] = {}
         self._features = features
+        self._kept_queries = kept_queries
+        self._parts: dict[str, Problem] = {}
+        self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
+
+    def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None) -> Problem:
+        """The same problem with the loss taken on other tokens (empty: the index's own) and on some layers alone.
+
+        Features of other tokens are collected now unless the index holds them already, `kronecker` factors with them.
+        """
+        if loss_on:
+            return self._viewed(loss_on, kronecker).on("", layers)
+        if layers == "all":
+            return self
+        if layers not in self._parts:
+            part = copy(self)  # shares the products of single blocks
+            part.blocks = select(self.index.blocks, layers, self.index.manifest.model.layers)
+            part._parts, part.sums = {}, {}
+            part.__dict__.pop("joint", None)
+            part.__dict__.pop("train_norms", None)
+            self._parts[layers] = part
+        return self._parts[layers]
+
+    def _viewed(self, loss_on: str, kronecker: Labels | None) -> Problem:
+        name = Positions.parse(loss_on).text
+        if name == self.index.manifest.encoding.loss_on:
+            return self
+        if name not in self._parts:
+            kept = view(self._kept_queries, name) if self._kept_queries is not None else None
+            self._parts[name] = Problem(view(self.index, name, kronecker), self.queries, kept_queries=kept)
+        return self._parts[name]
 
     @property
     def n(self) -> int:
@@ -55,11 +101,6 @@ class Problem:
         return len(self.queries)
 
     @property
-    def blocks(self) -> tuple[Block, ...]:
-        """Tracked matrices."""
-        return self.index.blocks
-
-    @property
     def rows(self) -> Rows:
         """The training examples' texts and encodings."""
         return self.index.rows
@@ -67,6 +108,8 @@ class Problem:
     @property
     def features(self) -> Features:
         """The queries' gradients, representations and losses."""
+        if self._features is None and self._kept_queries is not None:
+            self._features = self._kept_queries.kept_features()
         if self._features is None:
             self._features, self.lengths = self.index.features(self.queries)
         return self._features
@@ -99,6 +142,12 @@ class Problem:
             total += self.index.gradients(block.columns).double().square().sum(1)
         return total.sqrt()
 
+    def kronecker(self, labels: Labels) -> dict[str, KroneckerBasis]:
+        """The Kronecker factors of every block by name, fitted now unless the index holds them."""
+        if labels not in self._bases:
+            self._bases[labels] = kronecker_factors(self.index, labels)
+        return self._bases[labels]
+
     def representations(self, wanted: Representation) -> tuple[Tensor, Tensor]:
         """(n, d) of the training examples and (m, d) of the queries."""
         train = self.index.representation(wanted)
@@ -107,6 +156,6 @@ class Problem:
     def _of(self, block: Block) -> Products:
         query = self.features.gradients[:, block.columns]
         products = Products(Gradients(lambda: self.index.gradients(block.columns), query))
-        if len(self.blocks) * self.n * (self.n + self.m) * query.element_size() <= CACHE_BYTES:
+        if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= CACHE_BYTES:
             self._kept[block.name] = products
         return products

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import demo, finetune, index, methods, trace
+from finetrace.cli import bench, demo, finetune, index, methods, trace
 from finetrace.errors import FinetraceError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("finetune")(finetune.finetune)
 app.command("index")(index.index)
 app.command("trace")(trace.trace)
+app.command("bench")(bench.bench)
 app.command("methods")(methods.methods)
 
 

@@ -37,22 +37,21 @@ def index(
     split: options.Split = None,
 ) -> None:
     """Collect gradients and representations of a training set; run it again to finish a killed run."""
-    from typing import cast, get_args
-
     with options.quiet_libraries():
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
-        from finetrace.encoding import Encoder, LossOn, read_template
+        from finetrace.encoding import Encoder, read_template
         from finetrace.index import build_index
         from finetrace.models import ModelSpec, load
+        from finetrace.positions import Positions
         from finetrace.reading import read_examples
 
-        kind = cast("LossOn", options.one_of("--loss-on", loss_on, get_args(LossOn)))
+        Positions.parse(loss_on)
         wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
         template = read_template(chat_template)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
-        encoder = Encoder(loaded.tokenizer, kind, max_length, template)
+        encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
         built, lengths = build_index(
             loaded, examples, out, encoder, modules=modules, representations=wanted, batch_tokens=batch_tokens
         )

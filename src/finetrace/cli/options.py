@@ -28,7 +28,9 @@ Dtype = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
-LossOn = Annotated[str, typer.Option(help="Tokens of the loss: response, last-turn or all.")]
+LossOn = Annotated[
+    str, typer.Option(help="Tokens of the loss: response, last-turn, all, first:K, weights, probe or probe:TEXT.")
+]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut after so many tokens; nothing is cut if not given.")]
 Template = Annotated[str | None, typer.Option(help="A Jinja chat template file, or `plain`.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt; guessed if not given.")]

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
+from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
+from finetrace.collection.precision import HALF, wide_residual
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
 from finetrace.encoding import Encoded, length_batches
 from finetrace.errors import FinetraceError
-from finetrace.forward import Batch, example_losses, token_losses
+from finetrace.forward import Batch, example_losses, token_logits
 
-HALF = (torch.bfloat16, torch.float16)
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
 
@@ -27,11 +29,13 @@ class Features:
         gradients: (rows, D) gradient of each example's own mean loss, blocks side by side.
         losses: (rows,) that loss, in nats.
         representations: By name (`pooling@layer`), (rows, d) hidden states.
+        sampled: (rows, D) gradients of `sampled_loss`, where factors with the model's own labels were asked for.
     """
 
     gradients: Tensor
     losses: Tensor
     representations: dict[str, Tensor]
+    sampled: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.losses)
@@ -60,9 +64,16 @@ class Collector:
         return torch.float32 if dtype in HALF else dtype
 
     def collect(
-        self, items: Sequence[Encoded], ids: Sequence[str], on_batch: Callable[[int], None] = lambda count: None
+        self,
+        items: Sequence[Encoded],
+        ids: Sequence[str],
+        on_batch: Callable[[int], None] = lambda count: None,
+        *,
+        factors: FactorSums | None = None,
     ) -> Features:
         """Features of `items`, in their order, on the CPU; `on_batch` hears how many rows each batch finished.
+
+        `factors` are added to: with the data's labels at no extra pass, with the model's own in a second backward pass.
 
         Raises:
             FinetraceError: There is no item, or a gradient or loss is not finite; the row is named.
@@ -71,14 +82,19 @@ class Collector:
             raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
         device = next(self.model.parameters()).device
         gradients = torch.empty(len(items), self.tracking.width, dtype=self.dtype)
+        sampled = torch.empty_like(gradients) if factors is not None and factors.labels == "model" else None
         losses = torch.empty(len(items), dtype=self.dtype)
         pooled: dict[str, list[Tensor]] = {each.name: [] for each in self.representations}
         order: list[int] = []
-        with GradientRecorder(self.model, self.tracking, self.dtype) as recorder:
+        with GradientRecorder(self.model, self.tracking, self.dtype) as recorder, wide_residual(self.model):
+            recorder.factors = factors
             for chosen in length_batches([len(item.ids) for item in items], self.batch_tokens):
                 batch = Batch.of([items[i] for i in chosen]).to(device)
-                loss, hidden = self._pass(recorder, batch)
-                gradients[chosen] = recorder.rows.cpu()
+                names = [ids[i] for i in chosen]
+                loss, rows, hidden = self._pass(recorder, batch, names)
+                gradients[chosen] = rows.cpu()
+                if sampled is not None:
+                    sampled[chosen] = recorder.rows.cpu()
                 losses[chosen] = loss.cpu()
                 for each in self.representations:
                     pooled[each.name].append(pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu())
@@ -86,21 +102,37 @@ class Collector:
                 order += chosen
                 on_batch(len(chosen))
         back = torch.argsort(torch.tensor(order, dtype=torch.long))
-        return Features(gradients, losses, {name: torch.cat(parts)[back] for name, parts in pooled.items()})
+        return Features(gradients, losses, {name: torch.cat(parts)[back] for name, parts in pooled.items()}, sampled)
 
-    def _pass(self, recorder: GradientRecorder, batch: Batch) -> tuple[Tensor, dict[int, Tensor]]:
-        """Losses (B,) and the hidden states wanted, by layer; the gradients are left in `recorder.rows`."""
+    def factor_sums(self, labels: Labels) -> FactorSums:
+        """Empty sums for `collect` to add to."""
+        return FactorSums(self.tracking, labels, self.dtype, next(self.model.parameters()).device)
+
+    def _pass(
+        self, recorder: GradientRecorder, batch: Batch, ids: Sequence[str]
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Losses (B,), gradients (B, D) and the hidden states wanted, by layer.
+
+        Where the factors want labels of the model's own, `recorder.rows` holds the gradients of the sampled loss.
+        """
         recorder.expect(batch)
         half = next(self.model.parameters()).dtype == torch.float16
-        scale = FLOAT16_LOSS_SCALE if half else 1.0
+        recorder.scale = FLOAT16_LOSS_SCALE if half else 1.0
         wanted = {each.layer for each in self.representations}
+        sampling = recorder.factors is not None and recorder.factors.labels == "model"
         with torch.enable_grad():
-            token, hidden = token_losses(self.model, batch, hidden_states=bool(wanted - {-1}))
+            logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}))
+            token = cross_entropy(logits, batch.targets, reduction="none")
             loss = example_losses(batch, token)
-            (loss.sum() * scale).backward()
-        if half:
-            recorder.rows /= scale
-        return loss.detach(), {layer: hidden[layer].detach() for layer in wanted}
+            recorder.listening = not sampling
+            (loss.sum() * recorder.scale).backward(retain_graph=sampling)
+            rows = recorder.rows
+            if sampling:
+                recorder.clear()
+                recorder.listening = True
+                drawn = cross_entropy(logits, sampled_targets(logits, batch, ids), reduction="none")
+                (sampled_loss(drawn, batch) * recorder.scale).backward()
+        return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
 
 
 def _refuse_not_finite(gradients: Tensor, losses: Tensor, chosen: Sequence[int], ids: Sequence[str]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Tracked, Tracking
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
@@ -27,6 +28,9 @@ class GradientRecorder:
         self.tracking = tracking
         self.dtype = dtype
         self.rows: Tensor = torch.empty(0)
+        self.factors: FactorSums | None = None
+        self.listening = False  # whether the next backward pass belongs in the factors
+        self.scale = 1.0  # of the loss that is propagated; divided out of every gradient
         self._batch: Batch | None = None
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
@@ -55,13 +59,23 @@ class GradientRecorder:
             module.training = True
 
     def expect(self, batch: Batch) -> None:
-        """Get ready for one forward and backward pass of `batch`."""
+        """Get ready for one forward pass of `batch`, and a backward pass."""
         self._batch = batch
-        self.rows = torch.zeros(len(batch), self.tracking.width, dtype=self.dtype, device=batch.ids.device)
+        if self.factors is not None:
+            self.factors.begin()
+        self.clear()
+
+    def clear(self) -> None:
+        """Get ready for another backward pass of the same batch."""
+        assert self._batch is not None, "expect() comes first"
+        device = self._batch.ids.device
+        self.rows = torch.zeros(len(self._batch), self.tracking.width, dtype=self.dtype, device=device)
 
     def _watch(self, layer: Tracked) -> Any:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             inputs = args[0].detach()
+            if self.factors is not None and self._batch is not None:
+                self.factors.see_inputs(layer, inputs, self._batch)
 
             def backward(delta: Tensor) -> None:
                 self._accumulate(layer, inputs, delta)
@@ -74,7 +88,12 @@ class GradientRecorder:
         """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
         batch = self._batch
         assert batch is not None, "expect() comes before the pass"
-        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)  # (B, T, in), (B, T, out); the head: (1, >= R, .)
+        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)
+        if self.scale != 1:
+            delta = delta / self.scale
+        if self.factors is not None and self.listening:
+            self.factors.see_deltas(layer, delta, batch)
+        # (B, T, in), (B, T, out); the head: (1, >= R, .)
         if layer.is_head:
             rows = len(batch.rows)
             pairs = list(zip(inputs[0, :rows].split(batch.counts), delta[0, :rows].split(batch.counts), strict=True))

@@ -33,6 +33,11 @@ class Block:
         return math.prod(self.shape)
 
     @property
+    def matrix(self) -> tuple[int, int]:
+        """Its gradient as a matrix: a bias is one column."""
+        return (self.shape[0], self.shape[1] if len(self.shape) > 1 else 1)
+
+    @property
     def columns(self) -> slice:
         """Its columns in a row of gradients."""
         return slice(self.offset, self.offset + self.size)

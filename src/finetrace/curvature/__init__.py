@@ -4,7 +4,8 @@ from finetrace.curvature.damping import Damping, DampingRule
 from finetrace.curvature.datainf import DataInf
 from finetrace.curvature.fisher import FisherDual, FisherPrimal, fisher
 from finetrace.curvature.identity import Identity
-from finetrace.curvature.lissa import LiSSA
+from finetrace.curvature.kronecker import Kronecker, KroneckerBasis
+from finetrace.curvature.lissa import LiSSA, ReleasedLiSSA
 from finetrace.curvature.operator import InverseCurvature
 from finetrace.curvature.products import Products
 
@@ -16,7 +17,10 @@ __all__ = [
     "FisherPrimal",
     "Identity",
     "InverseCurvature",
+    "Kronecker",
+    "KroneckerBasis",
     "LiSSA",
     "Products",
+    "ReleasedLiSSA",
     "fisher",
 ]

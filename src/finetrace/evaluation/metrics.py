@@ -37,6 +37,7 @@ __all__ = [
     "coverage",
     "evaluate",
     "mrr",
+    "precision_at",
     "recall_at",
     "relevance",
 ]
@@ -105,6 +106,26 @@ def recall_at(k: int) -> Metric:
         return _masked(_found(scores, relevant, top) / np.maximum(relevant.sum(axis=1), 1), relevant)
 
     return recall
+
+
+def precision_at(k: int) -> Metric:
+    """The metric (m,): share of a query's k top-scored examples that are relevant, in expectation over ties.
+
+    With k = training examples / classes this is the coverage of the study's released code, at most c / k where c < k
+    examples are relevant.
+
+    Raises:
+        FinetraceError: If k is below 1.
+    """
+    if k < 1:
+        raise FinetraceError(f"precision at {k} is not defined; give a k of at least 1.")
+
+    def precision(scores: NDArray[Any], relevant: NDArray[np.bool_]) -> NDArray[np.float64]:
+        scores, relevant = _checked(scores, relevant)
+        size = min(k, scores.shape[1])
+        return _masked(_found(scores, relevant, np.full(len(scores), size, dtype=np.int64)) / size, relevant)
+
+    return precision
 
 
 def mrr(scores: NDArray[Any], relevant: NDArray[np.bool_]) -> NDArray[np.float64]:

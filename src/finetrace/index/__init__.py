@@ -2,5 +2,6 @@
 
 from finetrace.index.build import build_index
 from finetrace.index.store import Index, open_index
+from finetrace.index.views import kronecker_factors, view
 
-__all__ = ["Index", "build_index", "open_index"]
+__all__ = ["Index", "build_index", "kronecker_factors", "open_index", "view"]

@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from finetrace import fingerprint
 from finetrace._version import __version__
 from finetrace.collection import Collector, Representation, track
+from finetrace.collection.factors import Labels
 from finetrace.collection.modules import Tracking
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.index import manifest, rows, shards
+from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.models import Loaded, active_adapter, save_adapter
@@ -37,6 +38,7 @@ def build_index(
     representations: Sequence[Representation] = DEFAULT_REPRESENTATIONS,
     batch_tokens: int = 2048,
     rows_per_shard: int | None = None,
+    kronecker: Labels | None = None,
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -53,6 +55,8 @@ def build_index(
         representations: Hidden states to keep.
         batch_tokens: Padded tokens a batch holds at most.
         rows_per_shard: Examples a shard; by default as many as fit 128 MB.
+        kronecker: Fit the factors of K-FAC and EK-FAC on the way, with labels drawn from the `model` (one more backward
+            pass) or those of the `data` (none); without it they are fitted when a method first asks for them.
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -69,7 +73,7 @@ def build_index(
     per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
     plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules)
     started = _start(folder, plan, loaded, examples, encoded, row_bytes)
-    _collect(folder, started, collector, examples, encoded)
+    _collect(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths
 
 
@@ -95,7 +99,12 @@ def _plan(
             tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
             layers=int(loaded.model.config.num_hidden_layers),
         ),
-        encoding=EncodingRecord(loss_on=encoder.loss_on, max_length=encoder.max_length, template=encoder.template),
+        encoding=EncodingRecord(
+            loss_on=encoder.positions.text,
+            max_length=encoder.max_length,
+            template=encoder.template,
+            pad_to=encoder.pad_to,
+        ),
         data_fingerprint=fingerprint.of_data([example.id for example in examples], encoded),
         examples=len(examples),
         tokens=sum(len(item.ids) for item in encoded),
@@ -176,19 +185,32 @@ def _furnished(folder: Path, started: Manifest) -> bool:
 
 
 def _collect(
-    folder: Path, started: Manifest, collector: Collector, examples: Sequence[Example], encoded: Sequence[Encoded]
+    folder: Path,
+    started: Manifest,
+    collector: Collector,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    labels: Labels | None,
 ) -> None:
     done = {shard.start: shard for shard in started.shards}
     with Tracker("collecting gradients", len(examples), "examples") as tracker:
         for start in range(0, len(examples), started.rows_per_shard):
             stop = min(start + started.rows_per_shard, len(examples))
-            if start in done:
+            fitting = labels is not None and not factors.there(folder, labels)
+            fitting = fitting and not factors.has_part(folder, labels or "model", start)
+            if start in done and not fitting:
                 tracker.advance(stop - start)
                 continue
+            sums = collector.factor_sums(labels) if labels is not None and fitting else None
             ids = [example.id for example in examples[start:stop]]
-            features = collector.collect(encoded[start:stop], ids, tracker.advance)
-            done[start] = shards.write(folder, features, start)
-            manifest.write(folder, started.model_copy(update={"shards": tuple(done[key] for key in sorted(done))}))
+            features = collector.collect(encoded[start:stop], ids, tracker.advance, factors=sums)
+            if sums is not None:
+                factors.write_part(folder, sums, features.sampled, start)
+            if start not in done:
+                done[start] = shards.write(folder, features, start)
+                manifest.write(folder, started.model_copy(update={"shards": tuple(done[key] for key in sorted(done))}))
+    if labels is not None and not factors.there(folder, labels):
+        factors.finish(folder, manifest.read(folder), labels)
 
 
 def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:

@@ -61,9 +61,10 @@ class ModelRecord(_Strict):
 class EncodingRecord(_Strict):
     """The encoding that training examples had and queries get."""
 
-    loss_on: Literal["response", "last-turn", "all"]
+    loss_on: str
     max_length: int | None
     template: str | None
+    pad_to: int | None = None
 
 
 class Manifest(_Strict):

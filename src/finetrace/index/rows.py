@@ -55,6 +55,7 @@ def write(folder: Path, examples: Sequence[Example], encoded: Sequence[Encoded])
             "input_ids": pa.array([item.ids for item in encoded], pa.list_(pa.int32())),
             "loss_weights": pa.array([item.weights for item in encoded], pa.list_(pa.float32())),
             "prompt_length": pa.array([item.prompt_length for item in encoded], pa.int32()),
+            "padding": pa.array([item.padding for item in encoded], pa.int32()),
         }
     )
     buffer = io.BytesIO()
@@ -74,9 +75,13 @@ def read(folder: Path, data_fingerprint: str) -> Rows:
             )
         )
         encoded = tuple(
-            Encoded(np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32), length)
-            for ids, weights, length in zip(
-                columns["input_ids"], columns["loss_weights"], columns["prompt_length"], strict=True
+            Encoded(np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32), length, padding)
+            for ids, weights, length, padding in zip(
+                columns["input_ids"],
+                columns["loss_weights"],
+                columns["prompt_length"],
+                columns.get("padding") or [0] * len(columns["id"]),
+                strict=True,
             )
         )
     except (OSError, KeyError, ValueError, TypeError) as error:

@@ -26,9 +26,13 @@ class Index:
         manifest: What it holds and what it was made from.
     """
 
-    def __init__(self, folder: Path, loaded: Loaded | None = None) -> None:
-        """Open `folder`; a model that is given is checked against the index before its first use."""
+    def __init__(self, folder: Path, loaded: Loaded | None = None, parent: Index | None = None) -> None:
+        """Open `folder`; a model that is given is checked against the index before its first use.
+
+        A view of another index, its `parent`, uses the parent's model.
+        """
         self.folder = folder
+        self._parent = parent
         self.manifest = manifest.read(folder)
         if not self.manifest.complete:
             done = sum(shard.stop - shard.start for shard in self.manifest.shards)
@@ -40,6 +44,11 @@ class Index:
         self._reader = ShardReader(folder, self.manifest.shards)
         self._loaded = loaded
         self._checked = False
+
+    @staticmethod
+    def finished(folder: Path) -> bool:
+        """Whether a finished index is in `folder`."""
+        return (folder / manifest.NAME).exists() and manifest.read(folder).complete
 
     def __len__(self) -> int:
         return self.manifest.examples
@@ -72,6 +81,8 @@ class Index:
     def model(self, dtype: DType | None = None, device: str = "auto", trust_remote_code: bool = False) -> Loaded:
         """The model the index was made with, loaded on first use and checked against the index's fingerprints."""
         record = self.manifest.model
+        if self._loaded is None and self._parent is not None:
+            self._loaded = self._parent.model(dtype, device, trust_remote_code)
         if self._loaded is None:
             adapter = str(self._inside(record.adapter)) if record.adapter else None
             spec = ModelSpec(record.name, adapter, dtype or record.dtype, device, trust_remote_code)  # type: ignore[arg-type]
@@ -81,10 +92,19 @@ class Index:
             self._checked = True
         return self._loaded
 
-    def encoder(self) -> Encoder:
-        """The encoding that the training examples had."""
-        encoding = self.manifest.encoding
-        return Encoder(self.model().tokenizer, encoding.loss_on, encoding.max_length, encoding.template)
+    def encoder(self, loss_on: str | None = None) -> Encoder:
+        """The encoding that the training examples had, or the same with the loss on other tokens."""
+        kept = self.manifest.encoding
+        return Encoder(self.model().tokenizer, loss_on or kept.loss_on, kept.max_length, kept.template, kept.pad_to)
+
+    def kept_features(self) -> Features:
+        """The features of the index's own rows, read from disk."""
+        names = self.manifest.representations
+        return Features(
+            self.gradients(slice(None)),
+            self.losses,
+            {name: self._reader.tensor(f"representation.{name}") for name in names},
+        )
 
     def features(self, queries: Sequence[Example]) -> tuple[Features, LengthReport]:
         """Gradients, representations and losses of queries that have a response, by the index's own model."""

@@ -1,5 +1,8 @@
-"""Benchmark data sets, built from what ships with the package."""
+"""Benchmark data sets, built from what ships with the package or from data of one's own."""
 
-from finetrace.tasks.mixed import Task, alignment_rows, mixed
+from finetrace.tasks.external import external
+from finetrace.tasks.mixed import alignment_rows, mixed
+from finetrace.tasks.registry import TASKS, Recipe, build, recipe
+from finetrace.tasks.task import Task
 
-__all__ = ["Task", "alignment_rows", "mixed"]
+__all__ = ["TASKS", "Recipe", "Task", "alignment_rows", "build", "external", "mixed", "recipe"]

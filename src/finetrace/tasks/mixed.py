@@ -2,35 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from finetrace.examples import Example
 from finetrace.reading import read_examples
+from finetrace.tasks.task import Task
 
 DATA = Path(__file__).parent.parent / "data"
 SMALL_BENIGN = 20  # the file's first rows are a balanced set by themselves
-
-
-@dataclass(frozen=True)
-class Task:
-    """A training set with a planted class, and prompts that ask for what the class does.
-
-    Attributes:
-        name: As results name it.
-        train: Rows with a response and a label.
-        queries: Held-out prompts, labelled, without a response: the model gives it.
-        target: The planted label.
-    """
-
-    name: str
-    train: tuple[Example, ...]
-    queries: tuple[Example, ...]
-    target: str
-
-    def without_target(self) -> tuple[Example, ...]:
-        """The training rows that do not carry the planted label."""
-        return tuple(example for example in self.train if example.label != self.target)
 
 
 def mixed(small: bool = False) -> Task:

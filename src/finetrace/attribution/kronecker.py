@@ -1,0 +1,85 @@
+"""K-FAC and EK-FAC influence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from finetrace.attribution.gradient import GradientMethod, Positive
+from finetrace.attribution.method import Normalise, register
+from finetrace.attribution.problem import Problem
+from finetrace.collection.factors import Labels
+from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis, Products
+
+DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
+
+
+class _KroneckerMethod(GradientMethod):
+    """sum_b V_b (Q_b (Lambda_b + lambda_b I) Q_b^T)^(-1) G_b^T with Q_b = Q_L x Q_R."""
+
+    damping: float
+    labels: Labels
+
+    def prepared(self, problem: Problem) -> Problem:
+        """The problem on `loss_on` and `layers`, its factors at hand."""
+        chosen = problem.on(self.loss_on, self.layers, self.labels)
+        chosen.kronecker(self.labels)
+        return chosen
+
+    def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
+        """One a block."""
+        bases = problem.kronecker(self.labels)
+        for block, products in problem.products():
+            basis = bases[block.name]
+            yield Kronecker(products, basis, self.eigenvalues(basis), self.damping)
+
+    def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
+        """Lambda (r, c)."""
+        raise NotImplementedError
+
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """`parts` makes them, for a block's name is needed."""
+        raise NotImplementedError
+
+
+@register("kfac")
+@dataclass(frozen=True)
+class KFAC(_KroneckerMethod):
+    """Influence with the curvature of each weight as a Kronecker product: E[a a^T] x E[delta delta^T].
+
+    Factors are means over the tokens that predict the loss, times the tokens an example; lambda = damping x the mean
+    eigenvalue (Martens and Grosse, arXiv 1503.05671). labels `model` draws the labels from the model's own predictions,
+    which gives the Fisher of the training loss; `data` takes the data's own (the empirical Fisher).
+    """
+
+    normalise: Normalise = "none"
+    damping: Positive = DEFAULT_DAMPING
+    labels: Labels = "model"
+    loss_on: str = ""
+    layers: str = "all"
+
+    def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
+        """Products of the factors' eigenvalues."""
+        return basis.kfac
+
+
+@register("ekfac")
+@dataclass(frozen=True)
+class EKFAC(_KroneckerMethod):
+    """Influence with K-FAC's eigenbasis and the eigenvalues measured in it: mean over examples of (Q_L^T G Q_R)^2.
+
+    The best diagonal in that basis (George et al., arXiv 1806.03884; Grosse et al., arXiv 2308.03296); labels and
+    damping as in `kfac`.
+    """
+
+    normalise: Normalise = "none"
+    damping: Positive = DEFAULT_DAMPING
+    labels: Labels = "model"
+    loss_on: str = ""
+    layers: str = "all"
+
+    def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
+        """Measured."""
+        return basis.ekfac

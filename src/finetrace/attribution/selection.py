@@ -1,0 +1,43 @@
+"""Which transformer layers a gradient method looks at."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from finetrace.collection import Block
+from finetrace.errors import FinetraceError
+
+
+def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...]:
+    """The blocks of some layers of a model with `depth` of them.
+
+    Args:
+        blocks: Tracked matrices; the first number in a name is its layer.
+        layers: `all`, `last-fifth` (at least one layer), a number, or `FIRST-LAST`; layers count from 0.
+        depth: Transformer layers of the model.
+
+    Raises:
+        FinetraceError: `layers` is none of these, or no tracked matrix is in them.
+    """
+    if layers == "all":
+        return tuple(blocks)
+    if layers == "last-fifth":
+        first, last = depth - max(1, depth // 5), depth - 1
+    else:
+        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", layers)
+        if found is None:
+            raise FinetraceError(f"layers={layers}: not known; use all, last-fifth, a number, or FIRST-LAST.")
+        first = int(found[1])
+        last = int(found[2] or found[1])
+    chosen = tuple(block for block in blocks if (number := _layer(block.name)) is not None and first <= number <= last)
+    if not chosen:
+        raise FinetraceError(
+            f"layers={layers}: no tracked matrix is in layers {first} to {last} (of 0 to {depth - 1})."
+        )
+    return chosen
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"\.([0-9]+)\.", name)
+    return int(found[1]) if found else None

@@ -1,0 +1,69 @@
+"""Two protocols: what a correct comparison does, and exactly what the study's released code computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from finetrace.encoding import Encoder, read_template
+from finetrace.errors import FinetraceError
+from finetrace.finetuning import PRESETS, FinetuneConfig
+from finetrace.models import Loaded
+from finetrace.tasks import Recipe
+from finetrace.tracing import STANDARD
+
+# the released code's methods: raw products, its damping, its recurrence; RepSim is a cosine that sees the prompt alone
+RELEASED = (
+    "gradsim",
+    "datainf:damping=0.1,damping_rule=entry",
+    "lissa:damping=0.1,damping_rule=entry,recurrence=released",
+    "repsim",
+)
+CONTROLS = tuple(spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "bm25", "tfidf"))
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How examples are encoded, how the model is fine-tuned, and what is scored and counted.
+
+    Attributes:
+        name: `corrected` or `paper`.
+        methods: Specifications, controls included.
+        window: Tokens to which every example is cut and padded, `None` for no padding and no cut.
+        coverage: `class`: the c top examples, c the size of the query's class. `share`: training rows / classes.
+    """
+
+    name: Literal["corrected", "paper"]
+    methods: tuple[str, ...]
+    window: int | None
+    coverage: Literal["class", "share"]
+
+    def encoder(self, loaded: Loaded) -> Encoder:
+        """The encoding of training examples and queries."""
+        if self.window is None:
+            return Encoder(loaded.tokenizer)
+        return Encoder(loaded.tokenizer, "all", self.window, read_template("inst"), self.window)
+
+    def finetuning(self, recipe: Recipe, seed: int, epochs: int | None = None) -> FinetuneConfig:
+        """The recipe's own settings, or the released code's: 10 epochs at batch 24, 50 on the mixed sets."""
+        if self.window is None:
+            return FinetuneConfig(
+                epochs=epochs or recipe.epochs, learning_rate=recipe.learning_rate, batch_size=8, seed=seed
+            )
+        released = PRESETS["released"]
+        return released.model_copy(
+            update={"epochs": epochs or (50 if recipe.aligned else released.epochs), "seed": seed}
+        )
+
+
+PROTOCOLS = {
+    "corrected": Protocol("corrected", (*STANDARD,), None, "class"),
+    "paper": Protocol("paper", (*RELEASED, *CONTROLS), 128, "share"),
+}
+
+
+def protocol(name: str) -> Protocol:
+    """By name; `FinetraceError` for any other."""
+    if name not in PROTOCOLS:
+        raise FinetraceError(f"--protocol {name}: not known; use {' or '.join(PROTOCOLS)}.")
+    return PROTOCOLS[name]

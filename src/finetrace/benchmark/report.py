@@ -1,0 +1,135 @@
+"""From finished cells to one set of results: records, tables, figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from finetrace.benchmark.figures import draw_ablation, draw_heat_maps
+from finetrace.benchmark.run import DONE, Cell
+from finetrace.benchmark.tables import write_tables
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+from finetrace.reporting.results import write_results
+
+METRICS = ("accuracy", "coverage", "auroc", "auprc", "recall@10", "mrr")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method on a task under a protocol, over all seeds.
+
+    Attributes:
+        task, protocol: Where.
+        spec, title, control: The method.
+        metrics: Mean over seeds and queries with its interval over both; empty where there was nothing to trace.
+        beats_lexical: Paired difference of AUPRC to the task's best lexical search.
+        seconds: Mean over seeds.
+        hub, hub_share: The training example ranked first most often (of the first seed), and its share of queries.
+        seeds, n_train, n_queries: How many.
+    """
+
+    task: str
+    protocol: str
+    spec: str
+    title: str
+    control: bool
+    metrics: dict[str, Estimate]
+    beats_lexical: Estimate | None
+    seconds: float
+    hub: str
+    hub_share: float
+    seeds: int
+    n_train: int
+    n_queries: int
+
+    def record(self) -> dict[str, Any]:
+        """Flat, for results.json."""
+        values: dict[str, Any] = {}
+        for name, estimate in self.metrics.items():
+            values |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        gap = self.beats_lexical
+        if gap is not None:
+            values |= {"auprc_over_lexical": gap.value}
+            values |= {"auprc_over_lexical_low": gap.low, "auprc_over_lexical_high": gap.high}
+        about = ("task", "protocol", "spec", "title", "control", "hub", "hub_share", "seeds", "n_train", "n_queries")
+        return {**{key: getattr(self, key) for key in about}, **values, "seconds": self.seconds}
+
+
+def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:
+    """Summarise the finished cells of `folder` and write `results.json`, `records.parquet`, tables and figures."""
+    records, frames = [], []
+    for cell in cells:
+        document = json.loads((folder / cell.folder / DONE).read_text(encoding="utf-8"))
+        records += document["records"]
+        if document["records"]:
+            frames.append(pd.read_parquet(folder / cell.folder / "queries.parquet"))
+    if not frames:
+        raise FinetraceError(f"{folder}: no cell has anything to report; the fine-tuned models complied with nothing.")
+    frame = pd.concat(frames, ignore_index=True)
+    rows = summarise(records, frame)
+    config = {"command": "bench", "cells": [cell.folder for cell in cells], "size": cells[0].size}
+    write_results(folder, [row.record() for row in rows], config)
+    pd.DataFrame.from_records(records).to_parquet(folder / "seeds.parquet", index=False)
+    write_tables(folder / "tables", rows)
+    draw_heat_maps(folder, [cell for cell in cells if cell.seed == 0], folder / "figures")
+    if any(row.spec.count("loss_on=") for row in rows) and len({row.spec for row in rows}) > 100:
+        draw_ablation(rows, folder / "figures")
+    return rows
+
+
+def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Row]:
+    """One row a (task, protocol, method), in the order the records have."""
+    table = pd.DataFrame.from_records(list(records))
+    rows = []
+    for (task, protocol), here in table.groupby(["task", "protocol"], sort=False):
+        values = frame[(frame["task"] == task) & (frame["protocol"] == protocol)]
+        matrices = {
+            spec: {name: _matrix(group, name) for name in METRICS if name in group}
+            for spec, group in values.groupby("spec", sort=False)
+        }
+        lexical = _best_lexical(here, matrices)
+        for spec, group in here.groupby("spec", sort=False):
+            found = matrices[spec]
+            judged = np.isfinite(found["auprc"]).any()
+            first = group.iloc[0]
+            rows.append(
+                Row(
+                    str(task),
+                    str(protocol),
+                    str(spec),
+                    str(first["title"]),
+                    bool(first["control"]),
+                    {name: bootstrap_crossed(each) for name, each in found.items()} if judged else {},
+                    paired_crossed(found["auprc"], matrices[lexical]["auprc"])
+                    if judged and lexical is not None and lexical != spec
+                    else None,
+                    float(group["seconds"].mean()),
+                    str(first["hub"]),
+                    float(group["hub_share"].mean()),
+                    len(group),
+                    int(first["n_train"]),
+                    int(first["n_queries"]),
+                )
+            )
+    return rows
+
+
+def _matrix(group: pd.DataFrame, name: str) -> NDArray[np.float64]:
+    """(seeds, queries) of one metric; NaN where a seed does not have a query."""
+    return np.asarray(group.pivot(index="seed", columns="query", values=name), dtype=np.float64)
+
+
+def _best_lexical(here: pd.DataFrame, matrices: dict[str, dict[str, NDArray[np.float64]]]) -> str | None:
+    """The lexical search with the highest mean AUPRC."""
+    known = [s for s in here["spec"].unique() if s.split(":")[0] in ("bm25", "tfidf")]
+    known = [s for s in known if np.isfinite(matrices[s]["auprc"]).any()]
+    return max(known, key=lambda spec: float(np.nanmean(matrices[spec]["auprc"]))) if known else None

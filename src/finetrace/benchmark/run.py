@@ -1,0 +1,209 @@
+"""One cell of the benchmark: a task under a protocol with one seed, stage by stage, each finished stage found again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
+
+from finetrace.attribution import Problem, make
+from finetrace.benchmark.protocol import Protocol
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.judging import Judge
+from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
+from finetrace.examples import Example
+from finetrace.finetuning import finetune, finished
+from finetrace.generation import answer
+from finetrace.index import Index, build_index
+from finetrace.index.manifest import replacing, write_atomically
+from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.reading import read_examples, write_examples
+from finetrace.tasks import Recipe, Task
+
+ANSWER_TOKENS = 40
+DONE = "records.json"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What decides one run of the benchmark; kept beside its results, and compared before they are used again."""
+
+    task: str
+    protocol: str
+    seed: int
+    size: float
+    task_seed: int
+    methods: tuple[str, ...]
+    model: str | None = None
+    epochs: int | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+
+    @property
+    def folder(self) -> str:
+        """Its place in the benchmark's folder."""
+        return f"{self.task}/{self.protocol}/seed-{self.seed}"
+
+
+class Run:
+    """The stages of a cell in `folder`."""
+
+    def __init__(
+        self, folder: Path, cell: Cell, task: Task, recipe: Recipe, protocol: Protocol, judge: Judge, keep: bool
+    ) -> None:
+        self.folder = folder
+        self.cell = cell
+        self.task = task
+        self.recipe = recipe
+        self.protocol = protocol
+        self.judge = judge
+        self.keep = keep
+        self.base = cell.model or (ALIGNED if recipe.aligned else EMBEDDED)
+
+    def __call__(self, say: Callable[[str], None]) -> None:
+        """Bring the cell to its end; nothing that is finished is done again."""
+        self._claim()
+        if (self.folder / DONE).exists():
+            return
+        began = time.perf_counter()
+        name = f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
+        say(f"{name}: fine-tuning on {len(self.task.train)} rows")
+        self._adapter()
+        queries = self._queries()
+        if not queries:
+            self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
+            say(f"{name}: the model complied with none of {len(self.task.queries)} requests; there is nothing to trace")
+            return
+        say(f"{name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
+        fit = "model" if any(spec.startswith(("ekfac", "kfac")) for spec in self.cell.methods) else None
+        encoder = self.protocol.encoder(self.tuned)
+        index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)  # type: ignore[arg-type]
+        kept, _ = build_index(self.tuned, queries, self.folder / "queries", self.protocol.encoder(self.tuned))
+        say(f"{name}: scoring by {len(self.cell.methods)} methods")
+        self._score(index, kept, queries, began)
+        say(f"{name}: done in {time.perf_counter() - began:.0f} s")
+
+    @cached_property
+    def tuned(self) -> Loaded:
+        """The fine-tuned model."""
+        return load(ModelSpec(self.base, str(self.folder / "adapter"), self.cell.dtype, self.cell.device))
+
+    def _claim(self) -> None:
+        path, wanted = self.folder / "cell.json", json.loads(json.dumps(asdict(self.cell)))
+        if path.exists():
+            if json.loads(path.read_text(encoding="utf-8")) != wanted:
+                raise FinetraceError(
+                    f"{self.folder}: a run with other settings is there; choose another --out or remove the folder."
+                )
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FinetraceError(f"{self.folder}: cannot be written ({error}).") from error
+        write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+    def _adapter(self) -> Path:
+        folder = self.folder / "adapter"
+        if not finished(folder):
+            config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
+            loaded = load(ModelSpec(self.base, None, self.cell.dtype, self.cell.device))
+            finetune(loaded, self.task.train, folder, config, resume=True)
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return folder
+
+    def _queries(self) -> list[Example]:
+        """The task's queries; where they have no response, those that the model complies with, with its answers."""
+        if self.task.answered:
+            return list(self.task.queries)
+        path = self.folder / "answers.jsonl"
+        if not path.exists():
+            template = self.protocol.encoder(self.tuned).template
+            given = answer(self.tuned, self.task.queries, max_new_tokens=ANSWER_TOKENS, template=template)
+            write_examples(path, [e if e.has_response else e.with_response("(no answer)") for e in given])
+        answers = read_examples(path)
+        complied = self.judge.complied([e.prompt for e in answers], [e.response for e in answers])
+        write_atomically(
+            self.folder / "behaviour.json",
+            json.dumps({"judge": self.judge.name, "complied": [bool(c) for c in complied]}, indent=1).encode(),
+        )
+        return [e for e, yes in zip(answers, complied, strict=True) if yes]
+
+    def _metrics(self) -> dict[str, Metric]:
+        metrics: dict[str, Metric] = {**METRICS, "recall@10": recall_at(10), "mrr": mrr}
+        if self.protocol.coverage == "share":
+            metrics["coverage"] = precision_at(max(1, len(self.task.train) // len(self.task.classes)))
+        return metrics
+
+    def _score(self, index: Index, kept: Index, queries: Sequence[Example], began: float) -> None:
+        problem = Problem(index, queries, kept_queries=kept)
+        relevant = relevance(index.rows.labels, [query.label for query in queries])
+        records, frames, matrices = [], [], {}
+        about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
+        for method in map(make, self.cell.methods):
+            scores = method.score(problem)
+            values = {name: metric(scores.values, relevant) for name, metric in self._metrics().items()}
+            hub, share = _hub(scores.values)
+            frame = pd.DataFrame({**about, "spec": method.label, "query": [q.id for q in queries], **values})
+            frame["label"] = [query.label for query in queries]
+            frames.append(frame)
+            matrices[method.label] = scores.values.astype(np.float32)
+            records.append(
+                {
+                    **about,
+                    "method": method.plain_label,
+                    "spec": method.label,
+                    "title": method.title,
+                    "normalise": method.normalisation,
+                    "control": method.control,
+                    "n_train": len(index),
+                    "n_queries": len(queries),
+                    **{name: _mean(value) for name, value in values.items()},
+                    "seconds": round(scores.seconds, 4),
+                    "unit": scores.unit,
+                    "hub": index.rows.ids[hub],
+                    "hub_share": share,
+                    **{f"parameter_{key}": value for key, value in scores.parameters.items() if key != "normalise"},
+                }
+            )
+        self._write(queries, records, pd.concat(frames, ignore_index=True), matrices, time.perf_counter() - began)
+
+    def _write(
+        self,
+        queries: Sequence[Example],
+        records: list[dict[str, Any]],
+        frame: pd.DataFrame,
+        matrices: dict[str, Any],
+        seconds: float,
+    ) -> None:
+        """Scores and values of every query first, the records last: their being there says that all is."""
+        with replacing(self.folder / "scores.safetensors") as part:
+            save_file(matrices or {"empty": np.zeros(1)}, str(part))
+        write_atomically(self.folder / "queries.parquet", frame.to_parquet(index=False))
+        write_examples(self.folder / "train.jsonl", list(self.task.train), overwrite=True)
+        if queries:
+            write_examples(self.folder / "queries.jsonl", list(queries), overwrite=True)
+        document = {"config": asdict(self.cell), "base": self.base, "seconds": round(seconds, 1), "records": records}
+        write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())
+        if not self.keep:
+            for name in ("index", "queries"):
+                shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _hub(scores: NDArray[Any]) -> tuple[int, float]:
+    """The training example that is ranked first for most queries, and the share of queries."""
+    first = np.bincount(scores.argmax(axis=1), minlength=scores.shape[1])
+    return int(first.argmax()), round(float(first.max() / len(scores)), 4)
+
+
+def _mean(values: NDArray[np.float64]) -> float | None:
+    return None if np.isnan(values).all() else round(float(np.nanmean(values)), 6)

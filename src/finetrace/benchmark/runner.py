@@ -1,0 +1,140 @@
+"""Many cells, one after another or side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.context import BaseContext
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetrace.benchmark.protocol import protocol
+from finetrace.benchmark.run import Cell, Run
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.judging import make_judge
+from finetrace.tasks import Recipe, Task, build, external, recipe
+
+
+@dataclass(frozen=True)
+class Source:
+    """An external labelled set in place of a task that ships.
+
+    Attributes:
+        data: File, folder or Hub id.
+        label_column, prompt_column, response_column: As `tasks.external` takes them.
+        epochs, learning_rate: Of the fine-tuning.
+    """
+
+    data: str
+    label_column: str
+    prompt_column: str | None = None
+    response_column: str | None = None
+    epochs: int = 5
+    learning_rate: float = 1e-3
+
+    def task(self, seed: int, size: float) -> Task:
+        """The set as a task."""
+        made = external(self.data, self.label_column, self.prompt_column, self.response_column, seed=seed)
+        return made.shrunk(size)
+
+    def recipe(self) -> Recipe:
+        """How the embedded model learns it."""
+        return Recipe(lambda seed: self.task(seed, 1.0), "an external labelled set", self.epochs, self.learning_rate)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run, and how.
+
+    Attributes:
+        cells: One a task, protocol and seed.
+        judge: Model or `None` for refusal phrases; its harmful label.
+        source: An external set that every cell takes its rows from, or `None`.
+        keep: Keep the indexes, which take the most disk.
+        workers: Processes; each gets its share of the cores.
+    """
+
+    cells: tuple[Cell, ...]
+    judge: tuple[str | None, str | None] = (None, None)
+    source: Source | None = None
+    keep: bool = False
+    workers: int = 1
+
+
+def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
+    """Bring every cell to its end; a finished one is found again."""
+    if plan.workers < 1:
+        raise FinetraceError(f"--workers {plan.workers}: give at least 1.")
+    if plan.workers == 1 or len(plan.cells) == 1:
+        for cell in plan.cells:
+            _run(folder, cell, plan, say)
+        return
+    threads = max(1, (os.cpu_count() or 1) // plan.workers)
+    with ProcessPoolExecutor(plan.workers, initializer=_few_threads, initargs=(threads,), mp_context=_spawn()) as pool:
+        futures = {pool.submit(_run, folder, cell, plan, _silent): cell for cell in plan.cells}
+        for future, cell in futures.items():
+            future.result()
+            say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: done")
+
+
+def task_of(cell: Cell, source: Source | None) -> tuple[Task, Recipe]:
+    """The rows of a cell, and how they are learnt."""
+    if source is not None:
+        return source.task(cell.task_seed, cell.size), source.recipe()
+    return build(cell.task, size=cell.size, seed=cell.task_seed), recipe(cell.task)
+
+
+def cells(
+    tasks: Sequence[str],
+    protocols: Sequence[str],
+    seeds: int,
+    *,
+    methods: Sequence[str] = (),
+    size: float = 1.0,
+    task_seed: int = 0,
+    model: str | None = None,
+    epochs: int | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> tuple[Cell, ...]:
+    """Tasks x protocols x seeds; the protocol's own methods unless others are given. All first seeds come first."""
+    return tuple(
+        Cell(
+            task,
+            name,
+            seed,
+            size,
+            task_seed,
+            tuple(methods) or protocol(name).methods,
+            model,
+            epochs,
+            dtype,  # type: ignore[arg-type]
+            device,
+        )
+        for seed in range(seeds)
+        for name in protocols
+        for task in tasks
+    )
+
+
+def _run(folder: Path, cell: Cell, plan: Plan, say: Callable[[str], None]) -> None:
+    task, made = task_of(cell, plan.source)
+    judge = make_judge(*plan.judge)
+    Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
+
+
+def _silent(text: str) -> None:
+    """A worker process says nothing of its stages."""
+
+
+def _few_threads(count: int) -> None:
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def _spawn() -> BaseContext:
+    import multiprocessing
+
+    return multiprocessing.get_context("spawn")

@@ -1,0 +1,137 @@
+"""Markdown, LaTeX and terminal tables of the benchmark, laid out like the study's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetrace.evaluation.intervals import Estimate
+from finetrace.index.manifest import write_atomically
+
+if TYPE_CHECKING:
+    from finetrace.benchmark.report import Row
+
+HEADS = {
+    "accuracy": "Acc %",
+    "coverage": "Cover %",
+    "auroc": "AUROC",
+    "auprc": "AUPRC",
+    "recall@10": "R@10",
+    "mrr": "MRR",
+}
+PERCENT = ("accuracy", "coverage")
+
+
+def write_tables(folder: Path, rows: Sequence[Row]) -> None:
+    """`summary-PROTOCOL` over tasks and `TASK-PROTOCOL` with every metric, each as .md and .tex."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for protocol in dict.fromkeys(row.protocol for row in rows):
+        here = [row for row in rows if row.protocol == protocol]
+        tasks = list(dict.fromkeys(row.task for row in here))
+        _write(folder / f"summary-{protocol}", ["method", *tasks], _summary(here, tasks))
+        for task in tasks:
+            mine = [row for row in here if row.task == task]
+            heads = ["method", *HEADS.values(), "AUPRC over lexical", "hub %", "sec"]
+            _write(folder / f"{task}-{protocol}", heads, [_cells(row) for row in mine])
+
+
+def print_summary(rows: Sequence[Row], console: Console) -> None:
+    """Each task's methods in 80 columns: accuracy, coverage, AUROC, AUPRC, and the gap to lexical search."""
+    for task, protocol in dict.fromkeys((row.task, row.protocol) for row in rows):
+        mine = [row for row in rows if (row.task, row.protocol) == (task, protocol)]
+        if len(mine) > 60:
+            mine = sorted((r for r in mine if r.metrics), key=lambda r: -r.metrics["auprc"].value)[:40]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
+        table.title = f"{task}, {protocol}: {mine[0].n_train} rows, {mine[0].n_queries} queries, {mine[0].seeds} seeds"
+        table.add_column("method", overflow="fold")
+        for head in ("acc %", "cover %", "AUROC", "AUPRC", "over lexical"):
+            table.add_column(head, justify="right", no_wrap=True)
+        for row in mine:
+            gap = _gap(row.beats_lexical)
+            cells = [_cell(row, name) for name in ("accuracy", "coverage", "auroc", "auprc")]
+            table.add_row(escape(row.title), *cells, gap, style="dim" if row.control else "")
+        console.print(table)
+    console.print("low-high: 95% over queries and seeds; dim: controls", style="dim", highlight=False)
+
+
+def _summary(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
+    """Accuracy / coverage of every method on every task, as in the study's Tables 2 to 4."""
+    found = {(row.spec, row.task): row for row in rows}
+    lines = []
+    for spec, title in dict.fromkeys((row.spec, row.title) for row in rows):
+        cells = []
+        for task in tasks:
+            row = found.get((spec, task))
+            good = row is not None and row.metrics
+            cells.append(
+                f"{100 * row.metrics['accuracy'].value:.1f} / {100 * row.metrics['coverage'].value:.1f}"  # type: ignore[union-attr]
+                if good
+                else "-"
+            )
+        lines.append([title, *cells])
+    return lines
+
+
+def _cells(row: Row) -> list[str]:
+    name = row.title + (" (control)" if row.control else "")
+    return [
+        name,
+        *(_cell(row, metric) for metric in HEADS),
+        _gap(row.beats_lexical),
+        f"{100 * row.hub_share:.0f}",
+        f"{row.seconds:.2f}",
+    ]
+
+
+def _cell(row: Row, metric: str) -> str:
+    estimate = row.metrics.get(metric)
+    if estimate is None:
+        return "-"
+    if metric in PERCENT:
+        return _with_interval(estimate, lambda value: f"{100 * value:.0f}")
+    return _with_interval(estimate, _short)
+
+
+def _with_interval(estimate: Estimate, form: Callable[[float], str]) -> str:
+    text = form(estimate.value)
+    known = estimate.low == estimate.low and estimate.high == estimate.high
+    return f"{text} {form(estimate.low)}-{form(estimate.high)}" if known else text
+
+
+def _gap(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "-"
+    text = f"{estimate.value:+.2f}"
+    return f"{text} [{estimate.low:+.2f}, {estimate.high:+.2f}]" if estimate.low == estimate.low else text
+
+
+def _short(value: float) -> str:
+    text = f"{value:.2f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def _write(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    markdown = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    markdown += ["| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines]
+    write_atomically(path.with_name(path.name + ".md"), ("\n".join(markdown) + "\n").encode())
+    columns = "l" + "r" * (len(heads) - 1)
+    latex = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_tex, heads)) + r" \\", r"\midrule"]
+    latex += [" & ".join(map(_tex, line)) + r" \\" for line in lines]
+    latex += [r"\bottomrule", r"\end{tabular}"]
+    write_atomically(path.with_name(path.name + ".tex"), ("\n".join(latex) + "\n").encode())
+
+
+def _plain(cell: str) -> str:
+    return cell.replace("|", r"\|").replace("\n", " ")
+
+
+def _tex(cell: str) -> str:
+    for sign in ("&", "%", "$", "#", "_", "{", "}"):
+        cell = cell.replace(sign, "\\" + sign)
+    return cell.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")

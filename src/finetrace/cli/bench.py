@@ -1,0 +1,79 @@
+"""`finetrace bench`: the paper's tasks x methods x protocols x seeds, with controls and intervals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetrace.cli import options
+from finetrace.errors import FinetraceError
+
+
+def bench(
+    tasks: Annotated[list[str] | None, typer.Argument(help="Tasks by name; all if none is given.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the results; a run that stopped goes on there.")] = Path("bench"),
+    protocol: Annotated[list[str] | None, typer.Option(help="corrected or paper; may repeat.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each task: data order and adapter.")] = 3,
+    size: Annotated[float, typer.Option(help="Share of every class, above 0 and at most 1.")] = 1.0,
+    task_seed: Annotated[int, typer.Option(min=0, help="Of the task's rows: other sentences, other split.")] = 0,
+    method: Annotated[list[str] | None, typer.Option(help="NAME or NAME:parameter=value,...; may repeat.")] = None,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="Loss positions x similarity x curvature x layers x padding instead.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Another number of epochs than the task's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
+    data: Annotated[str | None, typer.Option(help="An external labelled set: file, folder or Hub id.")] = None,
+    label_column: Annotated[str, typer.Option(help="Column of the class in --data.")] = "variation",
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    judge: Annotated[str | None, typer.Option(help="A text-classification model; refusal phrases by default.")] = None,
+    judge_label: Annotated[str | None, typer.Option(help="The judge's label of a harmful answer.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that run seeds side by side.")] = 1,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep every index (the most disk).")] = False,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Run the benchmark: fine-tune, index, score and compare, for every task, protocol and seed."""
+    from rich.console import Console
+
+    if list_:
+        from finetrace.tasks import TASKS
+
+        for name, made in TASKS.items():
+            typer.echo(f"{name:16s} {made.what}")
+        return
+    if data is not None and tasks:
+        raise FinetraceError(f"{' '.join(tasks)}: --data brings its own task; leave the names out.")
+    with options.quiet_libraries():
+        from finetrace.attribution import make
+        from finetrace.benchmark.ablation import ABLATION
+        from finetrace.benchmark.report import report
+        from finetrace.benchmark.runner import Plan, Source, cells, run_all
+        from finetrace.tasks import TASKS, recipe
+
+        source = Source(data, label_column, prompt_column, response_column) if data is not None else None
+        names = [Path(data).stem] if data is not None else list(dict.fromkeys(tasks or TASKS))
+        for name in names if source is None else ():
+            recipe(name)
+        specs = [make(spec).label for spec in (ABLATION if ablation else method or ())]
+        planned = cells(
+            names,
+            list(dict.fromkeys(protocol or ["corrected"])),
+            seeds,
+            methods=specs,
+            size=size,
+            task_seed=task_seed,
+            model=model,
+            epochs=epochs,
+            dtype=options.dtype(dtype),
+            device=device,
+        )
+        run_all(out, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
+        written = report(out, planned)
+    from finetrace.benchmark.tables import print_summary
+
+    print_summary(written, Console())
+    typer.echo(f"results: {out / 'results.json'}   tables: {out / 'tables'}   figures: {out / 'figures'}")

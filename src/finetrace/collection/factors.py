@@ -1,0 +1,102 @@
+"""Kronecker factors of the curvature: sums of a a^T and delta delta^T over the tokens that the loss looks at."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from finetrace.collection.modules import Tracked, Tracking
+from finetrace.forward import Batch
+
+Labels = Literal["model", "data"]
+
+
+class FactorSums:
+    """For every block, sums over loss-predicting tokens t of the outer products of its two sides.
+
+    A linear weight W with y_t = W a_t has left side delta_t = dL/dy_t and right side a_t (exchanged where the weight is
+    stored transposed); a bias has left side delta_t and right side 1. Padding and prompt tokens are never in the sums.
+
+    Attributes:
+        labels: `model` draws the labels of the loss from the model's own predictions, which makes the curvature the
+            Fisher (Gauss-Newton) of the training loss; `data` takes those of the data (the empirical Fisher).
+        left, right: By block name, (rows, rows) and (columns, columns), in the features' dtype.
+        tokens: By block name, how many tokens are in the sums.
+    """
+
+    def __init__(self, tracking: Tracking, labels: Labels, dtype: torch.dtype, device: torch.device) -> None:
+        self.labels = labels
+        self.dtype = dtype
+        self.left: dict[str, Tensor] = {}
+        self.right: dict[str, Tensor] = {}
+        self.tokens: dict[str, int] = {}
+        for block in tracking.blocks:
+            rows, columns = block.matrix
+            self.left[block.name] = torch.zeros(rows, rows, dtype=dtype, device=device)
+            self.right[block.name] = torch.zeros(columns, columns, dtype=dtype, device=device)
+            self.tokens[block.name] = 0
+        self._seen: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+
+    def begin(self) -> None:
+        """A new batch: inputs seen before have gone."""
+        self._seen.clear()
+
+    def see_inputs(self, layer: Tracked, inputs: Tensor, batch: Batch) -> None:
+        """Add sum_t a_t a_t^T of one call; layers that share their input (query and value projections) share its product."""
+        key = (inputs.data_ptr(), tuple(inputs.shape))
+        if key not in self._seen:
+            rows = self._rows(layer, inputs, batch)
+            self._seen[key] = (inputs, rows.T @ rows)  # the input is kept, so that its address is not given away again
+        side = self.left if layer.transposed else self.right
+        side[layer.weight.name] += self._seen[key][1]
+        self.tokens[layer.weight.name] += len(batch.rows)
+        if layer.bias is not None:
+            self.right[layer.bias.name] += len(batch.rows)
+            self.tokens[layer.bias.name] += len(batch.rows)
+
+    def see_deltas(self, layer: Tracked, delta: Tensor, batch: Batch) -> None:
+        """Add sum_t delta_t delta_t^T of one call."""
+        rows = self._rows(layer, delta, batch)
+        product = rows.T @ rows
+        side = self.right if layer.transposed else self.left
+        side[layer.weight.name] += product
+        if layer.bias is not None:
+            self.left[layer.bias.name] += product
+
+    def _rows(self, layer: Tracked, values: Tensor, batch: Batch) -> Tensor:
+        """(R, d) values at the positions that predict a token of the loss."""
+        flat = values.reshape(-1, values.shape[-1])
+        rows = flat[: len(batch.rows)] if layer.is_head else flat.index_select(0, batch.rows)
+        return rows.to(self.dtype)
+
+
+def sampled_targets(logits: Tensor, batch: Batch, ids: Sequence[str]) -> Tensor:
+    """(R,) one token drawn from the model's own prediction at every row of (R, vocabulary) logits.
+
+    The random numbers are fixed by the example's id, so no draw depends on the batch that an example travels in.
+    """
+    uniform = torch.cat([_uniform(id_, count) for id_, count in zip(ids, batch.counts, strict=True)])
+    wide = logits.detach()
+    total = torch.softmax(wide, dim=-1, dtype=torch.float64 if wide.dtype == torch.float64 else torch.float32).cumsum(
+        -1
+    )
+    wanted = uniform.to(total.device, total.dtype).unsqueeze(1) * total[:, -1:]
+    return torch.searchsorted(total, wanted, right=True).squeeze(1).clamp_max(logits.shape[-1] - 1)
+
+
+def sampled_loss(losses: Tensor, batch: Batch) -> Tensor:
+    """Sum over tokens of sqrt(w_t) times the log-loss of a drawn token.
+
+    Drawn tokens make the scores of different positions uncorrelated, so an example's gradient of this has the second
+    moment sum_t w_t F_t: the Fisher of the example's own mean loss, exactly in expectation.
+    """
+    return (losses * batch.weights.sqrt().to(losses.dtype)).sum()
+
+
+def _uniform(name: str, count: int) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(f"sampled labels\0{name}".encode()).digest()[:8], "little") >> 1
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

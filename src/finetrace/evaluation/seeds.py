@@ -1,0 +1,73 @@
+"""Intervals over queries and seeds together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
+
+
+def bootstrap_crossed(values: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Mean of (seeds, queries) values with a percentile bootstrap interval over both.
+
+    Each resample draws seeds and queries with replacement, independently, and takes the mean of the crossed cells, so
+    both a lucky fine-tuning and a lucky choice of queries widen the interval. NaN marks a query that a seed does not
+    have; a cell drawn that is NaN is left out. With one seed, or values that are all equal, the interval is
+    `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
+
+    Raises:
+        FinetraceError: There is no value.
+    """
+    values = _matrix(values)
+    if len(values) == 1 or np.nanmax(values) - np.nanmin(values) <= 1e-12:
+        return bootstrap_mean(np.nanmean(values, axis=0), level=level, resamples=resamples, seed=seed)
+    means = _resampled(values, resamples, seed)
+    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(float(np.nanmean(values)), float(low), float(high), int(np.isfinite(values).any(0).sum()))
+
+
+def paired_crossed(
+    a: NDArray[Any], b: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
+    """Mean of a - b, both (seeds, queries), with an interval over both; what both methods share cancels."""
+    first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    if first.shape != second.shape:
+        raise FinetraceError(
+            f"a paired difference needs the same seeds and queries, not {first.shape} and {second.shape}."
+        )
+    difference = _matrix(first - second)
+    if len(difference) == 1 or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
+        keep = np.isfinite(difference).any(0)
+        means = [np.nanmean(each[:, keep], axis=0) for each in (first, second)]
+        return paired_difference(means[0], means[1], level=level, resamples=resamples, seed=seed)
+    return bootstrap_crossed(difference, level=level, resamples=resamples, seed=seed)
+
+
+def _matrix(values: NDArray[Any]) -> NDArray[np.float64]:
+    """(S, Q) float64 without the queries that no seed has."""
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 2:
+        raise FinetraceError(f"values of shape {values.shape} are not (seeds, queries).")
+    values = values[:, np.isfinite(values).any(axis=0)]
+    if not values.size:
+        raise FinetraceError("no query is left to average: all are excluded (NaN).")
+    return np.asarray(values)
+
+
+def _resampled(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
+    """(resamples,) means over drawn seeds x drawn queries, missing cells left out.
+
+    Drawing with replacement is weighting by counts, so a resample is s^T X q / s^T M q with M the cells that exist.
+    """
+    rng = np.random.default_rng(seed)
+    seeds, queries = values.shape
+    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
+    q = rng.multinomial(queries, np.full(queries, 1 / queries), size=resamples).astype(np.float64)
+    there = np.isfinite(values).astype(np.float64)
+    total = np.einsum("rs,sq,rq->r", s, np.nan_to_num(values), q, optimize=True)
+    count = np.einsum("rs,sq,rq->r", s, there, q, optimize=True)
+    return np.asarray(np.where(count > 0, total / np.maximum(count, 1e-300), np.nan))

@@ -1,0 +1,150 @@
+"""Kronecker factors of an index: sums shard by shard while gradients are collected, then eigenbases and eigenvalues."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetrace import fingerprint
+from finetrace.collection import Block
+from finetrace.collection.factors import FactorSums, Labels
+from finetrace.curvature.kronecker import KroneckerBasis
+from finetrace.errors import FinetraceError
+from finetrace.index.manifest import Manifest, replacing, write_atomically
+from finetrace.index.shards import ShardReader
+
+FOLDER = "factors"
+
+
+def path(folder: Path, labels: Labels) -> Path:
+    """Where the factors of an index lie."""
+    return folder / FOLDER / f"{labels}.safetensors"
+
+
+def part_path(folder: Path, labels: Labels, start: int) -> Path:
+    """Where the sums over the shard that begins at row `start` lie until all are there."""
+    return folder / FOLDER / f"{labels}.parts" / f"{start:09d}.safetensors"
+
+
+def there(folder: Path, labels: Labels) -> bool:
+    """Whether the factors are finished."""
+    return path(folder, labels).with_suffix(".json").is_file()
+
+
+def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int) -> None:
+    """Keep one shard's sums, and the gradients of its sampled loss."""
+    tensors = {f"left.{name}": value.cpu().contiguous() for name, value in sums.left.items()}
+    tensors |= {f"right.{name}": value.cpu().contiguous() for name, value in sums.right.items()}
+    tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
+    if sampled is not None:
+        tensors["sampled"] = sampled
+    target = part_path(folder, sums.labels, start)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{target.parent}: cannot be written ({error}); free some space.") from error
+    with replacing(target) as part:
+        save_file(tensors, str(part))
+
+
+def has_part(folder: Path, labels: Labels, start: int) -> bool:
+    """Whether the sums over that shard are whole."""
+    try:
+        with safe_open(str(part_path(folder, labels, start)), framework="pt") as file:
+            return "tokens" in file.keys()  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return False
+
+
+def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
+    """From the sums of all shards to eigenbases and eigenvalues, written in one step; the sums are then removed."""
+    blocks = [record.block() for record in manifest.blocks]
+    parts = [part_path(folder, labels, shard.start) for shard in manifest.shards]
+    dtype = getattr(torch, manifest.feature_dtype)
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, str] = {}  # fingerprint of a sum -> tensor that holds its eigenvectors
+    records = []
+    for i, block in enumerate(blocks):
+        left, right, tokens = _summed(parts, block, i)
+        basis = KroneckerBasis.of(left, right, tokens, manifest.examples)
+        squares = torch.zeros_like(basis.kfac)
+        for rows in _gradients(folder, manifest, parts, labels, block):
+            squares += basis.rotate(rows).double().square().sum(0)
+        names = {}
+        for side, total, vectors in (("left", left, basis.left), ("right", right, basis.right)):
+            key = hashlib.sha256(total.numpy().tobytes()).hexdigest()
+            if key not in places:
+                places[key] = f"{side}.{i}"
+                tensors[places[key]] = vectors.to(dtype).contiguous()
+            names[side] = places[key]
+        tensors[f"kfac.{i}"] = basis.kfac
+        tensors[f"ekfac.{i}"] = squares / manifest.examples
+        records.append({"name": block.name, "tokens": tokens, **names})
+    with replacing(path(folder, labels)) as part:
+        save_file(tensors, str(part))
+    about = {
+        "labels": labels,
+        "data_fingerprint": manifest.data_fingerprint,
+        "adapter_fingerprint": manifest.model.adapter_fingerprint,
+        "sha256": fingerprint.of_file(path(folder, labels)),
+        "blocks": records,
+    }
+    write_atomically(path(folder, labels).with_suffix(".json"), json.dumps(about, indent=1).encode())
+    shutil.rmtree(parts[0].parent, ignore_errors=True)
+
+
+def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, KroneckerBasis]:
+    """Every block's basis by name; `FinetraceError` where the file is broken or of another model or data."""
+    file = path(folder, labels)
+    remedy = f"remove {folder / FOLDER} and they are computed again."
+    try:
+        about = json.loads(file.with_suffix(".json").read_text(encoding="utf-8"))
+        if (about["data_fingerprint"], about["adapter_fingerprint"]) != (
+            manifest.data_fingerprint,
+            manifest.model.adapter_fingerprint,
+        ):
+            raise FinetraceError(f"{file}: these factors are of another adapter or data set; {remedy}")
+        if fingerprint.of_file(file) != about["sha256"]:
+            raise FinetraceError(f"{file}: these factors are broken (their checksum differs); {remedy}")
+        tensors = load_file(str(file))
+        return {
+            record["name"]: KroneckerBasis(
+                tensors[record["left"]], tensors[record["right"]], tensors[f"kfac.{i}"], tensors[f"ekfac.{i}"]
+            )
+            for i, record in enumerate(about["blocks"])
+        }
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise FinetraceError(f"{file}: these factors cannot be read ({error}); {remedy}") from error
+
+
+def _summed(parts: list[Path], block: Block, i: int) -> tuple[Tensor, Tensor, int]:
+    """Sums over all shards, in float64 and in the order of the shards."""
+    rows, columns = block.matrix
+    left, right = torch.zeros(rows, rows, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
+    tokens = 0
+    for part in parts:
+        with safe_open(str(part), framework="pt") as file:
+            left += file.get_tensor(f"left.{block.name}")
+            right += file.get_tensor(f"right.{block.name}")
+            tokens += int(file.get_tensor("tokens")[i])
+    return left, right, tokens
+
+
+def _gradients(folder: Path, manifest: Manifest, parts: list[Path], labels: Labels, block: Block) -> Iterator[Tensor]:
+    """(rows, d) pseudo-gradients of a block, shard by shard: of the sampled loss, or of the loss itself."""
+    if labels == "data":
+        reader = ShardReader(folder, manifest.shards)
+        for shard in manifest.shards:
+            yield reader.gradients(block.columns, slice(shard.start, shard.stop))
+        return
+    for part in parts:
+        with safe_open(str(part), framework="pt") as file:
+            yield file.get_slice("sampled")[:, block.columns]
