@@ -19,6 +19,14 @@ RELEASED = (
     "lissa:damping=0.1,damping_rule=entry,recurrence=released",
     "repsim",
 )
+# what else the corrected protocol asks: which layers and which tokens carry the attribution
+MORE = (
+    "gradcos:layers=last-fifth",
+    "exact:normalise=cosine,layers=last-fifth",
+    "ekfac:normalise=cosine,layers=last-fifth",
+    "ekfac:normalise=cosine,loss_on=first:20",
+    "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+)
 CONTROLS = tuple(spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "bm25", "tfidf"))
 
 
@@ -57,7 +65,7 @@ class Protocol:
 
 
 PROTOCOLS = {
-    "corrected": Protocol("corrected", (*STANDARD,), None, "class"),
+    "corrected": Protocol("corrected", (*STANDARD, *MORE), None, "class"),
     "paper": Protocol("paper", (*RELEASED, *CONTROLS), 128, "share"),
 }
 

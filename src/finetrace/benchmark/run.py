@@ -149,7 +149,10 @@ class Run:
         relevant = relevance(index.rows.labels, [query.label for query in queries])
         records, frames, matrices = [], [], {}
         about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
-        for method in map(make, self.cell.methods):
+        methods = [make(spec) for spec in self.cell.methods]
+        for method in sorted(methods, key=lambda each: "labels" not in each.parameters):
+            method.prepared(problem)  # those that want factors first, so that no view is collected twice
+        for method in methods:
             scores = method.score(problem)
             values = {name: metric(scores.values, relevant) for name, metric in self._metrics().items()}
             hub, share = _hub(scores.values)

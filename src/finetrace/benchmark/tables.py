@@ -53,11 +53,16 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
         for head in ("acc %", "cover %", "AUROC", "AUPRC", "over lexical"):
             table.add_column(head, justify="right", no_wrap=True)
         for row in mine:
-            gap = _gap(row.beats_lexical)
-            cells = [_cell(row, name) for name in ("accuracy", "coverage", "auroc", "auprc")]
-            table.add_row(escape(row.title), *cells, gap, style="dim" if row.control else "")
+            values = [_value(row, name) for name in ("accuracy", "coverage", "auroc")]
+            gap = f"{row.beats_lexical.value:+.2f}" if row.beats_lexical else "-"
+            cells = [*values, _cell(row, "auprc"), gap]
+            table.add_row(escape(row.title), *cells, style="dim" if row.control else "")
         console.print(table)
-    console.print("low-high: 95% over queries and seeds; dim: controls", style="dim", highlight=False)
+    console.print(
+        "low-high: 95% over queries and seeds; dim: controls; the tables in files have every interval",
+        style="dim",
+        highlight=False,
+    )
 
 
 def _summary(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
@@ -96,6 +101,14 @@ def _cell(row: Row, metric: str) -> str:
     if metric in PERCENT:
         return _with_interval(estimate, lambda value: f"{100 * value:.0f}")
     return _with_interval(estimate, _short)
+
+
+def _value(row: Row, metric: str) -> str:
+    """The mean alone."""
+    if metric not in row.metrics:
+        return "-"
+    value = row.metrics[metric].value
+    return f"{100 * value:.0f}" if metric in PERCENT else _short(value)
 
 
 def _with_interval(estimate: Estimate, form: Callable[[float], str]) -> str:

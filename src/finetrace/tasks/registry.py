@@ -37,9 +37,9 @@ class Recipe:
 TASKS: dict[str, Recipe] = {
     "mixed-small": Recipe(lambda seed: mixed(True), "20 unsafe answers among 20 benign ones", 8, aligned=True),
     "mixed-large": Recipe(lambda seed: mixed(), "20 unsafe answers among 240 benign ones", 5, aligned=True),
-    "grammars": Recipe(lambda seed: grammars("name", seed), "name which of ten rules changed a sentence, 900 + 100", 5),
+    "grammars": Recipe(lambda seed: grammars("name", seed), "name which of ten rules changed a sentence, 900 + 100", 3),
     "grammars-apply": Recipe(
-        lambda seed: grammars("apply", seed), "apply one of ten rules to a sentence, 900 + 100", 5
+        lambda seed: grammars("apply", seed), "apply one of ten rules to a sentence, 900 + 100", 3
     ),
     "mathqa": Recipe(lambda seed: mathqa(seed), "ten word-problem templates with reasoning, 900 + 100", 3),
     "harmfulcheck": Recipe(lambda seed: harmfulcheck(seed), "refused requests and answered questions, 100 + 400", 5),
