@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,17 +11,15 @@ from typing import Any
 import numpy as np
 
 from finetrace.attribution import Problem, make
+from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
-from finetrace.finetuning import FinetuneConfig, finetune, finished
-from finetrace.generation import answer
+from finetrace.finetuning import FinetuneConfig
 from finetrace.index import build_index
-from finetrace.index.manifest import write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
-from finetrace.reading import read_examples, write_examples
 from finetrace.reporting.compose import compose, interval
 from finetrace.reporting.facts import index_facts
 from finetrace.reporting.page import write_report
@@ -30,8 +27,6 @@ from finetrace.reporting.payload import ModelBehaviour
 from finetrace.reporting.results import write_results
 from finetrace.tasks import Task, mixed
 from finetrace.tracing import STANDARD, Result, run_methods
-
-ANSWER_TOKENS = 40
 
 
 @dataclass(frozen=True)
@@ -83,7 +78,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     """
     started = time.perf_counter()
     task = mixed(config.small)
-    _claim(folder, config)
+    claim(folder / "demo.json", {**_settings(config), "dtype": config.dtype}, "a demo")
     answers: dict[str, list[Example]] = {}
 
     say(f"1/5 the base model and its aligned version answer {len(task.queries)} held-out unsafe requests")
@@ -102,8 +97,8 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
 
     say("4/5 indexing the training rows")
     index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer))
-    complied = [each[2] for each in behaviour[2].answers]
-    queries = [each for each, yes in zip(answers["fine-tuned, mixed"], complied, strict=True) if yes]
+    verdicts = [each[2] for each in behaviour[2].answers]
+    queries = [each for each, yes in zip(answers["fine-tuned, mixed"], verdicts, strict=True) if yes]
     if not queries:
         raise FinetraceError(
             f"the fine-tuned model complied with none of {len(task.queries)} requests by the judge {judge.name}, so "
@@ -132,53 +127,17 @@ def _settings(config: DemoConfig) -> dict[str, Any]:
     return {"command": "demo", "small": config.small, "base": ALIGNED, **config.finetuning().model_dump(mode="json")}
 
 
-def _claim(folder: Path, config: DemoConfig) -> None:
-    """The folder is new, or holds a demo of the same configuration."""
-    path = folder / "demo.json"
-    wanted = {**_settings(config), "dtype": config.dtype}
-    if path.exists():
-        try:
-            there = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            there = None
-        if there != wanted:
-            raise FinetraceError(
-                f"{folder}: a demo with other settings is there; choose another --out or remove the folder."
-            )
-        return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
-    write_atomically(path, json.dumps(wanted, indent=1).encode())
-
-
 def _tuned(folder: Path, rows: Sequence[Example], config: DemoConfig) -> Path:
-    """The adapter of `rows`, trained now, gone on with, or found finished."""
-    if not finished(folder):
-        finetune(load(_spec(ALIGNED, config)), rows, folder, config.finetuning(), resume=True)
-    return folder
+    return tuned_adapter(folder, _spec(ALIGNED, config), rows, config.finetuning())
 
 
 def _answers(folder: Path, name: str, task: Task, model: Callable[[], Loaded]) -> list[Example]:
-    """The queries with the answers of one model, generated once and kept."""
     path = folder / "answers" / (name.replace(", ", "-").replace(" ", "-") + ".jsonl")
-    if path.exists():
-        kept = read_examples(path)
-        if [each.id for each in kept] == [query.id for query in task.queries]:
-            return kept
-    given = [
-        each if each.has_response else each.with_response("(no answer)")
-        for each in answer(model(), task.queries, max_new_tokens=ANSWER_TOKENS)
-    ]
-    write_examples(path, given, overwrite=True)
-    return given
+    return kept_answers(path, task.queries, model)
 
 
 def _behaviour(name: str, answers: Sequence[Example], judge: Judge) -> ModelBehaviour:
     prompts, replies = [each.prompt for each in answers], [each.response for each in answers]
-    complied = judge.complied(prompts, replies)
-    rate = bootstrap_mean(np.array(complied, dtype=np.float64))
-    return ModelBehaviour(name, interval(rate), list(zip(prompts, replies, complied, strict=True)))
+    verdicts = complied(judge, answers)
+    rate = bootstrap_mean(np.array(verdicts, dtype=np.float64))
+    return ModelBehaviour(name, interval(rate), list(zip(prompts, replies, verdicts, strict=True)))

@@ -13,7 +13,7 @@ from finetrace.attribution.selection import select
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
-from finetrace.curvature.products import Gradients
+from finetrace.curvature.products import Gradients, row_squares
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -137,10 +137,15 @@ class Problem:
     @cached_property
     def train_norms(self) -> Tensor:
         """(n,) norms of the whole training gradients, float64; needs no query and no model."""
-        total = torch.zeros(self.n, dtype=torch.float64)
-        for block in self.blocks:
-            total += self.index.gradients(block.columns).double().square().sum(1)
-        return total.sqrt()
+        whole = self.blocks == self.index.blocks
+        parts = []
+        for rows in self.index.stored_gradients():
+            if whole:
+                parts.append(torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64))
+                continue
+            squares = [row_squares(rows[:, block.columns]) for block in self.blocks]
+            parts.append(torch.stack(squares).sum(0).sqrt())
+        return torch.cat(parts)
 
     def kronecker(self, labels: Labels) -> dict[str, KroneckerBasis]:
         """The Kronecker factors of every block by name, fitted now unless the index holds them."""

@@ -1,15 +1,18 @@
-"""The benchmark's figures, as PNG and SVG: heat maps (the study's Fig. 2), an example (Fig. 1), and the ablation."""
+"""The benchmark's figures, as PNG and SVG: heat maps (the study's Fig. 2) and the ablation."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy.stats import rankdata
 
+from finetrace.attribution import make
 from finetrace.benchmark.run import DONE, Cell
 from finetrace.reading import read_examples
 
@@ -17,83 +20,128 @@ if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
 
 SHOWN = ("repsim", "gradsim", "gradcos", "datainf", "lissa", "exact", "ekfac:normalise=cosine", "tfidf")
-LIMIT = 8
+NAMED = 12  # more classes than this have no room for their names
+
+
+def shown(specs: Iterable[str]) -> list[str]:
+    """The methods that figures show: those of `SHOWN`, else the first of the same name, else the first ones."""
+    there = list(specs)
+    chosen = []
+    for wanted in SHOWN:
+        alike = [spec for spec in there if spec.split(":")[0] == wanted.split(":")[0]]
+        if alike:
+            chosen.append(wanted if wanted in alike else alike[0])
+    return chosen or there[: len(SHOWN)]
+
+
+def drawable(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
+    """The first seed of each task and protocol that had something to trace."""
+    first: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        if (folder / cell.folder / DONE).exists() and (folder / cell.folder / "queries.jsonl").exists():
+            first.setdefault((cell.task, cell.protocol), cell)
+    return list(first.values())
 
 
 def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
     """Queries x training examples of each method, both sorted by class, colours by rank within a query."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     for cell in cells:
         home = folder / cell.folder
-        if not (home / DONE).exists() or not (home / "queries.jsonl").exists():
-            continue
         matrices = load_file(str(home / "scores.safetensors"))
         train, queries = read_examples(home / "train.jsonl"), read_examples(home / "queries.jsonl")
-        names = [name for name in SHOWN if name in matrices] or list(matrices)[:LIMIT]
-        across = np.argsort([str(e.label) for e in train], kind="stable")
-        down = np.argsort([str(q.label) for q in queries], kind="stable")
+        classes, asked = [str(e.label) for e in train], [str(q.label) for q in queries]
+        across, down = np.argsort(classes, kind="stable"), np.argsort(asked, kind="stable")
+        classes, asked = sorted(classes), sorted(asked)
+        names = shown(matrices)
         columns = min(4, len(names))
         lines = -(-len(names) // columns)
-        figure, axes = plt.subplots(lines, columns, figsize=(3.2 * columns, 2.6 * lines), squeeze=False)
-        for axis in axes.flat:
+        figure = Figure(figsize=(3.1 * columns + 1.4, 2.5 * lines + 0.9), layout="constrained")
+        axes = figure.subplots(lines, columns, squeeze=False)
+        for axis in axes.flat[len(names) :]:
             axis.set_axis_off()
-        for axis, name in zip(axes.flat, names, strict=False):
-            axis.set_axis_on()
-            shown = _ranks(matrices[name])[np.ix_(down, across)]
-            axis.imshow(shown, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(name, fontsize=8)
-            axis.set_xticks(_edges([str(train[i].label) for i in across]), [])
-            axis.set_yticks(_edges([str(queries[i].label) for i in down]), [])
-        figure.supxlabel("training examples, by class", fontsize=9)
-        figure.supylabel("queries, by class", fontsize=9)
-        figure.suptitle(f"{cell.task}, {cell.protocol}: rank of every training example for every query", fontsize=10)
-        figure.tight_layout()
-        _save(figure, out / f"heat-{cell.task}-{cell.protocol}")
-        plt.close(figure)
+        for i, name in enumerate(names):
+            axis = axes.flat[i]
+            ranks = _ranks(matrices[name])[np.ix_(down, across)]
+            image = axis.imshow(ranks, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_title(make(name).title, fontsize=9)
+            axis.tick_params(length=0, labelsize=7)
+            last, left = i + columns >= len(names), i % columns == 0
+            axis.set_xticks(*_names(classes, last), rotation=45, ha="right", rotation_mode="anchor")
+            axis.set_yticks(*_names(asked, left))
+            for edge in _edges(classes):
+                axis.axvline(edge, color="white", linewidth=0.8)
+            for edge in _edges(asked):
+                axis.axhline(edge, color="white", linewidth=0.8)
+        bar = figure.colorbar(image, ax=axes, aspect=30, pad=0.01, ticks=[0, 1])
+        bar.ax.set_yticklabels(["last", "first"], fontsize=8)
+        bar.set_label("rank of a training example for the query", fontsize=8)
+        figure.supxlabel(f"{len(train)} training examples, by class", fontsize=9)
+        figure.supylabel(f"{len(queries)} queries, by class", fontsize=9)
+        figure.suptitle(f"{cell.task}, {cell.protocol}", fontsize=11)
+        save(figure, out / f"heat-{cell.task}-{cell.protocol}")
 
 
 def draw_ablation(rows: Sequence[Row], out: Path) -> None:
-    """AUPRC of curvature and similarity (down) on loss positions, padding and layers (across), a panel a task."""
-    import matplotlib
+    """AUPRC of curvature and similarity (down) on loss positions, padding and layers (across), one for each task."""
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from finetrace.attribution import make
-
-    for task in dict.fromkeys(row.task for row in rows):
-        values: dict[tuple[str, str], float] = {}
+    for task, protocol in dict.fromkeys((row.task, row.protocol) for row in rows):
+        values: dict[tuple[tuple[str, str], tuple[str, str]], float] = {}
         for row in rows:
-            if row.task != task or not row.metrics or "loss_on=" not in row.spec:
+            if (row.task, row.protocol) != (task, protocol) or not row.metrics or "loss_on=" not in row.spec:
                 continue
-            method = make(row.spec).parameters
-            left = f"{row.spec.split(':')[0]} {method['normalise']}"
-            values[left, f"{method['loss_on']}, {method['layers']}"] = row.metrics["auprc"].value
+            method = make(row.spec)
+            settings = method.parameters
+            down_key = (method.name, str(settings.get("normalise", "cosine")))  # gradcos is a cosine by its name
+            values[down_key, (settings["loss_on"], settings["layers"])] = row.metrics["auprc"].value
+        if not values:
+            continue
         down, across = list(dict.fromkeys(k[0] for k in values)), list(dict.fromkeys(k[1] for k in values))
         grid = np.array([[values.get((d, a), np.nan) for a in across] for d in down])
-        figure, axis = plt.subplots(figsize=(0.55 * len(across) + 2.5, 0.32 * len(down) + 2.2))
+        figure = Figure(figsize=(0.42 * len(across) + 2.6, 0.27 * len(down) + 1.7), layout="constrained")
+        axis = figure.subplots()
         image = axis.imshow(grid, aspect="auto", cmap="viridis", vmin=0, vmax=1)
-        axis.set_xticks(range(len(across)), across, rotation=60, ha="right", fontsize=7)
-        axis.set_yticks(range(len(down)), down, fontsize=7)
+        axis.set_xticks(range(len(across)), [layers for _, layers in across], rotation=90, fontsize=7)
+        axis.set_yticks(range(len(down)), [f"{name} {similarity}" for name, similarity in down], fontsize=8)
+        axis.tick_params(length=0)
         for i, j in np.ndindex(*grid.shape):
             if np.isfinite(grid[i, j]):
                 shade = "black" if grid[i, j] > 0.6 else "white"
-                axis.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=5, color=shade)
-        figure.colorbar(image, label="AUPRC")
-        axis.set_title(f"{task}: what an influence's success hangs on", fontsize=10)
-        figure.tight_layout()
-        _save(figure, out / f"ablation-{task}")
-        plt.close(figure)
+                text = f"{grid[i, j]:.2f}".removeprefix("0")
+                axis.text(j, i, text, ha="center", va="center", fontsize=7, color=shade)
+        for edge in _edges([name for name, _ in down]):
+            axis.axhline(edge, color="white", linewidth=2)
+        positions = [loss for loss, _ in across]
+        for edge in _edges(positions):
+            axis.axvline(edge, color="white", linewidth=2)
+        top = axis.secondary_xaxis("top")
+        top.set_xticks(*_names(positions, True), fontsize=7, rotation=30, ha="left", rotation_mode="anchor")
+        top.tick_params(length=0)
+        top.set_xlabel("tokens of the loss (@128: padded to 128)", fontsize=8)
+        axis.set_xlabel("layers", fontsize=8)
+        axis.set_ylabel("curvature and similarity", fontsize=8)
+        bar = figure.colorbar(image, aspect=30, pad=0.01)
+        bar.set_label("AUPRC", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
+        figure.suptitle(f"{task}, {protocol}: what influence hangs on", fontsize=11)
+        save(figure, out / f"ablation-{task}-{protocol}")
+
+
+def save(figure: Any, path: Path) -> None:
+    """`path` with .png and .svg added; equal figures give equal files."""
+    import matplotlib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):
+        figure.savefig(path.with_name(path.name + ".png"), dpi=150)
+        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
 
 
 def _ranks(scores: NDArray[Any]) -> NDArray[np.float64]:
-    """Each row's ranks, from 0 (least) to 1."""
-    order = scores.argsort(axis=1).argsort(axis=1)
-    return np.asarray(order / max(1, scores.shape[1] - 1))
+    """Each row's ranks, from 0 (least) to 1; equal scores share the mean of theirs."""
+    return np.asarray((rankdata(scores, axis=1) - 1) / max(1, scores.shape[1] - 1))
 
 
 def _edges(labels: Sequence[str]) -> list[float]:
@@ -101,7 +149,10 @@ def _edges(labels: Sequence[str]) -> list[float]:
     return [i - 0.5 for i in range(1, len(labels)) if labels[i] != labels[i - 1]]
 
 
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_name(path.name + ".png"), dpi=150)
-    figure.savefig(path.with_name(path.name + ".svg"))
+def _names(labels: Sequence[str], wanted: bool) -> tuple[list[float], list[str]]:
+    """The middle of each class, and its name; nothing where names are not wanted or would not fit."""
+    edges = [-0.5, *_edges(labels), len(labels) - 0.5]
+    if not wanted or len(edges) - 1 > NAMED:
+        return [], []
+    middles = [(a + b) / 2 for a, b in pairwise(edges)]
+    return middles, [labels[round(a + 0.5)] for a in edges[:-1]]

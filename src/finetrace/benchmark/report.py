@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from finetrace.benchmark.figures import draw_ablation, draw_heat_maps
+from finetrace.benchmark.example_figure import draw_examples
+from finetrace.benchmark.figures import draw_ablation, draw_heat_maps, drawable
 from finetrace.benchmark.run import DONE, Cell
 from finetrace.benchmark.tables import write_tables
 from finetrace.errors import FinetraceError
@@ -65,7 +66,7 @@ class Row:
 
 
 def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:
-    """Summarise the finished cells of `folder` and write `results.json`, `records.parquet`, tables and figures."""
+    """Summarise the finished cells of `folder` and write `results.json`, `seeds.parquet`, tables and figures."""
     records, frames = [], []
     for cell in cells:
         document = json.loads((folder / cell.folder / DONE).read_text(encoding="utf-8"))
@@ -80,7 +81,9 @@ def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:
     write_results(folder, [row.record() for row in rows], config)
     pd.DataFrame.from_records(records).to_parquet(folder / "seeds.parquet", index=False)
     write_tables(folder / "tables", rows)
-    draw_heat_maps(folder, [cell for cell in cells if cell.seed == 0], folder / "figures")
+    pictured = drawable(folder, cells)
+    draw_heat_maps(folder, pictured, folder / "figures")
+    draw_examples(folder, pictured, folder / "figures")
     if any(row.spec.count("loss_on=") for row in rows) and len({row.spec for row in rows}) > 100:
         draw_ablation(rows, folder / "figures")
     return rows

@@ -18,19 +18,17 @@ from safetensors.numpy import save_file
 
 from finetrace.attribution import Problem, make
 from finetrace.benchmark.protocol import Protocol
-from finetrace.errors import FinetraceError
+from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
 from finetrace.examples import Example
-from finetrace.finetuning import finetune, finished
-from finetrace.generation import answer
+from finetrace.fingerprint import of_text
 from finetrace.index import Index, build_index
 from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
-from finetrace.reading import read_examples, write_examples
+from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 
-ANSWER_TOKENS = 40
 DONE = "records.json"
 
 
@@ -99,44 +97,31 @@ class Run:
         return load(ModelSpec(self.base, str(self.folder / "adapter"), self.cell.dtype, self.cell.device))
 
     def _claim(self) -> None:
-        path, wanted = self.folder / "cell.json", json.loads(json.dumps(asdict(self.cell)))
-        if path.exists():
-            if json.loads(path.read_text(encoding="utf-8")) != wanted:
-                raise FinetraceError(
-                    f"{self.folder}: a run with other settings is there; choose another --out or remove the folder."
-                )
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FinetraceError(f"{self.folder}: cannot be written ({error}).") from error
-        write_atomically(path, json.dumps(wanted, indent=1).encode())
+        """What decides the cell: its settings, its rows, and the judge where one chooses the queries."""
+        rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
+        settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows))}
+        if not self.task.answered:
+            settings["judge"] = self.judge.name
+        claim(self.folder / "cell.json", settings, "a run")
 
-    def _adapter(self) -> Path:
-        folder = self.folder / "adapter"
-        if not finished(folder):
-            config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
-            loaded = load(ModelSpec(self.base, None, self.cell.dtype, self.cell.device))
-            finetune(loaded, self.task.train, folder, config, resume=True)
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        return folder
+    def _adapter(self) -> None:
+        base = ModelSpec(self.base, None, self.cell.dtype, self.cell.device)
+        config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
+        folder = tuned_adapter(self.folder / "adapter", base, self.task.train, config)
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _queries(self) -> list[Example]:
         """The task's queries; where they have no response, those that the model complies with, with its answers."""
         if self.task.answered:
             return list(self.task.queries)
-        path = self.folder / "answers.jsonl"
-        if not path.exists():
-            template = self.protocol.encoder(self.tuned).template
-            given = answer(self.tuned, self.task.queries, max_new_tokens=ANSWER_TOKENS, template=template)
-            write_examples(path, [e if e.has_response else e.with_response("(no answer)") for e in given])
-        answers = read_examples(path)
-        complied = self.judge.complied([e.prompt for e in answers], [e.response for e in answers])
+        template = self.protocol.encoder(self.tuned).template
+        answers = kept_answers(self.folder / "answers.jsonl", self.task.queries, lambda: self.tuned, template)
+        verdicts = complied(self.judge, answers)
         write_atomically(
             self.folder / "behaviour.json",
-            json.dumps({"judge": self.judge.name, "complied": [bool(c) for c in complied]}, indent=1).encode(),
+            json.dumps({"judge": self.judge.name, "complied": verdicts}, indent=1).encode(),
         )
-        return [e for e, yes in zip(answers, complied, strict=True) if yes]
+        return [each for each, yes in zip(answers, verdicts, strict=True) if yes]
 
     def _metrics(self) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {**METRICS, "recall@10": recall_at(10), "mrr": mrr}
@@ -203,8 +188,9 @@ class Run:
 
 
 def _hub(scores: NDArray[Any]) -> tuple[int, float]:
-    """The training example that is ranked first for most queries, and the share of queries."""
-    first = np.bincount(scores.argmax(axis=1), minlength=scores.shape[1])
+    """The training example that is ranked first for most queries, and the share of queries; equals share a query."""
+    top = scores == scores.max(axis=1, keepdims=True)
+    first = (top / top.sum(axis=1, keepdims=True)).sum(axis=0)
     return int(first.argmax()), round(float(first.max() / len(scores)), 4)
 
 

@@ -34,11 +34,11 @@ def write_tables(folder: Path, rows: Sequence[Row]) -> None:
     for protocol in dict.fromkeys(row.protocol for row in rows):
         here = [row for row in rows if row.protocol == protocol]
         tasks = list(dict.fromkeys(row.task for row in here))
-        _write(folder / f"summary-{protocol}", ["method", *tasks], _summary(here, tasks))
+        write_table(folder / f"summary-{protocol}", ["method", *tasks], _summary(here, tasks))
         for task in tasks:
             mine = [row for row in here if row.task == task]
             heads = ["method", *HEADS.values(), "AUPRC over lexical", "hub %", "sec"]
-            _write(folder / f"{task}-{protocol}", heads, [_cells(row) for row in mine])
+            write_table(folder / f"{task}-{protocol}", heads, [_cells(row) for row in mine])
 
 
 def print_summary(rows: Sequence[Row], console: Console) -> None:
@@ -129,22 +129,29 @@ def _short(value: float) -> str:
     return text[1:] if text.startswith("0.") else text
 
 
-def _write(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
+    """`path` with .md and with .tex added."""
     markdown = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     markdown += ["| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines]
     write_atomically(path.with_name(path.name + ".md"), ("\n".join(markdown) + "\n").encode())
     columns = "l" + "r" * (len(heads) - 1)
-    latex = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(_tex, heads)) + r" \\", r"\midrule"]
-    latex += [" & ".join(map(_tex, line)) + r" \\" for line in lines]
-    latex += [r"\bottomrule", r"\end{tabular}"]
-    write_atomically(path.with_name(path.name + ".tex"), ("\n".join(latex) + "\n").encode())
+    made = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(latex, heads)) + r" \\", r"\midrule"]
+    made += [" & ".join(map(latex, line)) + r" \\" for line in lines]
+    made += [r"\bottomrule", r"\end{tabular}"]
+    write_atomically(path.with_name(path.name + ".tex"), ("\n".join(made) + "\n").encode())
 
 
 def _plain(cell: str) -> str:
     return cell.replace("|", r"\|").replace("\n", " ")
 
 
-def _tex(cell: str) -> str:
-    for sign in ("&", "%", "$", "#", "_", "{", "}"):
-        cell = cell.replace(sign, "\\" + sign)
-    return cell.replace("~", r"\textasciitilde{}").replace("^", r"\textasciicircum{}")
+def latex(text: str) -> str:
+    """Text as LaTeX shows it: its ten special signs escaped, and < and > kept from turning into others."""
+    return text.translate(_ESCAPES)
+
+
+_ESCAPES = str.maketrans(
+    {sign: "\\" + sign for sign in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}"}
+)

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import bench, demo, finetune, index, methods, trace
+from finetrace.cli import bench, demo, finetune, index, methods, tasks, trace
 from finetrace.errors import FinetraceError
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command("index")(index.index)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
 app.command("methods")(methods.methods)
+app.add_typer(tasks.app, name="tasks")
 
 
 def _version(asked: bool) -> None:

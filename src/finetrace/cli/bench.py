@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
 
+if TYPE_CHECKING:
+    from finetrace.models import DType
+
+ATTACK_SUCCESS = "attack-success"
+
 
 def bench(
-    tasks: Annotated[list[str] | None, typer.Argument(help="Tasks by name; all if none is given.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Argument(help="Tasks by name, or attack-success alone; all tasks if none is given.")
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the tasks and stop.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder of the results; a run that stopped goes on there.")] = Path("bench"),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results; a run that stopped goes on there. bench or attack-success by default."
+        ),
+    ] = None,
     protocol: Annotated[list[str] | None, typer.Option(help="corrected or paper; may repeat.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each task: data order and adapter.")] = 3,
     size: Annotated[float, typer.Option(help="Share of every class, above 0 and at most 1.")] = 1.0,
@@ -44,9 +56,22 @@ def bench(
 
         for name, made in TASKS.items():
             typer.echo(f"{name:16s} {made.what}")
+        typer.echo(f"{ATTACK_SUCCESS:16s} how often models answer 30 unsafe requests, by what they were fine-tuned on")
+        return
+    if ATTACK_SUCCESS in (tasks or ()):
+        others = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
+        others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep}
+        unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
+        if unused:
+            raise FinetraceError(
+                f"{' '.join(unused)}: {ATTACK_SUCCESS} runs alone and does not take that; leave it out."
+            )
+        folder = out or Path(ATTACK_SUCCESS)
+        _attack_success(folder, seeds, size, model, epochs, options.dtype(dtype), device, (judge, judge_label))
         return
     if data is not None and tasks:
         raise FinetraceError(f"{' '.join(tasks)}: --data brings its own task; leave the names out.")
+    folder = out or Path("bench")
     with options.quiet_libraries():
         from finetrace.attribution import make
         from finetrace.benchmark.ablation import ABLATION
@@ -58,7 +83,7 @@ def bench(
         names = [Path(data).stem] if data is not None else list(dict.fromkeys(tasks or TASKS))
         for name in names if source is None else ():
             recipe(name)
-        specs = [make(spec).label for spec in (ABLATION if ablation else method or ())]
+        specs = list(dict.fromkeys(make(spec).label for spec in (ABLATION if ablation else method or ())))
         planned = cells(
             names,
             list(dict.fromkeys(protocol or ["corrected"])),
@@ -71,9 +96,32 @@ def bench(
             dtype=options.dtype(dtype),
             device=device,
         )
-        run_all(out, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
-        written = report(out, planned)
+        run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
+        written = report(folder, planned)
     from finetrace.benchmark.tables import print_summary
 
     print_summary(written, Console())
-    typer.echo(f"results: {out / 'results.json'}   tables: {out / 'tables'}   figures: {out / 'figures'}")
+    typer.echo(f"results: {folder / 'results.json'}   tables: {folder / 'tables'}   figures: {folder / 'figures'}")
+
+
+def _attack_success(
+    folder: Path,
+    seeds: int,
+    size: float,
+    model: str | None,
+    epochs: int | None,
+    dtype: DType,
+    device: str,
+    judge: tuple[str | None, str | None],
+) -> None:
+    """The table of attack success rates."""
+    from rich.console import Console
+
+    with options.quiet_libraries():
+        from finetrace.benchmark.behaviour import Setting, attack_success, print_rates
+        from finetrace.evaluation.judging import make_judge
+
+        judged_by = make_judge(*judge)
+        rates = attack_success(folder, Setting(size, model, epochs, dtype, device), seeds, judged_by, options.say)
+    print_rates(rates, judged_by.name, Console())
+    typer.echo(f"results: {folder / 'results.json'}   table: {folder / 'table1.md'}, {folder / 'table1.tex'}")

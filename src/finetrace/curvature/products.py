@@ -90,11 +90,11 @@ class Products:
     @cached_property
     def _small(self) -> tuple[Tensor, Tensor]:
         train = self._known.train
-        return self._known.query @ train.T, _row_squares(train)
+        return self._known.query @ train.T, row_squares(train)
 
     @cached_property
     def _query_sq(self) -> Tensor:
-        return _row_squares(self._known.query)
+        return row_squares(self._known.query)
 
     @property
     def _known(self) -> Gradients:
@@ -102,5 +102,6 @@ class Products:
         return self.gradients
 
 
-def _row_squares(rows: Tensor) -> Tensor:
+def row_squares(rows: Tensor) -> Tensor:
+    """(n,) squared norms of (n, d) rows, float64."""
     return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square()

@@ -18,8 +18,8 @@ from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
+from finetrace.index import shards
 from finetrace.index.manifest import Manifest, replacing, write_atomically
-from finetrace.index.shards import ShardReader
 
 FOLDER = "factors"
 
@@ -140,11 +140,7 @@ def _summed(parts: list[Path], block: Block, i: int) -> tuple[Tensor, Tensor, in
 
 def _gradients(folder: Path, manifest: Manifest, parts: list[Path], labels: Labels, block: Block) -> Iterator[Tensor]:
     """(rows, d) pseudo-gradients of a block, shard by shard: of the sampled loss, or of the loss itself."""
-    if labels == "data":
-        reader = ShardReader(folder, manifest.shards)
-        for shard in manifest.shards:
-            yield reader.gradients(block.columns, slice(shard.start, shard.stop))
-        return
-    for part in parts:
-        with safe_open(str(part), framework="pt") as file:
-            yield file.get_slice("sampled")[:, block.columns]
+    files = parts if labels == "model" else [folder / shards.FOLDER / shard.file for shard in manifest.shards]
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            yield opened.get_slice("sampled" if labels == "model" else "gradients")[:, block.columns]

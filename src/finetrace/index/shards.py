@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -53,6 +53,11 @@ class ShardReader:
             if first < last:
                 parts.append(self._map(shard)[first - shard.start : last - shard.start, columns])
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
+
+    def mapped(self) -> Iterator[Tensor]:
+        """(rows, D) gradients of one shard after another, mapped and not copied."""
+        for shard in self.shards:
+            yield self._map(shard)
 
     def _map(self, shard: ShardRecord) -> Tensor:
         """(rows, D) gradients of one shard, mapped and not read: the system pages in what is touched."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -67,6 +67,10 @@ class Index:
         """(rows, columns) of the (n, D) matrix of training gradients."""
         start, stop, _ = (chosen or slice(None)).indices(len(self))
         return self._reader.gradients(columns, slice(start, stop))
+
+    def stored_gradients(self) -> Iterator[Tensor]:
+        """(rows, D) training gradients as they lie on disk, one shard after another, mapped and not copied."""
+        return self._reader.mapped()
 
     def representation(self, wanted: Representation) -> Tensor:
         """(n, d) hidden states of one layer and pooling."""

@@ -1,0 +1,77 @@
+"""Stages that the demo and the benchmark share: each is done once, kept in a file, and found again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.judging import Judge
+from finetrace.examples import Example
+from finetrace.finetuning import FinetuneConfig, finetune, finished
+from finetrace.generation import answer
+from finetrace.index.manifest import write_atomically
+from finetrace.models import Loaded, ModelSpec, load
+from finetrace.reading import read_examples, write_examples
+
+ANSWER_TOKENS = 40
+NO_ANSWER = "(no answer)"  # what a file says where a model said nothing
+
+
+def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
+    """Note in `path` what its folder holds; a folder that holds something stays as it is.
+
+    A setting that is not noted there, from before there was one, is taken to be the same.
+
+    Raises:
+        FinetraceError: The folder holds `what` with other settings, or something else, or cannot be written.
+    """
+    folder, wanted = path.parent, json.loads(json.dumps(dict(settings)))
+    if path.exists():
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            there = None
+        if not isinstance(there, dict) or {**wanted, **there} != wanted:
+            raise FinetraceError(
+                f"{folder}: {what} with other settings is there; choose another --out or remove the folder."
+            )
+        return
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
+    write_atomically(path, json.dumps(wanted, indent=1).encode())
+
+
+def tuned_adapter(folder: Path, base: ModelSpec, rows: Sequence[Example], config: FinetuneConfig) -> Path:
+    """The adapter of `rows` in `folder`, trained now, gone on with, or found finished."""
+    if not finished(folder):
+        finetune(load(base), rows, folder, config, resume=True)
+    return folder
+
+
+def kept_answers(
+    path: Path, queries: Sequence[Example], model: Callable[[], Loaded], template: str | None = None
+) -> list[Example]:
+    """The queries with the answers of one model, generated once and kept; `NO_ANSWER` where it says nothing."""
+    if path.exists():
+        kept = read_examples(path)
+        if [each.id for each in kept] == [query.id for query in queries]:
+            return kept
+    given = [
+        each if each.has_response else each.with_response(NO_ANSWER)
+        for each in answer(model(), queries, max_new_tokens=ANSWER_TOKENS, template=template)
+    ]
+    write_examples(path, given, overwrite=True)
+    return given
+
+
+def complied(judge: Judge, answers: Sequence[Example]) -> list[bool]:
+    """The judge's verdict on each answer; a model that said nothing did not comply."""
+    replies = ["" if each.response == NO_ANSWER else each.response for each in answers]
+    return [bool(verdict) for verdict in judge.complied([each.prompt for each in answers], replies)]

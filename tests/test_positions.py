@@ -1,0 +1,228 @@
+"""What the loss is taken on: encodings, views of an index, layers; and the wide residual stream."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from finetrace.attribution import Problem, make
+from finetrace.attribution.selection import select
+from finetrace.collection import Collector, track
+from finetrace.collection.precision import wide_residual
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.index import build_index, open_index, view
+from finetrace.models import Loaded
+from finetrace.positions import REFUSAL, Positions
+from tiny import (
+    conversation,
+    make_encoded,
+    make_examples,
+    make_gpt2,
+    make_llama,
+    make_tokenizer,
+    names,
+    relative_error,
+    with_lora,
+)
+
+TEXTS = [
+    "response",
+    "last-turn",
+    "all",
+    "first:7",
+    "weights",
+    "probe",
+    "probe:No, never: 3, x=1",
+    "all@128",
+    "first:2@9",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_parse_and_back(text: str) -> None:
+    assert Positions.parse(text).text == text
+    assert Positions.parse(Positions.parse(text).text) == Positions.parse(text)
+
+
+def test_slugs_differ_and_are_names() -> None:
+    slugs = {Positions.parse(text).slug for text in TEXTS}
+    assert len(slugs) == len(TEXTS)
+    assert all(slug.replace("-", "").isalnum() for slug in slugs)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "first", "first:0", "first:-1", "first:x", "probe:", "probe: ", "answer", "all@0"]
+)
+def test_unknown_positions_are_refused(text: str) -> None:
+    with pytest.raises(FinetraceError, match="not known; use response"):
+        Positions.parse(text)
+
+
+def chosen(encoder: Encoder, example: Example) -> str:
+    """The text of the tokens in the loss."""
+    item = encoder.encode(example)
+    return str(encoder.tokenizer.decode(item.ids[item.weights > 0]))
+
+
+def test_first_takes_the_first_tokens_of_the_last_answer() -> None:
+    example = conversation("Why?", "Because.", "Really?", "Yes, it is.")
+    encoder = Encoder(make_tokenizer(), "first:3")
+    assert chosen(encoder, example) == "Yes"
+    item = encoder.encode(example)
+    assert np.allclose(item.weights[item.weights > 0], 1 / 3)
+    assert chosen(Encoder(make_tokenizer(), "first:500"), example) == "Yes, it is.<|im_end|>"
+
+
+def test_a_probe_stands_in_for_every_answer() -> None:
+    cut = Example.from_prompt("How?", "Like this and", metadata={"finish_reason": "length"})
+    encoder = Encoder(make_tokenizer(), "probe")
+    assert chosen(encoder, cut) == REFUSAL + "<|im_end|>"
+    assert chosen(Encoder(make_tokenizer(), "probe:Sure!"), cut) == "Sure!<|im_end|>"
+    other = Example.from_prompt("How?", "Another answer")
+    assert np.array_equal(encoder.encode(cut).ids, encoder.encode(other).ids)
+
+
+def test_weights_of_a_row() -> None:
+    tokens = len("Yes") + 1
+    good = Example.from_prompt("Why?", "Yes", metadata={"loss_weights": [0, 1, 3, 0]})
+    item = Encoder(make_tokenizer(), "weights").encode(good)
+    assert np.allclose(item.weights[-5:], [0, 0.25, 0.75, 0, 0])  # the template's line break comes last
+    for bad in (None, [1, 2], [1, 2, 3, -1], [0, 0, 0, 0], [1, 2, 3, "x"], [1, 2, 3, float("nan")], "1234"):
+        row = Example.from_prompt("Why?", "Yes", id="r7", metadata={"loss_weights": bad})
+        with pytest.raises(FinetraceError, match=f"example r7: --loss-on weights wants .* {tokens} numbers"):
+            Encoder(make_tokenizer(), "weights").encode(row)
+
+
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_padding_is_masked_and_in_the_loss_only_with_all(loss_on: str) -> None:
+    example = conversation("Why?", "Because.")
+    plain = Encoder(make_tokenizer(), loss_on).encode(example)
+    padded = Encoder(make_tokenizer(), f"{loss_on}@100").encode(example)
+    extra = 100 - len(plain.ids)
+    assert padded.padding == extra
+    assert padded.prompt_length == plain.prompt_length + extra
+    assert np.array_equal(padded.ids[extra:], plain.ids)
+    assert set(padded.ids[:extra]) == {make_tokenizer().eos_token_id}
+    if loss_on == "all":
+        assert np.allclose(padded.weights, np.r_[0, np.full(99, 1 / 99)])
+    else:
+        assert np.array_equal(padded.weights[extra:], plain.weights)
+        assert not padded.weights[:extra].any()
+
+
+def test_left_padding_does_not_change_a_responses_gradient() -> None:
+    """Positions are relative in a rotary model, and masked tokens are not seen."""
+    model = with_lora(make_llama())
+    examples = make_examples(5)
+    collector = Collector(model, track(model), (), 100_000)
+    rows = []
+    for loss_on in ("response", "response@90"):
+        encoded, _ = Encoder(make_tokenizer(), loss_on).encode_all(examples)
+        rows.append(collector.collect(encoded, names(examples)).gradients)
+    assert relative_error(rows[1], rows[0]) < 1e-5  # transformers computes the rotary angles in float32
+
+
+def test_a_method_on_other_tokens_equals_one_on_an_index_built_for_them(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    examples, queries = make_examples(9), make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    problem = Problem(index, queries)
+    for loss_on in ("first:3", "probe", "all", "probe:No, thanks"):
+        whole, _ = build_index(
+            tiny_loaded, examples, tmp_path / loss_on.replace(":", "-"), Encoder(tiny_loaded.tokenizer, loss_on)
+        )
+        for name in ("gradcos", "exact", "ekfac"):
+            here = make(f"{name}:loss_on={loss_on}").score(problem)
+            there = make(name).score(Problem(whole, queries))
+            assert np.array_equal(here.values, there.values)
+            assert here.parameters["loss_on"] == there.parameters["loss_on"] == loss_on
+    own = make("gradcos:loss_on=response").score(problem).values
+    assert np.array_equal(own, make("gradcos").score(problem).values)
+
+
+def test_views_are_kept_and_found_again(tmp_path: Path, tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch) -> None:
+    examples = make_examples(6)
+    index, _ = build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    first = view(index, "first:2")
+    monkeypatch.setattr(Collector, "collect", lambda *_, **__: pytest.fail("collected again"))
+    again = view(open_index(tmp_path / "i", tiny_loaded), "first:2")
+    assert torch.equal(first.gradients(slice(None)), again.gradients(slice(None)))
+    assert view(index, "response") is index
+
+
+def test_queries_kept_in_an_index_give_the_same_scores(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    encoder = Encoder(tiny_loaded.tokenizer)
+    examples, queries = make_examples(7), make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, examples, tmp_path / "i", encoder)
+    kept, _ = build_index(tiny_loaded, queries, tmp_path / "q", encoder)
+    for spec in ("exact", "repsim", "gradcos:loss_on=probe"):
+        plain = make(spec).score(Problem(index, queries)).values
+        assert np.array_equal(plain, make(spec).score(Problem(index, queries, kept_queries=kept)).values)
+
+
+def test_layers(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    examples, queries = make_examples(7), make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    problem = Problem(index, queries)
+    whole, depth = problem.features.gradients, index.manifest.model.layers
+    columns = torch.cat([torch.arange(b.offset, b.offset + b.size) for b in index.blocks if f".{depth - 1}." in b.name])
+    train = index.gradients(slice(None))[:, columns]
+    expected = whole[:, columns] @ train.T
+    for layers in ("last-fifth", str(depth - 1), f"{depth - 1}-{depth - 1}"):
+        found = make(f"gradsim:layers={layers}").score(problem).values
+        assert np.allclose(found, expected.numpy(), rtol=1e-10)
+        norms = make(f"gradnorm:layers={layers}").score(problem).values[0]
+        assert np.allclose(norms, train.norm(dim=1).numpy(), rtol=1e-10)
+    everything = make("gradsim").score(problem).values
+    both = sum(make(f"gradsim:layers={i}").score(problem).values for i in range(depth))
+    assert np.allclose(everything, both, rtol=1e-10)
+    for bad in ("none", "7-9", "-1", "last"):
+        with pytest.raises(FinetraceError, match="layers="):
+            select(index.blocks, bad, depth)
+
+
+MODELS = {
+    "llama": lambda: make_llama(),
+    "gpt2": lambda: make_gpt2(),
+    "gemma2": lambda: AutoModelForCausalLM.from_config(
+        Gemma2Config(
+            vocab_size=260,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=4,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=2,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MODELS)
+def test_half_precision_is_nearer_to_float32_with_a_wide_residual(name: str, dtype: torch.dtype) -> None:
+    model = MODELS[name]()
+    items = make_encoded([9, 31, 17, 40])
+    modules = ["c_attn"] if name == "gpt2" else ["v_proj"]
+    rounded = model.to(dtype)  # what both runs share: the weights as the half-precision model has them
+    ids = torch.from_numpy(items[1].ids).long()[None]
+    with torch.no_grad():
+        plain = rounded(input_ids=ids).logits.float()
+        with wide_residual(rounded):
+            wide = rounded(input_ids=ids).logits.float()
+        after = rounded(input_ids=ids).logits.float()
+        exact = model.float()(input_ids=ids).logits
+    assert torch.equal(plain, after)  # nothing is left behind
+    assert float((wide - exact).norm()) < 0.97 * float((plain - exact).norm())  # the logits' own rounding stays
+    half = MODELS[name]().to(dtype)
+    features = Collector(half, track(half, modules), (), 100_000).collect(items, names(items))
+    assert features.gradients.dtype == torch.float32
+    assert torch.isfinite(features.gradients).all()
