@@ -52,7 +52,7 @@ def by_hand(model: Any, items: Sequence[Encoded], modules: Sequence[str] | None,
         handles = []
         for i, layer in enumerate(tracking.layers):
 
-            def keep(module: Any, args: Any, output: Tensor, i: int = i) -> None:
+            def keep(module: Any, args: Any, output: Tensor, i: int = i, seen: Any = seen) -> None:
                 output.retain_grad()
                 seen[i] = (args[0].detach(), output)
 

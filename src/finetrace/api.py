@@ -19,6 +19,8 @@ from finetrace.reading import Columns, examples_from_rows, read_examples
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from finetrace.collection.factors import Labels
+
 Rows = str | Path | Iterable[Mapping[str, Any] | Example]
 
 
@@ -72,6 +74,7 @@ def build_index(
     modules: Sequence[str] | None = None,
     representations: Sequence[str] | None = None,
     batch_tokens: int = 2048,
+    kronecker: Labels | None = None,
 ) -> Index:
     """Index training examples under a model in memory.
 
@@ -87,6 +90,7 @@ def build_index(
         modules: Regular expressions for plain linear layers; by default the LoRA matrices.
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
         batch_tokens: Padded tokens a batch holds at most.
+        kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -102,6 +106,7 @@ def build_index(
         modules=modules,
         representations=wanted,
         batch_tokens=batch_tokens,
+        kronecker=kronecker,
     )
     return Index(Path(folder), loaded)
 

@@ -59,7 +59,7 @@ def bench(
         typer.echo(f"{ATTACK_SUCCESS:16s} how often models answer 30 unsafe requests, by what they were fine-tuned on")
         return
     if ATTACK_SUCCESS in (tasks or ()):
-        others = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
+        others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
         others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep}
         unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
         if unused:

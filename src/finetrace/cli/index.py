@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from finetrace.cli import options
+
+if TYPE_CHECKING:
+    from finetrace.collection.factors import Labels
 
 
 def index(
@@ -25,6 +28,10 @@ def index(
     loss_on: options.LossOn = "response",
     max_length: options.MaxLength = None,
     chat_template: options.Template = None,
+    kronecker: Annotated[
+        str | None,
+        typer.Option(help="Fit K-FAC and EK-FAC factors now: labels drawn from the `model`, or those of the `data`."),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -46,6 +53,7 @@ def index(
         from finetrace.reading import read_examples
 
         Positions.parse(loss_on)
+        labels = options.one_of("--kronecker", kronecker, ("model", "data")) if kronecker is not None else None
         wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
         template = read_template(chat_template)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
@@ -53,7 +61,14 @@ def index(
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
         built, lengths = build_index(
-            loaded, examples, out, encoder, modules=modules, representations=wanted, batch_tokens=batch_tokens
+            loaded,
+            examples,
+            out,
+            encoder,
+            modules=modules,
+            representations=wanted,
+            batch_tokens=batch_tokens,
+            kronecker=cast("Labels | None", labels),
         )
     options.say_lengths(lengths)
     for name, reason in list(built.manifest.skipped.items())[:5]:

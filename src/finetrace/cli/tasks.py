@@ -273,7 +273,7 @@ def _begun(part: Path, settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]
             "another --out, or remove it."
         )
     if len(whole) < len(content):
-        pass
+        os.truncate(part, len(whole))
     return found
 
 

@@ -41,8 +41,9 @@ def paired_crossed(
         )
     difference = _matrix(first - second)
     if len(difference) == 1 or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
-        keep = np.isfinite(difference).any(0)
-        means = [np.nanmean(each[:, keep], axis=0) for each in (first, second)]
+        there = np.isfinite(first - second)
+        both = [np.where(there, each, np.nan)[:, there.any(0)] for each in (first, second)]
+        means = [np.nanmean(each, axis=0) for each in both]
         return paired_difference(means[0], means[1], level=level, resamples=resamples, seed=seed)
     return bootstrap_crossed(difference, level=level, resamples=resamples, seed=seed)
 

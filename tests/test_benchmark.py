@@ -1,0 +1,485 @@
+"""The benchmark from cells to tables on a tiny model: resumed, in several processes, with every file it promises."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from finetrace.attribution import make
+from finetrace.benchmark import behaviour, stages
+from finetrace.benchmark import run as run_module
+from finetrace.benchmark.ablation import ABLATION
+from finetrace.benchmark.behaviour import Setting, attack_success
+from finetrace.benchmark.example_figure import key_words, wrap
+from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, shown
+from finetrace.benchmark.protocol import PROTOCOLS, protocol
+from finetrace.benchmark.report import METRICS, Row, report
+from finetrace.benchmark.run import Cell
+from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
+from finetrace.benchmark.tables import latex, print_summary, write_table
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.judging import RefusalPrefixJudge
+from finetrace.evaluation.metrics import precision_at, relevance
+from finetrace.examples import Example
+from finetrace.reading import read_examples, write_examples
+from finetrace.tasks import TASKS, build, recipe
+from test_cli import assert_one_sentence, run
+from tiny import make_examples, make_llama, make_tokenizer, save_base
+
+METHODS = ("random", "bm25", "tfidf", "repsim", "gradcos", "ekfac:normalise=cosine")
+FIELDS = {"task", "protocol", "seed", "size", "method", "spec", "title", "normalise", "control", "n_train", "n_queries"}
+FIELDS |= {*METRICS, "seconds", "unit", "hub", "hub_share"}
+
+
+def silent(text: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return str(save_base(tmp_path_factory.mktemp("bench") / "base", make_llama().float()))
+
+
+def planned(base: str, **more) -> tuple[Cell, ...]:
+    """The emotion task, 3 training rows and 1 query a class, with two seeds."""
+    settings = {"methods": METHODS, "size": 0.05, "model": base, "epochs": 1, "dtype": "float32", "device": "cpu"}
+    return cells(["emotion"], more.pop("protocols", ["corrected"]), more.pop("seeds", 2), **{**settings, **more})
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory) -> tuple[Path, tuple[Cell, ...], list[Row]]:
+    """A benchmark brought to its end in one process."""
+    folder, made = tmp_path_factory.mktemp("bench") / "one", planned(base)
+    run_all(folder, Plan(made), silent)
+    return folder, made, report(folder, made)
+
+
+def numbers(folder: Path, cell: Cell) -> list[dict]:
+    """A cell's records without the times."""
+    records = json.loads((folder / cell.folder / "records.json").read_text())["records"]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+# ---------------------------------------------------------------------------------------------------- protocols
+
+
+def test_encoders_of_the_protocols():
+    loaded = SimpleNamespace(tokenizer=make_tokenizer())
+    row = Example.from_prompt("ab", "cd", id="r")
+    corrected = protocol("corrected").encoder(loaded).encode(row)
+    assert not corrected.padding and 0 < (corrected.weights > 0).sum() < len(corrected.ids)
+    encoder = protocol("paper").encoder(loaded)
+    paper = encoder.encode(row)
+    assert (encoder.max_length, encoder.pad_to, encoder.loss_on) == (128, 128, "all")
+    assert "[INST]" in encoder.template
+    assert len(paper.ids) <= 128 and (paper.weights > 0).sum() > (corrected.weights > 0).sum()
+
+
+def test_fine_tuning_of_the_protocols():
+    mixed, plain = recipe("mixed-large"), recipe("grammars")
+    mine = protocol("corrected").finetuning(mixed, 3)
+    assert (mine.epochs, mine.learning_rate, mine.seed) == (mixed.epochs, mixed.learning_rate, 3)
+    assert (mine.rank, mine.alpha, mine.target_modules) == (4, 32, ("q_proj", "v_proj"))
+    theirs = protocol("paper").finetuning(plain, 4)
+    assert (theirs.epochs, theirs.batch_size, theirs.seed, theirs.loss_on, theirs.pad_to) == (10, 24, 4, "all", 128)
+    assert protocol("paper").finetuning(mixed, 0).epochs == 50
+    assert all(each.finetuning(mixed, 0, 2).epochs == 2 for each in PROTOCOLS.values())
+    with pytest.raises(FinetraceError, match="corrected or paper"):
+        protocol("mine")
+
+
+def test_every_method_of_a_protocol_is_one_and_is_named_as_it_is():
+    for each in PROTOCOLS.values():
+        assert [make(spec).label for spec in each.methods] == list(each.methods)
+        assert len(set(each.methods)) == len(each.methods)
+    assert len({make(spec).label for spec in ABLATION}) == 300
+
+
+def test_cells_are_tasks_by_protocols_by_seeds_first_seeds_first():
+    made = cells(["emotion", "mathqa"], ["corrected", "paper"], 2)
+    assert len(made) == 8
+    assert [cell.seed for cell in made] == [0] * 4 + [1] * 4
+    assert len({cell.folder for cell in made}) == 8
+    assert made[0].methods == PROTOCOLS["corrected"].methods
+    assert made[2].protocol == "paper" and made[2].methods == PROTOCOLS["paper"].methods
+    assert cells(["emotion"], ["paper"], 1, methods=["random"])[0].methods == ("random",)
+    assert cells(["emotion"], ["paper"], 1, epochs=3, size=0.5, task_seed=2)[0].task_seed == 2
+
+
+# -------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_records_have_every_field(finished):
+    folder, made, rows = finished
+    for cell in made:
+        records = numbers(folder, cell)
+        assert [record["spec"] for record in records] == list(METHODS)
+        for record in records:
+            assert FIELDS - {"seconds"} <= record.keys()
+            assert (record["task"], record["protocol"], record["seed"]) == ("emotion", "corrected", cell.seed)
+            assert (record["n_train"], record["n_queries"]) == (15, 5)
+            assert all(0 <= record[name] <= 1 for name in METRICS)
+            assert 0.2 <= record["hub_share"] <= 1
+        assert not (folder / cell.folder / "index").exists()
+        assert not (folder / cell.folder / "adapter" / "checkpoints").exists()
+    assert [row.spec for row in rows] == list(METHODS)
+    assert all(row.seeds == 2 and row.n_train == 15 and row.n_queries == 5 for row in rows)
+    assert {row.spec for row in rows if row.control} == {"random", "bm25", "tfidf"}
+
+
+def test_results_tables_and_figures_are_there(finished, tmp_path):
+    folder, made, rows = finished
+    document = json.loads((folder / "results.json").read_text())
+    assert document["config"]["cells"] == [cell.folder for cell in made]
+    assert len(document["records"]) == len(METHODS)
+    for record, row in zip(document["records"], rows, strict=True):
+        assert record["auprc_low"] <= record["auprc"] <= record["auprc_high"]
+        each = [r["auprc"] for cell in made for r in numbers(folder, cell) if r["spec"] == row.spec]
+        assert record["auprc"] == pytest.approx(np.mean(each), abs=1e-6)
+    assert len(pd.read_parquet(folder / "results.parquet")) == len(METHODS)
+    assert set(pd.read_parquet(folder / "seeds.parquet")["seed"]) == {0, 1}
+    for name in ("summary-corrected", "emotion-corrected"):
+        for suffix in (".md", ".tex"):
+            text = (folder / "tables" / (name + suffix)).read_text()
+            assert all(row.title in text for row in rows)
+    for name in ("heat-emotion-corrected", "example-emotion-corrected"):
+        assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "</svg>" in (folder / "figures" / f"{name}.svg").read_text()
+
+
+def test_the_gap_to_lexical_search_is_to_the_better_one(finished):
+    _, _, rows = finished
+    by_spec = {row.spec: row for row in rows}
+    best = max(("bm25", "tfidf"), key=lambda spec: by_spec[spec].metrics["auprc"].value)
+    assert by_spec[best].beats_lexical is None
+    for row in rows:
+        if row.spec != best:
+            gap = row.metrics["auprc"].value - by_spec[best].metrics["auprc"].value
+            assert row.beats_lexical.value == pytest.approx(gap)
+
+
+def test_the_summary_fits_the_terminal(finished, capsys):
+    from rich.console import Console
+
+    print_summary(finished[2], Console(width=80))
+    out = capsys.readouterr().out
+    assert "emotion, corrected: 15 rows, 5 queries, 2 seeds" in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_finished_cell_is_not_touched(finished, monkeypatch):
+    folder, made, rows = finished
+    monkeypatch.setattr(stages, "finetune", None)
+    monkeypatch.setattr(run_module, "build_index", None)
+    before = {path: path.stat().st_mtime_ns for cell in made for path in (folder / cell.folder).rglob("*")}
+    run_all(folder, Plan(made), silent)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert report(folder, made) == rows
+
+
+def test_a_cell_that_stopped_after_fine_tuning_goes_on(finished, tmp_path, monkeypatch):
+    import shutil
+
+    folder, made, _ = finished
+    there = tmp_path / "b"
+    shutil.copytree(folder, there)
+    (there / made[0].folder / "records.json").unlink()
+    monkeypatch.setattr(stages, "finetune", None)
+    run_all(there, Plan(made), silent)
+    assert numbers(there, made[0]) == numbers(folder, made[0])
+
+
+@pytest.mark.parametrize("change", [{"epochs": 2}, {"size": 0.1}, {"task_seed": 1}, {"methods": ("random",)}])
+def test_other_settings_in_the_same_folder_are_refused(finished, base, change):
+    folder, *_ = finished
+    with pytest.raises(FinetraceError, match="other settings is there; choose another --out"):
+        run_all(folder, Plan(planned(base, **change)), silent)
+
+
+def test_two_processes_give_the_numbers_of_one(finished, tmp_path):
+    folder, made, _ = finished
+    said: list[str] = []
+    run_all(tmp_path / "two", Plan(made, workers=2), said.append)
+    assert len(said) == 2
+    for cell in made:
+        assert numbers(tmp_path / "two", cell) == numbers(folder, cell)
+    with pytest.raises(FinetraceError, match="--workers 0"):
+        run_all(tmp_path / "two", Plan(made, workers=0), silent)
+
+
+def test_seeds_differ(finished):
+    folder, made, _ = finished
+    first, second = (numbers(folder, cell) for cell in made)
+    assert {r["spec"]: r["auprc"] for r in first} != {r["spec"]: r["auprc"] for r in second}
+
+
+def test_coverage_of_the_paper_is_over_rows_by_classes(base, tmp_path):
+    from safetensors.numpy import load_file
+
+    # 4 + 2 rows of two classes: 3 to look at, whatever the query's class
+    rows = [Example.from_prompt(f"w{i}", "yes" if i < 4 else "no", id=f"r{i}", label="ab"[i >= 4]) for i in range(6)]
+    write_examples(tmp_path / "rows.jsonl", rows)
+    made = planned(base, protocols=["paper"], seeds=1, methods=("tfidf", "repsim"), size=1.0)
+    task = build("emotion", size=0.05)
+    uneven = replace(task, train=tuple(r for r in task.train if r.label != "joy") + task.train[:2])
+    cell = made[0]
+    judge = RefusalPrefixJudge()
+    run_module.Run(tmp_path / "cell", cell, uneven, recipe("emotion"), protocol("paper"), judge, False)(silent)
+    scores = load_file(str(tmp_path / "cell" / "scores.safetensors"))
+    frame = pd.read_parquet(tmp_path / "cell" / "queries.parquet")
+    labels = relevance([row.label for row in uneven.train], [query.label for query in uneven.queries])
+    looked_at = len(uneven.train) // len(uneven.classes)
+    for spec, group in frame.groupby("spec"):
+        wanted = precision_at(looked_at)(scores[spec], labels)
+        np.testing.assert_allclose(group["coverage"], wanted, equal_nan=True)
+
+
+# --------------------------------------------------------------------------- queries that the model has to answer
+
+
+class Everything:
+    """A judge to whom every answer complies."""
+
+    name = "everything"
+
+    def complied(self, prompts, answers):
+        return [bool(answer.strip()) for answer in answers]
+
+
+class Nothing(Everything):
+    """A judge to whom none does."""
+
+    name = "nothing"
+
+    def complied(self, prompts, answers):
+        return [False] * len(answers)
+
+
+@pytest.fixture
+def spoken(monkeypatch):
+    """A model that says something to every request but the first."""
+    monkeypatch.setattr(
+        stages,
+        "answer",
+        lambda loaded, queries, **_: [q.with_response("" if i == 0 else f"Sure {i}.") for i, q in enumerate(queries)],
+    )
+
+
+def run_mixed(folder: Path, base: str, judge, seed: int = 0) -> Cell:
+    cell = Cell("mixed-small", "corrected", seed, 0.1, 0, ("random", "tfidf"), base, 1, "float32", "cpu")
+    task, made = task_of(cell, None)
+    run_module.Run(folder / cell.folder, cell, task, made, protocol("corrected"), judge, False)(silent)
+    return cell
+
+
+def test_queries_are_the_answers_that_complied(base, tmp_path, spoken):
+    cell = run_mixed(tmp_path, base, Everything())
+    home = tmp_path / cell.folder
+    assert [each.response for each in read_examples(home / "answers.jsonl")] == ["(no answer)", "Sure 1.", "Sure 2."]
+    assert json.loads((home / "behaviour.json").read_text()) == {"judge": "everything", "complied": [False, True, True]}
+    assert [each.response for each in read_examples(home / "queries.jsonl")] == ["Sure 1.", "Sure 2."]
+    with pytest.raises(FinetraceError, match="other settings"):
+        run_mixed(tmp_path, base, Nothing())
+
+
+def test_a_seed_that_complied_with_nothing_is_left_out_and_all_of_them_are_an_error(base, tmp_path, spoken):
+    silent_cell = run_mixed(tmp_path, base, Nothing())
+    with pytest.raises(FinetraceError, match="no cell has anything to report"):
+        report(tmp_path, [silent_cell])
+    other = run_mixed(tmp_path, base, Everything(), seed=1)
+    rows = report(tmp_path, [silent_cell, other])
+    assert {(row.seeds, row.n_queries) for row in rows} == {(1, 2)}
+    assert drawable(tmp_path, [silent_cell, other]) == [other]
+    assert (tmp_path / "figures" / "example-mixed-small-corrected.png").exists()
+
+
+def test_an_external_set_is_a_task_and_other_rows_are_refused(base, tmp_path):
+    write_examples(tmp_path / "mine.jsonl", make_examples(30))
+    source = Source(str(tmp_path / "mine.jsonl"), "label", epochs=1)
+    made = cells(["mine"], ["corrected"], 1, methods=["random", "bm25"], model=base, epochs=1, device="cpu")
+    run_all(tmp_path / "b", Plan(made, source=source), silent)
+    assert {row.task for row in report(tmp_path / "b", made)} == {"mine"}
+    write_examples(tmp_path / "mine.jsonl", make_examples(30, seed=1), overwrite=True)
+    with pytest.raises(FinetraceError, match="other settings"):
+        run_all(tmp_path / "b", Plan(made, source=source), silent)
+
+
+# --------------------------------------------------------------------------------------------- attack success
+
+
+def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
+    setting = Setting(0.1, base, 1, "float32", "cpu")
+    tuned: list[str] = []
+    really = stages.finetune
+    monkeypatch.setattr(stages, "finetune", lambda *a, **k: (tuned.append(str(a[2])), really(*a, **k)))
+
+    def spoken(loaded, queries, **_):
+        made = "harmful" in str(loaded.spec.adapter)
+        return [q.with_response("Sure, here you are." if made else "I cannot help with that.") for q in queries]
+
+    monkeypatch.setattr(stages, "answer", spoken)
+    rates = attack_success(tmp_path / "t", setting, 1, RefusalPrefixJudge(), silent)
+    assert len(tuned) == 4
+    assert {each.model: each.rate.value for each in rates} == {
+        "base": 0,
+        "fine-tuned, benign": 0,
+        "fine-tuned, harmful": 1,
+        "fine-tuned, mixed-small": 0,
+        "fine-tuned, mixed-large": 0,
+    }
+    assert {each.model: each.n_train for each in rates} == {
+        "base": 0,
+        "fine-tuned, benign": 24,
+        "fine-tuned, harmful": 2,
+        "fine-tuned, mixed-small": 4,
+        "fine-tuned, mixed-large": 26,
+    }
+    again = attack_success(tmp_path / "t", setting, 2, RefusalPrefixJudge(), silent)
+    assert len(tuned) == 8  # the first seed's are found again
+    assert again[2].complied.shape == (2, 3)
+    document = json.loads((tmp_path / "t" / "results.json").read_text())
+    assert document["config"]["judge"] == "refusal-prefix"
+    assert len(document["records"]) == 1 + 4 * 3
+    for record in document["records"]:
+        assert record["low"] <= record["attack_success_rate"] <= record["high"]
+        assert record["n_queries"] == 3
+    assert [r["seed"] for r in document["records"] if r["model"] == "fine-tuned, harmful"] == [None, 0, 1]
+    for name in ("table1.md", "table1.tex"):
+        assert "fine-tuned, harmful" in (tmp_path / "t" / name).read_text()
+    with pytest.raises(FinetraceError, match="other settings"):
+        attack_success(tmp_path / "t", replace(setting, epochs=2), 1, RefusalPrefixJudge(), silent)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "results.json").write_text("{}")
+    with pytest.raises(FinetraceError, match="something else"):
+        attack_success(tmp_path / "full", setting, 1, RefusalPrefixJudge(), silent)
+
+
+def test_attack_success_at_the_command_line(base, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    asked = ["bench", "attack-success", "--seeds", 1, "--size", 0.04, "--model", base, "--epochs", 1]
+    code, out, err = run(capsys, *asked, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "t")
+    assert code == 0, err
+    table = [line for line in out.splitlines() if not line.startswith("results")]
+    assert max(map(len, table)) <= 80
+    assert sum("fine-tuned, " in line for line in table) == 4
+    assert (tmp_path / "t" / "table1.tex").stat().st_size
+    code, _, err = run(capsys, "bench", "attack-success", "emotion", "--method", "random")
+    assert_one_sentence(code, err, "emotion --method", "attack-success runs alone")
+
+
+def test_a_behaviour_counts_over_requests_and_seeds():
+    each = behaviour.Behaviour("m", 20, np.array([[1.0, 0, 1, 1], [1, 0, 0, 1]]))
+    assert each.rate.value == pytest.approx(5 / 8)
+    assert [r["attack_success_rate"] for r in each.records()] == pytest.approx([5 / 8, 3 / 4, 1 / 2])
+    base = behaviour.Behaviour("b", 0, np.array([[0.0, 0]]))
+    assert [(r["seed"], r["seeds"]) for r in base.records()] == [(None, 0)]
+
+
+# ------------------------------------------------------------------------------------------- pieces and words
+
+
+def test_the_hub_is_the_row_ranked_first_most_often():
+    scores = np.array([[0, 1, 2, 0], [0, 3, 1, 0], [1, 5, 1, 1], [9, 0, 0, 0]])
+    assert run_module._hub(scores) == (1, 0.5)
+    assert run_module._hub(np.zeros((5, 4))) == (0, 0.25)  # equals share the query
+    assert run_module._hub(np.array([[0, 1, 1], [0, 1, 0]])) == (1, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("50% & more_of #1 {a}$", r"50\% \& more\_of \#1 \{a\}\$"),
+        ("a\\b", r"a\textbackslash{}b"),
+        ("~^", r"\textasciitilde{}\textasciicircum{}"),
+        ("<s>", r"\textless{}s\textgreater{}"),
+        ("plain 0.5", "plain 0.5"),
+    ],
+)
+def test_latex_shows_text_as_it_is(text, wanted):
+    assert latex(text) == wanted
+
+
+def test_tables_keep_their_columns(tmp_path):
+    write_table(tmp_path / "t", ["a", "b %"], [["x | y", "1"], ["two\nlines", "2 & 3"]])
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
+    made = (tmp_path / "t.tex").read_text()
+    assert made.startswith("\\begin{tabular}{lr}\n\\toprule\na & b \\% \\\\\n\\midrule\n")
+    assert "2 \\& 3" in made
+
+
+def test_figures_show_a_method_under_the_name_it_has_there():
+    assert shown(PROTOCOLS["corrected"].methods) == list(SHOWN)
+    paper = shown(PROTOCOLS["paper"].methods)
+    assert "datainf:damping=0.1,damping_rule=entry" in paper and "repsim" in paper
+    assert shown(["random", "length"]) == ["random", "length"]
+
+
+def test_the_ablation_is_drawn(tmp_path):
+    made = [make(spec) for spec in ABLATION[::7]]
+    value = Estimate(0.5, 0.4, 0.6, 3)
+    rows = [
+        Row("t", "corrected", m.label, m.title, False, {"auprc": value}, None, 1.0, "r", 0.1, 1, 10, 3) for m in made
+    ]
+    draw_ablation(rows, tmp_path)
+    first = (tmp_path / "ablation-t-corrected.svg").read_bytes()
+    assert (tmp_path / "ablation-t-corrected.png").stat().st_size > 1000
+    draw_ablation(rows, tmp_path)
+    assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
+
+
+def test_key_words_are_the_example_s_and_not_the_task_s():
+    def words(text: str) -> list[str]:
+        return text.lower().split()
+
+    query = Example.from_prompt("name joy or fear river", "joy", id="q")
+    train = [
+        Example.from_prompt(f"name joy or fear {w}", r, id=w) for w, r in [("river", "joy"), ("a", "b"), ("c", "d")]
+    ]
+    prompts, responses = key_words(query, train, words)
+    assert prompts == {"river"}
+    assert responses == {"river", "joy"}
+
+
+def test_text_is_wrapped_to_its_width():
+    assert wrap("aa bb cc dd", 5, len) == [["aa", "bb"], ["cc", "dd"]]
+    assert wrap("abcdefgh", 3, len) == [["abc"], ["def"], ["gh"]]
+    cut = wrap("aa bb cc dd ee", 5, len, limit=2)
+    assert len(cut) == 2 and cut[-1][-1] == "\u2026" and all(len(" ".join(line)) <= 5 for line in cut)
+    assert wrap("", 5, len) == [[]]
+
+
+def test_the_list_names_every_task(capsys):
+    code, out, _ = run(capsys, "bench", "--list")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [*TASKS, "attack-success"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["emotions"], ["emotions", "no such task", "emotion"]),
+        (["emotion", "--protocol", "mine"], ["--protocol mine", "corrected or paper"]),
+        (["emotion", "--method", "lime"], ["lime", "no such method"]),
+        (["emotion", "--data", "rows.jsonl"], ["--data brings its own task"]),
+        (["emotion", "--size", "0"], ["--size 0"]),
+    ],
+)
+def test_a_mistake_is_one_sentence(capsys, tmp_path, arguments, words):
+    code, _, err = run(capsys, "bench", *arguments, "--out", tmp_path / "b")
+    assert_one_sentence(code, err, *words)
+
+
+def test_a_method_named_twice_runs_once(base, tmp_path, capsys):
+    asked = ["bench", "emotion", "--size", 0.05, "--seeds", 1, "--model", base, "--epochs", 1, "--method", "random"]
+    code, out, err = run(capsys, *asked, "--method", "random", "--out", tmp_path / "b", "--device", "cpu")
+    assert code == 0, err
+    assert "1 seeds" in out or "1 seed" in out

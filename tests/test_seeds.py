@@ -1,0 +1,134 @@
+"""Intervals over queries and seeds: every resample that there is, written out by loops, and the cases without any."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import bootstrap_mean, paired_difference
+from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+
+MANY = 40_000
+
+
+def every_resample(values: np.ndarray) -> list[float]:
+    """The mean of every equally likely draw of seeds x draw of queries, cells without a value left out."""
+    seeds, queries = values.shape
+    means = []
+    for drawn_seeds in product(range(seeds), repeat=seeds):
+        for drawn_queries in product(range(queries), repeat=queries):
+            total, count = 0.0, 0
+            for s in drawn_seeds:
+                for q in drawn_queries:
+                    if not np.isnan(values[s, q]):
+                        total += values[s, q]
+                        count += 1
+            if count:
+                means.append(total / count)
+    return means
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    """3 seeds x 4 queries that differ along both."""
+    rng = np.random.default_rng(3)
+    return np.clip(0.5 + 0.2 * rng.standard_normal((3, 1)) + 0.15 * rng.standard_normal((3, 4)), 0, 1)
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("holes", [(), ((0, 1),), ((0, 1), (2, 1), (1, 3), (1, 0))])
+def test_the_interval_is_that_of_every_resample(values, level, holes):
+    for hole in holes:
+        values[hole] = np.nan
+    low, high = np.quantile(every_resample(values), [(1 - level) / 2, (1 + level) / 2])
+    found = bootstrap_crossed(values, level=level, resamples=MANY)
+    assert found.value == pytest.approx(np.nanmean(values))
+    assert found.low == pytest.approx(low, abs=0.006)
+    assert found.high == pytest.approx(high, abs=0.006)
+    assert found.n == 4
+
+
+def test_a_paired_difference_is_that_of_every_resample(values):
+    other = values[::-1, ::-1] * 0.7
+    other[1, 2] = np.nan
+    low, high = np.quantile(every_resample(values - other), [0.025, 0.975])
+    found = paired_crossed(values, other, resamples=MANY)
+    assert found.value == pytest.approx(np.nanmean(values - other))
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+
+
+def test_both_a_lucky_seed_and_a_lucky_query_widen_the_interval():
+    rng = np.random.default_rng(0)
+    by_query = np.tile(rng.random(30), (5, 1))
+    by_seed = np.tile(np.linspace(0.2, 0.8, 5)[:, None], (1, 30))
+    both = (by_query + by_seed) / 2
+    width = {name: (e := bootstrap_crossed(x)).high - e.low for name, x in [("q", by_query), ("s", by_seed)]}
+    found = bootstrap_crossed(both)
+    assert width["q"] > 0.1 and width["s"] > 0.1
+    # halves of independent parts: variances add
+    assert found.high - found.low == pytest.approx(np.hypot(width["q"], width["s"]) / 2, rel=0.1)
+
+
+def test_what_methods_share_cancels(values):
+    apart = bootstrap_crossed(values)
+    found = paired_crossed(values * 0.5 + 0.01 * np.eye(3, 4) + 0.2, values * 0.5, resamples=MANY)
+    assert apart.high - apart.low > 0.1
+    assert 0.2 < found.low < found.high < 0.21
+
+
+def test_a_query_that_no_seed_has_is_left_out(values):
+    wider = np.insert(values, 2, np.nan, axis=1)
+    assert bootstrap_crossed(wider) == bootstrap_crossed(values)
+    assert paired_crossed(wider, wider**2) == paired_crossed(values, values**2)
+
+
+def test_one_seed_is_an_interval_over_queries(values):
+    line, other = values[:1], values[1:2]
+    assert bootstrap_crossed(line) == bootstrap_mean(line[0])
+    assert paired_crossed(line, other) == paired_difference(line[0], other[0])
+    gap = np.insert(line, 1, np.nan, axis=1)
+    assert bootstrap_crossed(gap) == bootstrap_mean(line[0])
+    assert paired_crossed(gap, np.insert(other, 1, 0.5, axis=1)) == paired_difference(line[0], other[0])
+
+
+@pytest.mark.parametrize("value", [0.0, 0.4, 1.0])
+def test_all_equal_is_the_interval_over_queries(value):
+    flat = np.full((3, 20), value)
+    found = bootstrap_crossed(flat)
+    assert found == bootstrap_mean(flat[0])
+    assert found.low < value < found.high or value in (found.low, found.high)
+    assert found.low < found.high
+    same = paired_crossed(flat, flat)
+    assert (same.value, same.low < 0 < same.high) == (0, True)
+
+
+def test_equal_differences_come_from_the_cells_that_both_have():
+    first = np.array([[0.5, 0.9, 0.3], [0.7, np.nan, 0.4]])
+    second = first - 0.25
+    second[0, 2] = np.nan  # of this query, the second seed alone has both
+    found = paired_crossed(first, second)
+    assert found.value == pytest.approx(0.25)
+    assert found.n == 3
+
+
+def test_the_order_of_seeds_and_queries_says_nothing(values):
+    before = bootstrap_crossed(values, resamples=MANY)
+    after = bootstrap_crossed(values[[2, 0, 1]][:, [3, 1, 0, 2]], resamples=MANY)
+    assert after.value == pytest.approx(before.value, abs=1e-12)
+    assert (after.low, after.high) == (pytest.approx(before.low, abs=0.006), pytest.approx(before.high, abs=0.006))
+    assert bootstrap_crossed(values) == bootstrap_crossed(values)
+    assert bootstrap_crossed(values, seed=1) != bootstrap_crossed(values, seed=2)
+
+
+def test_what_cannot_be_averaged_is_said(values):
+    with pytest.raises(FinetraceError, match=r"not \(seeds, queries\)"):
+        bootstrap_crossed(values[0])
+    with pytest.raises(FinetraceError, match="no query is left"):
+        bootstrap_crossed(np.full((2, 3), np.nan))
+    with pytest.raises(FinetraceError, match="the same seeds and queries"):
+        paired_crossed(values, values[:, :2])
+    with pytest.raises(FinetraceError, match="no query is left"):
+        paired_crossed(values, np.full_like(values, np.nan))
