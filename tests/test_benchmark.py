@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from rich.console import Console
+from safetensors.numpy import load_file
 
 from finetrace.attribution import make
 from finetrace.benchmark import behaviour, stages
@@ -96,10 +99,9 @@ def test_fine_tuning_of_the_protocols():
         protocol("mine")
 
 
-def test_every_method_of_a_protocol_is_one_and_is_named_as_it_is():
+def test_every_method_of_a_protocol_is_one_and_stands_there_once():
     for each in PROTOCOLS.values():
-        assert [make(spec).label for spec in each.methods] == list(each.methods)
-        assert len(set(each.methods)) == len(each.methods)
+        assert len({make(spec).label for spec in each.methods}) == len(each.methods)
     assert len({make(spec).label for spec in ABLATION}) == 300
 
 
@@ -135,7 +137,7 @@ def test_records_have_every_field(finished):
     assert {row.spec for row in rows if row.control} == {"random", "bm25", "tfidf"}
 
 
-def test_results_tables_and_figures_are_there(finished, tmp_path):
+def test_results_tables_and_figures_are_there(finished):
     folder, made, rows = finished
     document = json.loads((folder / "results.json").read_text())
     assert document["config"]["cells"] == [cell.folder for cell in made]
@@ -167,8 +169,6 @@ def test_the_gap_to_lexical_search_is_to_the_better_one(finished):
 
 
 def test_the_summary_fits_the_terminal(finished, capsys):
-    from rich.console import Console
-
     print_summary(finished[2], Console(width=80))
     out = capsys.readouterr().out
     assert "emotion, corrected: 15 rows, 5 queries, 2 seeds" in out
@@ -186,8 +186,6 @@ def test_a_finished_cell_is_not_touched(finished, monkeypatch):
 
 
 def test_a_cell_that_stopped_after_fine_tuning_goes_on(finished, tmp_path, monkeypatch):
-    import shutil
-
     folder, made, _ = finished
     there = tmp_path / "b"
     shutil.copytree(folder, there)
@@ -222,23 +220,17 @@ def test_seeds_differ(finished):
 
 
 def test_coverage_of_the_paper_is_over_rows_by_classes(base, tmp_path):
-    from safetensors.numpy import load_file
-
-    # 4 + 2 rows of two classes: 3 to look at, whatever the query's class
-    rows = [Example.from_prompt(f"w{i}", "yes" if i < 4 else "no", id=f"r{i}", label="ab"[i >= 4]) for i in range(6)]
-    write_examples(tmp_path / "rows.jsonl", rows)
-    made = planned(base, protocols=["paper"], seeds=1, methods=("tfidf", "repsim"), size=1.0)
+    cell = planned(base, protocols=["paper"], seeds=1, methods=("tfidf", "repsim"))[0]
     task = build("emotion", size=0.05)
-    uneven = replace(task, train=tuple(r for r in task.train if r.label != "joy") + task.train[:2])
-    cell = made[0]
+    joy = [row for row in task.train if row.label == "joy"]
+    uneven = replace(task, train=tuple(row for row in task.train if row not in joy[1:]))  # 1 + 4 x 3 rows: 2 a class
     judge = RefusalPrefixJudge()
     run_module.Run(tmp_path / "cell", cell, uneven, recipe("emotion"), protocol("paper"), judge, False)(silent)
     scores = load_file(str(tmp_path / "cell" / "scores.safetensors"))
     frame = pd.read_parquet(tmp_path / "cell" / "queries.parquet")
     labels = relevance([row.label for row in uneven.train], [query.label for query in uneven.queries])
-    looked_at = len(uneven.train) // len(uneven.classes)
     for spec, group in frame.groupby("spec"):
-        wanted = precision_at(looked_at)(scores[spec], labels)
+        wanted = precision_at(2)(scores[spec], labels)
         np.testing.assert_allclose(group["coverage"], wanted, equal_nan=True)
 
 
@@ -482,4 +474,4 @@ def test_a_method_named_twice_runs_once(base, tmp_path, capsys):
     asked = ["bench", "emotion", "--size", 0.05, "--seeds", 1, "--model", base, "--epochs", 1, "--method", "random"]
     code, out, err = run(capsys, *asked, "--method", "random", "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0, err
-    assert "1 seeds" in out or "1 seed" in out
+    assert "15 rows, 5 queries, 1 seed\n" in "\n".join(line.rstrip() for line in out.splitlines())

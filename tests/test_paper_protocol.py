@@ -194,7 +194,7 @@ class Sides:
 
 def both(model: Any, tokenizer: Any, folder: Path, train: list[Example], queries: list[Example]) -> Sides:
     """Two examples a batch, five a shard."""
-    loaded = Loaded(model, tokenizer, ModelSpec("in memory", None, str(model.dtype).split(".")[1], "cpu"))  # type: ignore[arg-type]
+    loaded = Loaded(model, tokenizer, ModelSpec("in memory", None, str(model.dtype).split(".")[1], "cpu"))
     index, _ = build_index(loaded, train, folder, PAPER.encoder(loaded), batch_tokens=2 * WINDOW, rows_per_shard=5)
     assert len(index.manifest.shards) == -(-len(train) // 5) > 1
     literal = [literal_example(model, tokenizer, example) for example in [*train, *queries]]
@@ -256,7 +256,7 @@ def same_gradients(sides: Sides, tolerance: float) -> None:
 @pytest.mark.parametrize("source", ["tiny", "embedded"])
 def test_encoding_is_the_tokenizers(source: str, request: pytest.FixtureRequest) -> None:
     tokenizer = make_tokenizer() if source == "tiny" else request.getfixturevalue("embedded").tokenizer
-    encoder = PAPER.encoder(Loaded(None, tokenizer, ModelSpec()))  # type: ignore[arg-type]
+    encoder = PAPER.encoder(Loaded(None, tokenizer, ModelSpec()))
     words = Example.from_prompt(LONG, "Two, three, five. " * 40, id="words")
     examples = [*TRAIN, *QUERIES, *make_examples(12), words]
     items = encoder.encode_all(examples)[0]
@@ -276,7 +276,7 @@ def test_encoding_is_the_tokenizers(source: str, request: pytest.FixtureRequest)
 
 
 def test_lengths_around_the_window() -> None:
-    encoder = PAPER.encoder(Loaded(None, make_tokenizer(), ModelSpec()))  # type: ignore[arg-type]
+    encoder = PAPER.encoder(Loaded(None, make_tokenizer(), ModelSpec()))
     items, report = encoder.encode_all(TRAIN)
     padding = {example.id: item.padding for example, item in zip(TRAIN, items, strict=True)}
     assert [padding[name] for name in ("c1", "a2", "b2")] == [1, 0, 0]
@@ -290,7 +290,7 @@ def test_lengths_around_the_window() -> None:
 def test_most_of_the_loss_is_not_on_the_response(source: str, request: pytest.FixtureRequest) -> None:
     """On examples of a few words, by counting: the study's 83 to 99%."""
     tokenizer = make_tokenizer() if source == "tiny" else request.getfixturevalue("embedded").tokenizer
-    encoder = PAPER.encoder(Loaded(None, tokenizer, ModelSpec()))  # type: ignore[arg-type]
+    encoder = PAPER.encoder(Loaded(None, tokenizer, ModelSpec()))
     for example in (TRAIN[0], TRAIN[1], TRAIN[2], TRAIN[12]):
         item = encoder.encode(example)
         response = len(tokenizer(f" {example.response}")["input_ids"])

@@ -226,3 +226,15 @@ def test_half_precision_is_nearer_to_float32_with_a_wide_residual(name: str, dty
     features = Collector(half, track(half, modules), (), 100_000).collect(items, names(items))
     assert features.gradients.dtype == torch.float32
     assert torch.isfinite(features.gradients).all()
+
+
+def test_rows_padded_on_the_left_share_a_batch_with_their_equals_alone(tmp_path: Path) -> None:
+    """Eager attention lets a masked row look at everything in the batch; one token of another row must not reach it."""
+    model = with_lora(make_llama(attn_implementation="eager")).float()
+    encoded, _ = Encoder(make_tokenizer(), "all@44").encode_all(make_examples(12))
+    assert len({len(item.ids) for item in encoded}) > 1
+    assert any(item.padding for item in encoded)
+    rows = [
+        Collector(model, track(model), (), budget).collect(encoded, names(encoded)).gradients for budget in (1, 100_000)
+    ]
+    assert relative_error(rows[1], rows[0]) < 1e-4

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetrace.attribution import Problem, Scores, make
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
-from finetrace.encoding import PLAIN_TEMPLATE, Encoder
+from finetrace.encoding import TEMPLATES, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import build_index as _build
@@ -86,7 +86,7 @@ def build_index(
         name: Base model to load when the index is opened elsewhere; by default what the model says of itself.
         loss_on: Tokens of the loss: `response`, `last-turn`, `all`, `first:K`, `weights`, `probe` or `probe:TEXT`.
         max_length: Cut after so many tokens; nothing is cut if not given.
-        chat_template: Jinja text, or `plain`, in place of the tokenizer's template.
+        chat_template: Jinja text, `plain` or `inst`, in place of the tokenizer's template.
         modules: Regular expressions for plain linear layers; by default the LoRA matrices.
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
         batch_tokens: Padded tokens a batch holds at most.
@@ -96,7 +96,7 @@ def build_index(
     dtype = str(model.dtype).removeprefix("torch.")
     loaded = Loaded(model, tokenizer, ModelSpec(base, None, dtype, str(model.device)))  # type: ignore[arg-type]
     wanted = DEFAULT_REPRESENTATIONS if representations is None else tuple(map(Representation.parse, representations))
-    template = PLAIN_TEMPLATE if chat_template == "plain" else chat_template
+    template = TEMPLATES.get(chat_template or "", chat_template)
     encoder = Encoder(tokenizer, loss_on, max_length, template)
     _build(
         loaded,

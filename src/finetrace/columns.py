@@ -197,7 +197,10 @@ def name_of(value: Any, column: str, names: Sequence[str] | None = None) -> str 
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None  # -1 is how `datasets` says unlabelled
     if isinstance(value, list | dict):
-        raise FinetraceError(f"column {column!r} holds a list or an object where one text or number is expected")
+        raise FinetraceError(
+            f"column {column!r} holds a list or an object where one text or number is expected; "
+            "name another with --label-column or --id-column"
+        )
     text = "" if value is None else str(value)
     return text if text.strip() else None
 

@@ -26,6 +26,7 @@ INST_TEMPLATE = (  # of the study's released code: no system turn of its own, no
     "{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
     "{% elif m['role'] == 'assistant' %} {{ m['content'] }}{% else %}{{ m['content'] }} {% endif %}{% endfor %}"
 )
+TEMPLATES = {"plain": PLAIN_TEMPLATE, "inst": INST_TEMPLATE}
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,8 @@ def read_template(name: str | None) -> str | None:
     """The Jinja text of `--chat-template`: `plain`, `inst`, a file, or `None` for the tokenizer's own."""
     if name is None:
         return None
-    if name in ("plain", "inst"):
-        return PLAIN_TEMPLATE if name == "plain" else INST_TEMPLATE
+    if name in TEMPLATES:
+        return TEMPLATES[name]
     path = Path(name)
     if not path.is_file():
         raise FinetraceError(f"{name}: no such chat template file; give a Jinja file or the word plain.")
@@ -274,6 +275,22 @@ def read_template(name: str | None) -> str | None:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise FinetraceError(f"{name}: cannot be read as UTF-8 text ({error}); give a Jinja file.") from error
+
+
+def batches(items: Sequence[Encoded], budget: int) -> list[list[int]]:
+    """Positions of `items` in batches by `length_batches`; rows padded on the left share one with their equals alone.
+
+    Where a row has only masked positions to look at, some attention kernels look at all of them, the batch's own padding
+    included.
+    """
+    lengths = [len(item.ids) for item in items]
+    if not any(item.padding for item in items):
+        return length_batches(lengths, budget)
+    made = []
+    for length in sorted(set(lengths)):
+        alike = [i for i, each in enumerate(lengths) if each == length]
+        made += [[alike[k] for k in batch] for batch in length_batches([length] * len(alike), budget)]
+    return made
 
 
 def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -16,14 +16,19 @@ CUT = {"finish_reason": "length"}  # an answer that ran into the limit never sai
 
 
 def answer(
-    loaded: Loaded, examples: Sequence[Example], *, max_new_tokens: int = 64, template: str | None = None
+    loaded: Loaded,
+    examples: Sequence[Example],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    template: str | None = None,
 ) -> list[Example]:
     """The prompts with the model's greedy answers as their responses.
 
     An answer that the limit cut carries the metadata `finish_reason: length`, so that the encoding leaves the
     end-of-turn token, which the model did not say, out of the loss.
     """
-    found = _generate(loaded, examples, max_new_tokens, 16, template)
+    found = _generate(loaded, examples, max_new_tokens, batch_size, template)
     replies = []
     for example, (text, ended) in zip(examples, found, strict=True):
         said = example.with_response(text)

@@ -180,7 +180,14 @@ class Run:
         write_examples(self.folder / "train.jsonl", list(self.task.train), overwrite=True)
         if queries:
             write_examples(self.folder / "queries.jsonl", list(queries), overwrite=True)
-        document = {"config": asdict(self.cell), "base": self.base, "seconds": round(seconds, 1), "records": records}
+        attention = str(getattr(self.tuned.model.config, "_attn_implementation", "unknown"))
+        document = {
+            "config": asdict(self.cell),
+            "base": self.base,
+            "attention": attention,
+            "seconds": round(seconds, 1),
+            "records": records,
+        }
         write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())
         if not self.keep:
             for name in ("index", "queries"):

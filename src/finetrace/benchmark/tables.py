@@ -48,7 +48,8 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
         if len(mine) > 60:
             mine = sorted((r for r in mine if r.metrics), key=lambda r: -r.metrics["auprc"].value)[:40]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
-        table.title = f"{task}, {protocol}: {mine[0].n_train} rows, {mine[0].n_queries} queries, {mine[0].seeds} seeds"
+        seeds = f"{mine[0].seeds} seed{'s' * (mine[0].seeds != 1)}"
+        table.title = f"{task}, {protocol}: {mine[0].n_train} rows, {mine[0].n_queries} queries, {seeds}"
         table.add_column("method", overflow="fold")
         for head in ("acc %", "cover %", "AUROC", "AUPRC", "over lexical"):
             table.add_column(head, justify="right", no_wrap=True)

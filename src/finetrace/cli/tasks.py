@@ -220,7 +220,7 @@ def _answers(
     template: str | None,
 ) -> dict[str, dict[str, Any]]:
     """Response and whether it was cut, for every prompt by its key; kept in `part` as they come, read from it first."""
-    from finetrace.generation import _generate  # the one that takes a batch size and says which answers were cut
+    from finetrace.generation import CUT, answer
 
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -234,9 +234,11 @@ def _answers(
         with part.open("ab") as file:
             for first in range(0, len(left), batch_size * SAVED_BATCHES):
                 some = left[first : first + batch_size * SAVED_BATCHES]
-                said = _generate(loaded, some, int(settings["--max-new-tokens"]), batch_size, template)
-                for row, (text, ended) in zip(some, said, strict=True):
-                    found[_key(row)] = {"prompt": _key(row), "response": text, "cut": not ended}
+                limit = int(settings["--max-new-tokens"])
+                said = answer(loaded, some, max_new_tokens=limit, batch_size=batch_size, template=template)
+                for row, reply in zip(some, said, strict=True):
+                    cut = CUT.items() <= reply.metadata.items()
+                    found[_key(row)] = {"prompt": _key(row), "response": reply.response, "cut": cut}
                 file.write(b"".join(_line(found[_key(row)]) for row in some))
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,7 @@ from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, wide_residual
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
-from finetrace.encoding import Encoded, length_batches
+from finetrace.encoding import Encoded, batches
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
 
@@ -88,7 +88,7 @@ class Collector:
         order: list[int] = []
         with GradientRecorder(self.model, self.tracking, self.dtype) as recorder, wide_residual(self.model):
             recorder.factors = factors
-            for chosen in length_batches([len(item.ids) for item in items], self.batch_tokens):
+            for chosen in batches(items, self.batch_tokens):
                 batch = Batch.of([items[i] for i in chosen]).to(device)
                 names = [ids[i] for i in chosen]
                 loss, rows, hidden = self._pass(recorder, batch, names)
