@@ -1,0 +1,68 @@
+"""Write a page of docs/results from a finished benchmark: python scripts/publish_benchmark.py FOLDER PAGE --command "...".
+
+The page holds the summary and one table a task, as `finetrace bench` wrote them, with the command, the size and the time,
+and its figures are copied beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+DOCS = Path(__file__).parent.parent / "docs" / "results"
+
+
+def main() -> None:
+    """Write `docs/results/PAGE.md` and `docs/results/PAGE/*.png`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("page")
+    parser.add_argument("--title", required=True)
+    parser.add_argument("--command", required=True, help="the command that made the folder")
+    args = parser.parse_args()
+    records = json.loads((args.folder / "results.json").read_text())["records"]
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for path in sorted(args.folder.glob("*/*/seed-*/records.json")):
+        document = json.loads(path.read_text())
+        key = (document["config"]["task"], document["config"]["protocol"])
+        seconds.setdefault(key, []).append(document["seconds"])
+    lines = [f"# {args.title}", "", "```bash", args.command, "```", ""]
+    lines += [
+        "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
+        "or fewer make rough. Every number is of the embedded SmolLM2-135M-Instruct, one small model.",
+        "",
+    ]
+    for protocol in dict.fromkeys(record["protocol"] for record in records):
+        lines += [f"## Summary, {protocol} protocol", "", _table(args.folder, f"summary-{protocol}")]
+    for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
+        first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
+        times = ", ".join(f"{value:.0f}" for value in seconds.get((task, protocol), []))
+        lines += [
+            f"## {task}, {protocol}",
+            "",
+            f"{first['n_train']} rows, {first['n_queries']} queries, {first['seeds']} seeds; {times} s each, everything "
+            "included.",
+            "",
+            _table(args.folder, f"{task}-{protocol}"),
+        ]
+        for kind in ("heat", "example"):
+            figure = args.folder / "figures" / f"{kind}-{task}-{protocol}.png"
+            if figure.exists():
+                (DOCS / args.page).mkdir(parents=True, exist_ok=True)
+                shutil.copy(figure, DOCS / args.page / figure.name)
+                lines += [f"![{kind}, {task}, {protocol}]({args.page}/{figure.name})", ""]
+    for figure in sorted((args.folder / "figures").glob("ablation-*.png")):
+        (DOCS / args.page).mkdir(parents=True, exist_ok=True)
+        shutil.copy(figure, DOCS / args.page / figure.name)
+        lines += [f"![{figure.stem}]({args.page}/{figure.name})", ""]
+    (DOCS / f"{args.page}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _table(folder: Path, name: str) -> str:
+    return (folder / "tables" / f"{name}.md").read_text(encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
