@@ -96,7 +96,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     behaviour = [_behaviour(name, given, judge) for name, given in answers.items()]
 
     say("4/5 indexing the training rows")
-    index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer))
+    index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer), kronecker="model")
     verdicts = [each[2] for each in behaviour[2].answers]
     queries = [each for each, yes in zip(answers["fine-tuned, mixed"], verdicts, strict=True) if yes]
     if not queries:

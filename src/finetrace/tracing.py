@@ -17,6 +17,7 @@ STANDARD = (
     "random",
     "length",
     "gradnorm",
+    "selfinf",
     "bm25:text=prompt",
     "bm25:text=response",
     "bm25",
@@ -83,6 +84,7 @@ def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> l
 
     Methods share the problem's inner products, so the first one of the gradient family bears their cost.
     """
+    prepare(problem, methods)
     train = problem.rows.labels
     labels = [query.label for query in problem.queries]
     relevant = relevance(train, labels)
@@ -92,6 +94,12 @@ def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> l
         scores = method.score(problem)
         results.append(Result(method, scores, evaluate(scores.values, relevant, seed=seed) if judged else {}))
     return results
+
+
+def prepare(problem: Problem, methods: Sequence[Method]) -> None:
+    """Collect what the methods want and the index lacks; those that want Kronecker factors first, which come on the way."""
+    for method in sorted(methods, key=lambda each: "labels" not in each.parameters):
+        method.prepared(problem)
 
 
 def best(results: Sequence[Result], *, controls: bool) -> Result | None:

@@ -81,6 +81,10 @@ class GradientMethod(Method):
             values = _divide(values, sums["query_self"].clamp_min(0).sqrt()[:, None]).clamp(-1, 1)
         return values.numpy().copy()
 
+    def train_self(self, problem: Problem) -> Tensor:
+        """(n,) self-influence g_i^T P g_i of every training example, summed over blocks."""
+        return self._sums(problem, PARTS[1:2])["train_self"]
+
     def _sums(self, problem: Problem, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Sums over blocks of an inverse's `products`, `train_self`, `query_self`; other normalisations find them kept."""
         curvature = {key: value for key, value in self.parameters.items() if key != "normalise"}

@@ -26,8 +26,10 @@ MORE = (
     "ekfac:normalise=cosine,layers=last-fifth",
     "ekfac:normalise=cosine,loss_on=first:20",
     "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    "selfinf:curvature=gradsim",
+    "selfinf:curvature=ekfac",
 )
-CONTROLS = tuple(spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "bm25", "tfidf"))
+CONTROLS = tuple(spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf"))
 
 
 @dataclass(frozen=True)
