@@ -10,7 +10,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from finetrace.finetuning import FinetuneConfig, finetune
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import finetune
 from finetrace.models import ModelSpec, load
 from finetrace.tasks import alignment_rows
 

@@ -21,7 +21,7 @@ from finetrace.benchmark import run as run_module
 from finetrace.benchmark.ablation import ABLATION
 from finetrace.benchmark.behaviour import Setting, attack_success
 from finetrace.benchmark.example_figure import key_words, wrap
-from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, shown
+from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, shown
 from finetrace.benchmark.protocol import PROTOCOLS, protocol
 from finetrace.benchmark.report import METRICS, Row, report
 from finetrace.benchmark.run import Cell
@@ -413,6 +413,8 @@ def test_figures_show_a_method_under_the_name_it_has_there():
     paper = shown(PROTOCOLS["paper"].methods)
     assert "datainf:damping=0.1,damping_rule=entry" in paper and "repsim" in paper
     assert shown(["random", "length"]) == ["random", "length"]
+    assert [short(spec) for spec in paper] == ["repsim", "gradsim", "datainf", "lissa", "tfidf"]
+    assert short("ekfac:normalise=cosine") == "ekfac cosine"
 
 
 def test_the_ablation_is_drawn(tmp_path):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetuning import PRESETS, FinetuneConfig, configure, finetune, finished
+from finetrace.finetune_config import PRESETS, FinetuneConfig, configure
+from finetrace.finetuning import finetune, finished
 from finetrace.forward import Batch, token_losses
 from finetrace.index import build_index, open_index
 from finetrace.models import Loaded, ModelSpec, load

@@ -22,7 +22,8 @@ from finetrace.attribution import Problem, make
 from finetrace.benchmark.protocol import PROTOCOLS, RELEASED
 from finetrace.evaluation.metrics import precision_at, relevance
 from finetrace.examples import Example
-from finetrace.finetuning import PRESETS, finetune
+from finetrace.finetune_config import PRESETS
+from finetrace.finetuning import finetune
 from finetrace.forward import Batch
 from finetrace.index import build_index
 from finetrace.models import Loaded, ModelSpec, load

@@ -17,7 +17,7 @@ from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
-from finetrace.finetuning import FinetuneConfig
+from finetrace.finetune_config import FinetuneConfig
 from finetrace.index import build_index
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
 from finetrace.reporting.compose import compose, interval

@@ -8,79 +8,20 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 
 from finetrace import fingerprint
 from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.finetune_config import SAVED, FinetuneConfig
 from finetrace.forward import Batch
-from finetrace.models import EMBEDDED, Loaded, save_adapter
+from finetrace.models import Loaded, save_adapter
 from finetrace.training import ResponseTrainer
-
-SAVED = "finetune.yaml"
-Schedule = Literal[  # the Trainer's others want settings of their own
-    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-]
-
-
-class FinetuneConfig(BaseModel):
-    """Everything that decides a fine-tuned adapter besides the data; saved beside it and re-runnable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    epochs: int = Field(3, ge=1, description="Passes over the training set.")
-    learning_rate: float = Field(2e-4, gt=0, description="Peak learning rate of AdamW.")
-    batch_size: int = Field(8, ge=1, description="Examples a step.")
-    schedule: Schedule = Field("linear", description="Learning-rate schedule of the Hugging Face Trainer.")
-    warmup_steps: int = Field(0, ge=0, description="Steps of linear warm-up.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW weight decay.")
-    rank: int = Field(4, ge=1, description="LoRA rank r.")
-    alpha: float = Field(32, gt=0, description="LoRA alpha; updates are scaled by alpha / r.")
-    dropout: float = Field(0.1, ge=0, lt=1, description="Dropout on the LoRA input while training.")
-    target_modules: tuple[str, ...] = Field(
-        ("q_proj", "v_proj"), description="Names (or one regular expression) of the linear layers that get an adapter."
-    )
-    layers: tuple[int, ...] | None = Field(
-        None, description="Transformer layers that get an adapter; all if not given."
-    )
-    validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
-    patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")
-    seed: int = Field(0, ge=0, description="Fixes the adapter's initialisation, dropout and the order of data.")
-    max_length: int | None = Field(
-        None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given."
-    )
-    loss_on: Literal["response", "last-turn", "all"] = Field("response", description="Tokens that the loss looks at.")
-    chat_template: str | None = Field(
-        None, description="A Jinja file, `plain` or `inst`, in place of the tokenizer's template."
-    )
-    pad_to: int | None = Field(
-        None,
-        ge=2,
-        description="Pad on the left to so many tokens, in the loss with `all`; nothing is padded if not given.",
-    )
-
-
-PRESETS: dict[str, FinetuneConfig] = {
-    "default": FinetuneConfig(),
-    # arXiv 2409.19998, section 3: batch 32, 25 epochs, early stopping after three rises, the Trainer's optimizer
-    "paper": FinetuneConfig(epochs=25, batch_size=32, learning_rate=5e-5, validation=0.1, max_length=128),
-    # the released code: batch 24, 10 epochs (50 on the mixed sets), every token of a 128-token window in the loss
-    "released": FinetuneConfig(
-        epochs=10,
-        batch_size=24,
-        learning_rate=5e-5,
-        max_length=128,
-        pad_to=128,
-        loss_on="all",
-        chat_template="inst",
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -290,30 +231,3 @@ def _check_same(path: Path, wanted: dict[str, Any]) -> None:
                 f"{path}: the unfinished run has {key} {there.get(key)}, this one {value}; go on with the same settings "
                 "and data, or choose another --out."
             )
-
-
-def configure(preset: str, saved: Path | None, given: dict[str, Any]) -> FinetuneConfig:
-    """A preset or a saved finetune.yaml, with the settings that were given on top."""
-    if preset not in PRESETS:
-        raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
-    base = PRESETS[preset].model_dump()
-    if saved is not None:
-        base |= {k: v for k, v in _read_saved(saved).items() if k not in ("model", "data_fingerprint")}
-    try:
-        return FinetuneConfig.model_validate({**base, **{k: v for k, v in given.items() if v is not None}})
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise FinetraceError(f"{flag}: {first['msg']} (given {first['input']!r}).") from error
-
-
-def saved_model(saved: Path) -> str:
-    """The base model that a saved finetune.yaml names."""
-    return str(_read_saved(saved).get("model", EMBEDDED))
-
-
-def _read_saved(saved: Path) -> dict[str, Any]:
-    try:
-        return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error

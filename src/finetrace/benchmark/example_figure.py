@@ -11,8 +11,7 @@ from typing import Any
 
 from safetensors.numpy import load_file
 
-from finetrace.attribution import make
-from finetrace.benchmark.figures import save, shown
+from finetrace.benchmark.figures import save, short, shown
 from finetrace.benchmark.run import Cell
 from finetrace.examples import Example
 from finetrace.reading import read_examples
@@ -64,7 +63,7 @@ def draw_examples(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         train, query = read_examples(home / "train.jsonl"), read_examples(home / "queries.jsonl")[0]
         tops: dict[int, list[str]] = {}
         for name in shown(matrices):
-            tops.setdefault(int(matrices[name][0].argmax()), []).append(make(name).title)
+            tops.setdefault(int(matrices[name][0].argmax()), []).append(short(name))
         found = [(", ".join(titles), train[i]) for i, titles in tops.items()]
         _draw(query, found, key_words(query, train, words), words, out / f"example-{cell.task}-{cell.protocol}")
 

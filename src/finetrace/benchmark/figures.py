@@ -34,6 +34,12 @@ def shown(specs: Iterable[str]) -> list[str]:
     return chosen or there[: len(SHOWN)]
 
 
+def short(spec: str) -> str:
+    """A method's title, or its name alone where the title is long; no two of `shown` have the same name."""
+    title = make(spec).title
+    return title if len(title) <= 24 else title.split()[0]
+
+
 def drawable(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
     """The first seed of each task and protocol that had something to trace."""
     first: dict[tuple[str, str], Cell] = {}
@@ -55,8 +61,8 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         across, down = np.argsort(classes, kind="stable"), np.argsort(asked, kind="stable")
         classes, asked = sorted(classes), sorted(asked)
         names = shown(matrices)
-        columns = min(4, len(names))
-        lines = -(-len(names) // columns)
+        lines = -(-len(names) // 4)
+        columns = -(-len(names) // lines)
         figure = Figure(figsize=(3.1 * columns + 1.4, 2.5 * lines + 0.9), layout="constrained")
         axes = figure.subplots(lines, columns, squeeze=False)
         for axis in axes.flat[len(names) :]:
@@ -65,7 +71,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
             axis = axes.flat[i]
             ranks = _ranks(matrices[name])[np.ix_(down, across)]
             image = axis.imshow(ranks, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(make(name).title, fontsize=9)
+            axis.set_title(short(name), fontsize=9)
             axis.tick_params(length=0, labelsize=7)
             last, left = i + columns >= len(names), i % columns == 0
             axis.set_xticks(*_names(classes, last), rotation=45, ha="right", rotation_mode="anchor")

@@ -7,7 +7,7 @@ from typing import Literal
 
 from finetrace.encoding import Encoder, read_template
 from finetrace.errors import FinetraceError
-from finetrace.finetuning import PRESETS, FinetuneConfig
+from finetrace.finetune_config import PRESETS, FinetuneConfig
 from finetrace.models import Loaded
 from finetrace.tasks import Recipe
 from finetrace.tracing import STANDARD
@@ -29,7 +29,9 @@ MORE = (
     "selfinf:curvature=gradsim",
     "selfinf:curvature=ekfac",
 )
-CONTROLS = tuple(spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf"))
+CONTROLS = tuple(
+    spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf")
+)
 
 
 @dataclass(frozen=True)

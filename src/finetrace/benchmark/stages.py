@@ -10,7 +10,8 @@ from typing import Any
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
-from finetrace.finetuning import FinetuneConfig, finetune, finished
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import finetune, finished
 from finetrace.generation import answer
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded, ModelSpec, load

@@ -71,7 +71,7 @@ def finetune(
         "chat_template": chat_template,
     }
     with options.quiet_libraries():
-        from finetrace.finetuning import configure, saved_model
+        from finetrace.finetune_config import configure, saved_model
         from finetrace.finetuning import finetune as run
         from finetrace.models import EMBEDDED, ModelSpec, load
         from finetrace.reading import read_examples
