@@ -110,7 +110,9 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
 
     about = {"task": task.name, "protocol": "corrected", "seed": config.seed}
     rates = {model.name: model.attack_success_rate.value for model in behaviour}
-    settings = {**_settings(config), "judge": judge.name, "attack_success_rate": rates}
+    spread = {model.name: (model.attack_success_rate.low, model.attack_success_rate.high) for model in behaviour}
+    settings = {**_settings(config), "judge": judge.name}
+    settings |= {"attack_success_rate": rates, "attack_success_interval": spread}
     write_results(folder, [result.record(**about) for result in results], settings)
     facts = {"task": f"{task.name}: {len(task.train)} rows, {len(queries)} queries", **index_facts(index)}
     facts |= {"judge": judge.name, "seed": str(config.seed)}

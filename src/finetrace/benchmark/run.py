@@ -172,7 +172,13 @@ class Run:
                     **{f"parameter_{key}": value for key, value in scores.parameters.items() if key != "normalise"},
                 }
             )
-        self._write(queries, records, pd.concat(frames, ignore_index=True), matrices, time.perf_counter() - began)
+        self._write(
+            [] if suspects else queries,
+            records,
+            pd.concat(frames, ignore_index=True),
+            matrices,
+            time.perf_counter() - began,
+        )
 
     def _write(
         self,
