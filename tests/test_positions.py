@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,6 +164,26 @@ def test_queries_kept_in_an_index_give_the_same_scores(tmp_path: Path, tiny_load
     for spec in ("exact", "repsim", "gradcos:loss_on=probe"):
         plain = make(spec).score(Problem(index, queries)).values
         assert np.array_equal(plain, make(spec).score(Problem(index, queries, kept_queries=kept)).values)
+
+
+def test_queries_are_collected_once_whatever_the_layers(
+    tmp_path: Path, tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index, _ = build_index(tiny_loaded, make_examples(5), tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    calls, collect = [], Collector.collect
+
+    def counting(self: Collector, *args: Any, **options: Any) -> Any:
+        calls.append(1)
+        return collect(self, *args, **options)
+
+    monkeypatch.setattr(Collector, "collect", counting)
+    problem = Problem(index, make_examples(2, seed=5))
+    for spec in ("gradcos:layers=0", "exact:layers=1", "gradsim", "ekfac:layers=last-fifth"):
+        make(spec).prepared(problem)
+    calls.clear()
+    for spec in ("gradcos:layers=0", "exact:layers=1", "gradsim", "ekfac:layers=last-fifth"):
+        make(spec).score(problem)
+    assert len(calls) == 1
 
 
 def test_layers(tmp_path: Path, tiny_loaded: Loaded) -> None:

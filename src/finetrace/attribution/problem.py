@@ -59,6 +59,7 @@ class Problem:
         self._kept: dict[str, Products] = {}
         self._features = features
         self._kept_queries = kept_queries
+        self._whole: Problem | None = None  # of which this one has some layers
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
@@ -75,7 +76,7 @@ class Problem:
         if layers not in self._parts:
             part = copy(self)  # shares the products of single blocks
             part.blocks = select(self.index.blocks, layers, self.index.manifest.model.layers)
-            part._parts, part.sums = {}, {}
+            part._whole, part._parts, part.sums = self, {}, {}
             part.__dict__.pop("joint", None)
             part.__dict__.pop("train_norms", None)
             self._parts[layers] = part
@@ -108,6 +109,8 @@ class Problem:
     @property
     def features(self) -> Features:
         """The queries' gradients, representations and losses."""
+        if self._whole is not None:
+            return self._whole.features
         if self._features is None and self._kept_queries is not None:
             self._features = self._kept_queries.kept_features()
         if self._features is None:
