@@ -173,6 +173,8 @@ class Encoder:
         mask[:1] = False  # nothing predicts the first token
         if positions.kind == "first":
             mask &= np.cumsum(mask) <= positions.count
+            last = int(np.flatnonzero(mask)[-1]) + 1 if mask.any() else len(mask)
+            ids, mask = ids[:last], mask[:last]  # no token of the loss sees what follows it
         weights = mask.astype(np.float64)
         if positions.kind == "weights":
             weights[mask] = _own_weights(example, int(mask.sum()))

@@ -41,9 +41,11 @@ STANDARD = (
     "kfac",
     "ekfac",
     "ekfac:normalise=cosine",
-    "gradcos:loss_on=first:20",
+    "ekfac:normalise=cosine,layers=last-fifth",
+    "gradcos:loss_on=first:5",
     "gradcos:loss_on=probe",
     "ekfac:normalise=cosine,loss_on=probe",
+    "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
 )
 TABLE = ("accuracy", "coverage", "auroc", "auprc")
 

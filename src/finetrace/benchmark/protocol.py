@@ -23,9 +23,8 @@ RELEASED = (
 MORE = (
     "gradcos:layers=last-fifth",
     "exact:normalise=cosine,layers=last-fifth",
-    "ekfac:normalise=cosine,layers=last-fifth",
-    "ekfac:normalise=cosine,loss_on=first:20",
-    "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    "exact:normalise=cosine,loss_on=first:5,layers=last-fifth",
+    "exact:normalise=cosine,loss_on=probe,layers=last-fifth",
     "selfinf:curvature=gradsim",
     "selfinf:curvature=ekfac",
 )
