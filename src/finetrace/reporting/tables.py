@@ -19,8 +19,8 @@ from finetrace.tracing import Result
 def print_methods(results: Sequence[Result], console: Console) -> None:
     """A row a method: metrics with 95% intervals where labels allow, and seconds."""
     judged = any(result.metrics for result in results)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
-    table.add_column("method", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("method", max_width=24)  # what the numbers leave of 80 columns
     if judged:
         for name in ("acc %", "cover %", "AUROC", "AUPRC"):
             table.add_column(name, justify="right", no_wrap=True)
