@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from finetrace.collection.precision import wide_residual
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.forward import Batch
 from finetrace.index import build_index, open_index, view
 from finetrace.models import Loaded
 from finetrace.positions import REFUSAL, Positions
@@ -38,7 +40,7 @@ TEXTS = [
     "all",
     "first:7",
     "weights",
-    "probe",
+    "probe:I'm sorry",
     "probe:No, never: 3, x=1",
     "all@128",
     "first:2@9",
@@ -49,6 +51,10 @@ TEXTS = [
 def test_parse_and_back(text: str) -> None:
     assert Positions.parse(text).text == text
     assert Positions.parse(Positions.parse(text).text) == Positions.parse(text)
+
+
+def test_the_default_probe_names_its_text() -> None:
+    assert Positions.parse("probe") == Positions.parse(f"probe:{REFUSAL}")
 
 
 def test_slugs_differ_and_are_names() -> None:
@@ -141,7 +147,7 @@ def test_a_method_on_other_tokens_equals_one_on_an_index_built_for_them(tmp_path
             here = make(f"{name}:loss_on={loss_on}").score(problem)
             there = make(name).score(Problem(whole, queries))
             assert np.array_equal(here.values, there.values)
-            assert here.parameters["loss_on"] == there.parameters["loss_on"] == loss_on
+            assert here.parameters["loss_on"] == there.parameters["loss_on"] == Positions.parse(loss_on).text
     own = make("gradcos:loss_on=response").score(problem).values
     assert np.array_equal(own, make("gradcos").score(problem).values)
 
@@ -237,7 +243,7 @@ def test_half_precision_is_nearer_to_float32_with_a_wide_residual(name: str, dty
     ids = torch.from_numpy(items[1].ids).long()[None]
     with torch.no_grad():
         plain = rounded(input_ids=ids).logits.float()
-        with wide_residual(rounded):
+        with wide_residual(rounded) as narrowing, narrowing():
             wide = rounded(input_ids=ids).logits.float()
         after = rounded(input_ids=ids).logits.float()
         exact = model.float()(input_ids=ids).logits
@@ -259,3 +265,60 @@ def test_rows_padded_on_the_left_share_a_batch_with_their_equals_alone(tmp_path:
         Collector(model, track(model), (), budget).collect(encoded, names(encoded)).gradients for budget in (1, 100_000)
     ]
     assert relative_error(rows[1], rows[0]) < 1e-4
+
+
+def test_a_half_precision_models_products_are_float32() -> None:
+    """Gradients and factors are what float32 products of the same inputs and deltas give, to float32's rounding."""
+    model = with_lora(make_llama()).to(torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    tracking = track(model)
+    items = make_encoded([9, 31, 17])
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+    handles = []
+    for layer in tracking.layers:
+
+        def keep(module: Any, args: Any, output: torch.Tensor, name: str = layer.weight.name) -> None:
+            output.register_hook(lambda delta: seen.update({name: (args[0].detach(), delta)}))
+
+        handles.append(layer.module.register_forward_hook(keep))
+    collector = Collector(model, tracking, (), 100_000)
+    sums = collector.factor_sums("data")
+    order = sorted(range(3), key=lambda i: len(items[i].ids))  # as the batch has them
+    rows = collector.collect([items[i] for i in order], names(items), factors=sums).gradients
+    for handle in handles:
+        handle.remove()
+    batch = Batch.of([items[i] for i in order])
+    for block in tracking.blocks:
+        inputs, delta = (each.float() for each in seen[block.name])
+        expected = torch.bmm(delta.transpose(1, 2), inputs).flatten(1)
+        assert relative_error(rows[:, block.columns], expected) < 1e-5
+        flat = inputs.reshape(-1, inputs.shape[-1])[batch.rows]
+        assert relative_error(sums.right[block.name], flat.T @ flat) < 1e-5
+        flat = delta.reshape(-1, delta.shape[-1])[batch.rows]
+        assert relative_error(sums.left[block.name], flat.T @ flat) < 1e-5
+
+
+def test_a_view_has_the_labels_that_its_index_has_now(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    encoder = Encoder(tiny_loaded.tokenizer)
+    index, _ = build_index(tiny_loaded, make_examples(4), tmp_path / "i", encoder)
+    view(index, "first:2")
+    relabelled = [replace(example, label="new") for example in make_examples(4)]
+    again, _ = build_index(tiny_loaded, relabelled, tmp_path / "i", encoder)
+    assert set(view(again, "first:2").rows.labels) == {"new"}
+
+
+def test_queries_in_another_order_are_refused(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    encoder = Encoder(tiny_loaded.tokenizer)
+    queries = make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, make_examples(4), tmp_path / "i", encoder)
+    kept, _ = build_index(tiny_loaded, queries, tmp_path / "q", encoder)
+    with pytest.raises(FinetraceError, match="does not hold these queries in this order"):
+        Problem(index, queries[::-1], kept_queries=kept)
+
+
+@pytest.mark.parametrize("spec", ["gradnorm:loss_on=frist:5", "selfinf:layers=lastfifth", "exact:layers=x"])
+def test_a_wrong_choice_is_refused_before_anything_is_computed(spec: str) -> None:
+    with pytest.raises(FinetraceError, match="not known"):
+        make(spec)

@@ -56,11 +56,11 @@ class Positions:
 
     @property
     def text(self) -> str:
-        """What `parse` reads back."""
+        """What `parse` reads back, a probe's text included."""
         name: str = self.kind
         if self.kind == "first":
             name = f"first:{self.count}"
-        if self.kind == "probe" and self.probe != REFUSAL:
+        if self.kind == "probe":
             name = f"probe:{self.probe}"
         return f"{name}@{self.pad_to}" if self.pad_to else name
 

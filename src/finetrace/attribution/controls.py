@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.selection import check
 
 
 @register("random")
@@ -72,6 +73,9 @@ class GradNorm(Method):
     control: ClassVar[bool] = True
     loss_on: str = ""
     layers: str = "all"
+
+    def __post_init__(self) -> None:
+        check(self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem with the loss on `loss_on` and the gradients of `layers`."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.selection import check
 from finetrace.curvature import (
     Damping,
     DampingRule,
@@ -26,7 +27,6 @@ from finetrace.curvature import (
     ReleasedLiSSA,
     fisher,
 )
-from finetrace.positions import Positions
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
 Scope = Literal["block", "joint"]
@@ -54,8 +54,7 @@ class GradientMethod(Method):
     layers: str
 
     def __post_init__(self) -> None:
-        if self.loss_on:
-            Positions.parse(self.loss_on)
+        check(self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem with the loss on `loss_on` and the gradients of `layers`."""

@@ -52,6 +52,8 @@ class Problem:
                 raise FinetraceError(
                     f"query {query.id}: it has no response to trace; give one, or let the model answer with --ask."
                 )
+        if kept_queries is not None and kept_queries.rows.ids != tuple(query.id for query in queries):
+            raise FinetraceError(f"{kept_queries.folder}: this index does not hold these queries in this order.")
         self.index = index
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)

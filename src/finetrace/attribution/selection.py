@@ -7,6 +7,21 @@ from collections.abc import Sequence
 
 from finetrace.collection import Block
 from finetrace.errors import FinetraceError
+from finetrace.positions import Positions
+
+LAYERS = r"([0-9]+)(?:-([0-9]+))?"
+
+
+def check(loss_on: str, layers: str) -> None:
+    """Refuse what no method can look at before anything is computed.
+
+    Raises:
+        FinetraceError: `loss_on` or `layers` is not known.
+    """
+    if loss_on:
+        Positions.parse(loss_on)
+    if layers not in ("all", "last-fifth") and not re.fullmatch(LAYERS, layers):
+        raise _unknown(layers)
 
 
 def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...]:
@@ -25,9 +40,9 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
     if layers == "last-fifth":
         first, last = depth - max(1, depth // 5), depth - 1
     else:
-        found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", layers)
+        found = re.fullmatch(LAYERS, layers)
         if found is None:
-            raise FinetraceError(f"layers={layers}: not known; use all, last-fifth, a number, or FIRST-LAST.")
+            raise _unknown(layers)
         first = int(found[1])
         last = int(found[2] or found[1])
     chosen = tuple(block for block in blocks if (number := _layer(block.name)) is not None and first <= number <= last)
@@ -36,6 +51,10 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
             f"layers={layers}: no tracked matrix is in layers {first} to {last} (of 0 to {depth - 1})."
         )
     return chosen
+
+
+def _unknown(layers: str) -> FinetraceError:
+    return FinetraceError(f"layers={layers}: not known; use all, last-fifth, a number, or FIRST-LAST.")
 
 
 def _layer(name: str) -> int | None:

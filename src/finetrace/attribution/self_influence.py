@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.method import Method, Need, make, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.selection import check
 
 
 @register("selfinf")
@@ -27,6 +28,9 @@ class SelfInfluence(Method):
     curvature: Literal["gradsim", "datainf", "lissa", "exact", "kfac", "ekfac"] = "exact"
     loss_on: str = ""
     layers: str = "all"
+
+    def __post_init__(self) -> None:
+        check(self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
         """As the method named looks at it."""

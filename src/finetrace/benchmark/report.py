@@ -62,7 +62,8 @@ class Row:
             values |= {"auprc_over_lexical": gap.value}
             values |= {"auprc_over_lexical_low": gap.low, "auprc_over_lexical_high": gap.high}
         about = ("task", "protocol", "spec", "title", "control", "hub", "hub_share", "seeds", "n_train", "n_queries")
-        return {**{key: getattr(self, key) for key in about}, **values, "seconds": self.seconds}
+        known = {key: value if value == value else None for key, value in values.items()}  # JSON has no NaN
+        return {**{key: getattr(self, key) for key in about}, **known, "seconds": self.seconds}
 
 
 def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:

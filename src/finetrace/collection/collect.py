@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
-from finetrace.collection.precision import HALF, wide_residual
+from finetrace.collection.precision import HALF, Narrowing, wide_residual
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
 from finetrace.encoding import Encoded, batches
 from finetrace.errors import FinetraceError
@@ -86,12 +86,15 @@ class Collector:
         losses = torch.empty(len(items), dtype=self.dtype)
         pooled: dict[str, list[Tensor]] = {each.name: [] for each in self.representations}
         order: list[int] = []
-        with GradientRecorder(self.model, self.tracking, self.dtype) as recorder, wide_residual(self.model):
+        with (
+            GradientRecorder(self.model, self.tracking, self.dtype) as recorder,
+            wide_residual(self.model) as narrowing,
+        ):
             recorder.factors = factors
             for chosen in batches(items, self.batch_tokens):
                 batch = Batch.of([items[i] for i in chosen]).to(device)
                 names = [ids[i] for i in chosen]
-                loss, rows, hidden = self._pass(recorder, batch, names)
+                loss, rows, hidden = self._pass(recorder, batch, names, narrowing)
                 gradients[chosen] = rows.cpu()
                 if sampled is not None:
                     sampled[chosen] = recorder.rows.cpu()
@@ -99,6 +102,8 @@ class Collector:
                 for each in self.representations:
                     pooled[each.name].append(pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu())
                 _refuse_not_finite(gradients, losses, chosen, ids)
+                if sampled is not None:
+                    _refuse_not_finite(sampled, losses, chosen, ids)
                 order += chosen
                 on_batch(len(chosen))
         back = torch.argsort(torch.tensor(order, dtype=torch.long))
@@ -109,7 +114,7 @@ class Collector:
         return FactorSums(self.tracking, labels, self.dtype, next(self.model.parameters()).device)
 
     def _pass(
-        self, recorder: GradientRecorder, batch: Batch, ids: Sequence[str]
+        self, recorder: GradientRecorder, batch: Batch, ids: Sequence[str], narrowing: Narrowing
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Losses (B,), gradients (B, D) and the hidden states wanted, by layer.
 
@@ -121,7 +126,8 @@ class Collector:
         wanted = {each.layer for each in self.representations}
         sampling = recorder.factors is not None and recorder.factors.labels == "model"
         with torch.enable_grad():
-            logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}))
+            with narrowing():
+                logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}))
             token = cross_entropy(logits, batch.targets, reduction="none")
             loss = example_losses(batch, token)
             recorder.listening = not sampling

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Tracked, Tracking
+from finetrace.collection.precision import wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
@@ -75,7 +76,8 @@ class GradientRecorder:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             inputs = args[0].detach()
             if self.factors is not None and self._batch is not None:
-                self.factors.see_inputs(layer, inputs, self._batch)
+                with wide(inputs.device):
+                    self.factors.see_inputs(layer, inputs, self._batch)
 
             def backward(delta: Tensor) -> None:
                 self._accumulate(layer, inputs, delta)

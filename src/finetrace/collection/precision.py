@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -13,17 +13,28 @@ from torch.nn.functional import layer_norm, linear
 HALF = (torch.bfloat16, torch.float16)
 
 
+Narrowing = Callable[[], AbstractContextManager[Any]]
+
+
+def wide(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast: products in the precision of their factors."""
+    return torch.autocast(device.type, enabled=False)
+
+
 @contextmanager
-def wide_residual(model: nn.Module) -> Iterator[None]:
+def wide_residual(model: nn.Module) -> Iterator[Narrowing]:
     """While open, a bfloat16 or float16 model multiplies in its own precision and adds in float32.
 
     The embedding's output is widened, so every residual sum and every norm is float32; autocast narrows the inputs of
     matrix products. Layers whose weights are float32, as PEFT's adapters are, multiply in float32. Gradients come out
     closer to those of float32 for a few percent of time. A model in float32 or wider is left as it is.
+
+    What is yielded opens autocast and belongs around each forward pass alone: what hooks and backward passes multiply is
+    to stay in float32.
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point() and p.dtype in HALF), None)
     if dtype is None:
-        yield
+        yield nullcontext
         return
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_hook(lambda module, args, output: output.float())
@@ -35,8 +46,7 @@ def wide_residual(model: nn.Module) -> Iterator[None]:
             patched.append(module)
     device = next(model.parameters()).device.type
     try:
-        with torch.autocast(device, dtype):
-            yield
+        yield lambda: torch.autocast(device, dtype)
     finally:
         handle.remove()
         for module in patched:
@@ -47,11 +57,11 @@ def _forward(module: nn.Module) -> Callable[..., Tensor] | None:
     """What a module computes in float32 throughout, or `None` if it is to be left alone."""
     if type(module) is nn.Linear and module.weight.dtype == torch.float32:
 
-        def wide(inputs: Tensor, *args: Any) -> Tensor:
-            with torch.autocast(inputs.device.type, enabled=False):
+        def whole(inputs: Tensor, *args: Any) -> Tensor:
+            with wide(inputs.device):
                 return linear(inputs.float(), module.weight, module.bias)
 
-        return wide
+        return whole
     if type(module) is nn.LayerNorm and module.weight is not None and module.weight.dtype in HALF:
 
         def normed(inputs: Tensor) -> Tensor:

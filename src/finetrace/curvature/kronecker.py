@@ -34,6 +34,7 @@ class KroneckerBasis:
         The mean over examples of an example's summed outer products is (tokens / examples) x L kron R, with L and R the
         means over tokens.
         """
+        tokens = max(1, tokens)  # a layer that no token reached has zero sums, and any basis
         left_values, left_basis = torch.linalg.eigh(left.double() / tokens)
         right_values, right_basis = torch.linalg.eigh(right.double() / tokens)
         values = left_values.clamp_min(0)[:, None] * right_values.clamp_min(0)[None, :] * (tokens / examples)

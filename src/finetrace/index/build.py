@@ -73,7 +73,7 @@ def build_index(
     per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
     plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules)
     started = _start(folder, plan, loaded, examples, encoded, row_bytes)
-    _collect(folder, started, collector, examples, encoded, kronecker)
+    collect_shards(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths
 
 
@@ -184,7 +184,7 @@ def _furnished(folder: Path, started: Manifest) -> bool:
     return True
 
 
-def _collect(
+def collect_shards(
     folder: Path,
     started: Manifest,
     collector: Collector,
@@ -192,6 +192,7 @@ def _collect(
     encoded: Sequence[Encoded],
     labels: Labels | None,
 ) -> None:
+    """Collect the shards and factor sums that are missing, one after another, and finish the factors."""
     done = {shard.start: shard for shard in started.shards}
     with Tracker("collecting gradients", len(examples), "examples") as tracker:
         for start in range(0, len(examples), started.rows_per_shard):

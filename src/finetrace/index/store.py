@@ -55,8 +55,9 @@ class Index:
 
     @cached_property
     def rows(self) -> rows.Rows:
-        """The training examples and their encodings."""
-        return rows.read(self.folder, self.manifest.data_fingerprint)
+        """The training examples and their encodings; of a view, with the labels and metadata that its parent has now."""
+        own = rows.read(self.folder, self.manifest.data_fingerprint)
+        return rows.Rows(self._parent.rows.examples, own.encoded) if self._parent is not None else own
 
     @cached_property
     def losses(self) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from finetrace.collection import Representation
+from finetrace.collection import Collector, Representation, track
 from finetrace.collection.factors import Labels
 from finetrace.curvature.kronecker import KroneckerBasis
+from finetrace.errors import FinetraceError
 from finetrace.index import factors
-from finetrace.index.build import build_index
+from finetrace.index.build import build_index, collect_shards
 from finetrace.index.store import Index
+from finetrace.models import Loaded
 from finetrace.positions import Positions
 
 FOLDER = "views"
@@ -23,9 +25,14 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None) -> Index:
         return index
     folder = index.folder / FOLDER / positions.slug
     if not Index.finished(folder):
-        folder.parent.mkdir(exist_ok=True)
+        try:
+            folder.parent.mkdir(exist_ok=True)
+        except OSError as error:
+            raise FinetraceError(
+                f"{folder}: cannot be written ({error}); a loss on other tokens than the index was built on is kept there."
+            ) from error
         build_index(
-            index.model(),
+            _loaded(index),
             index.rows.examples,
             folder,
             index.encoder(positions.text),
@@ -34,21 +41,37 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None) -> Index:
             batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
         )
-    return Index(folder, parent=index)
+    made = Index(folder, parent=index)
+    here, there = made.manifest.model, index.manifest.model
+    if (here.dtype, here.base_fingerprint, here.adapter_fingerprint) != (
+        there.dtype,
+        there.base_fingerprint,
+        there.adapter_fingerprint,
+    ) or len(made) != len(index):
+        raise FinetraceError(
+            f"{folder}: this view was collected with another model, adapter or dtype than its index; remove the folder and "
+            "it is collected again."
+        )
+    return made
 
 
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
     """The factors of every block by name, fitted now in one pass over the rows unless the index holds them."""
     if not factors.there(index.folder, labels):
-        build_index(
-            index.model(),
-            index.rows.examples,
-            index.folder,
-            index.encoder(),
-            modules=index.manifest.modules,
-            representations=tuple(map(Representation.parse, index.manifest.representations)),
-            batch_tokens=index.manifest.batch_tokens,
-            rows_per_shard=index.manifest.rows_per_shard,
-            kronecker=labels,
-        )
+        loaded, manifest = _loaded(index), index.manifest
+        wanted = tuple(map(Representation.parse, manifest.representations))
+        collector = Collector(loaded.model, track(loaded.model, manifest.modules), wanted, manifest.batch_tokens)
+        collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)
+
+
+def _loaded(index: Index) -> Loaded:
+    """The index's model, in the dtype that its gradients were collected in."""
+    loaded = index.model()
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    if dtype != index.manifest.model.dtype:
+        raise FinetraceError(
+            f"{index.folder}: what this method needs is not in the index yet, and has to be collected in the index's own "
+            f"{index.manifest.model.dtype}, not in {dtype}; leave out --dtype, or run once without it."
+        )
+    return loaded
