@@ -141,6 +141,10 @@ def main() -> None:
         started = time.perf_counter()
         train @ train.T
         gram = time.perf_counter() - started
+        alone = sum(result.scores.seconds for result in results)
+        defaults = sum(result.scores.seconds for result in results if ":" not in result.method.label)
+        print(f"{defaults:7.2f} s  scoring alone, each method once at its defaults")
+        print(f"{alone:7.2f} s  scoring alone, every variant above")
         print(
             f"{total:7.2f} s  all {len(results)} methods with metrics and intervals: {args.queries} queries x "
             f"{args.train} examples x {width:,} entries, {torch.get_num_threads()} threads"
