@@ -49,10 +49,10 @@ class Protocol:
     window: int | None
     coverage: Literal["class", "share"]
 
-    def encoder(self, loaded: Loaded) -> Encoder:
-        """The encoding of training examples and queries."""
+    def encoder(self, loaded: Loaded, chat_template: str | None = None) -> Encoder:
+        """The encoding of training examples and queries; `paper` has a template of its own."""
         if self.window is None:
-            return Encoder(loaded.tokenizer)
+            return Encoder(loaded.tokenizer, template=read_template(chat_template))
         return Encoder(loaded.tokenizer, "all", self.window, read_template("inst"), self.window)
 
     def finetuning(self, recipe: Recipe, seed: int, epochs: int | None = None) -> FinetuneConfig:

@@ -22,10 +22,12 @@ from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adap
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
 from finetrace.examples import Example
+from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import Index, build_index
 from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.positions import REFUSAL
 from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
@@ -47,6 +49,8 @@ class Cell:
     epochs: int | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    chat_template: str | None = None
+    target_modules: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:
@@ -85,9 +89,9 @@ class Run:
             return
         say(f"{name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
         fit = "model" if any(spec.startswith(("ekfac", "kfac")) for spec in self.cell.methods) else None
-        encoder = self.protocol.encoder(self.tuned)
+        encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
         index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)  # type: ignore[arg-type]
-        kept, _ = build_index(self.tuned, queries, self.folder / "queries", self.protocol.encoder(self.tuned))
+        kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder)
         say(f"{name}: scoring by {len(self.cell.methods)} methods")
         self._score(index, kept, queries, began)
         say(f"{name}: done in {time.perf_counter() - began:.0f} s")
@@ -100,22 +104,32 @@ class Run:
     def _claim(self) -> None:
         """What decides the cell: its settings, its rows, and the judge where one chooses the queries."""
         rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
-        settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows))}
+        settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": REFUSAL}
+        settings["finetuning"] = self._finetuning().model_dump(mode="json")
         if not self.task.answered:
-            settings["judge"] = self.judge.name
+            settings |= {"judge": self.judge.name, "judge_labels": list(getattr(self.judge, "harmful", ()))}
         claim(self.folder / "cell.json", settings, "a run")
+
+    def _finetuning(self) -> FinetuneConfig:
+        """The protocol's, with what the cell sets."""
+        config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
+        changes: dict[str, Any] = {}
+        if self.cell.target_modules:
+            changes["target_modules"] = self.cell.target_modules
+        if self.cell.chat_template is not None and config.chat_template is None:
+            changes["chat_template"] = self.cell.chat_template
+        return config.model_copy(update=changes)
 
     def _adapter(self) -> None:
         base = ModelSpec(self.base, None, self.cell.dtype, self.cell.device)
-        config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
-        folder = tuned_adapter(self.folder / "adapter", base, self.task.train, config)
+        folder = tuned_adapter(self.folder / "adapter", base, self.task.train, self._finetuning())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def _queries(self) -> list[Example]:
         """The task's queries; where they have no response, those that the model complies with, with its answers."""
         if self.task.answered:
             return list(self.task.queries)
-        template = self.protocol.encoder(self.tuned).template
+        template = self.protocol.encoder(self.tuned, self.cell.chat_template).template
         answers = kept_answers(self.folder / "answers.jsonl", self.task.queries, lambda: self.tuned, template)
         verdicts = complied(self.judge, answers)
         write_atomically(

@@ -97,6 +97,8 @@ def cells(
     epochs: int | None = None,
     dtype: str = "auto",
     device: str = "auto",
+    chat_template: str | None = None,
+    target_modules: Sequence[str] = (),
 ) -> tuple[Cell, ...]:
     """Tasks x protocols x seeds; the protocol's own methods unless others are given. All first seeds come first."""
     return tuple(
@@ -111,6 +113,8 @@ def cells(
             epochs,
             dtype,  # type: ignore[arg-type]
             device,
+            chat_template,
+            tuple(target_modules),
         )
         for seed in range(seeds)
         for name in protocols

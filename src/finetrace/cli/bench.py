@@ -37,6 +37,10 @@ def bench(
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Another number of epochs than the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
+    chat_template: options.Template = None,
+    target_modules: Annotated[
+        list[str] | None, typer.Option(help="Layers that get an adapter; q_proj and v_proj if not given; may repeat.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="An external labelled set: file, folder or Hub id.")] = None,
     label_column: Annotated[str, typer.Option(help="Column of the class in --data.")] = "variation",
     prompt_column: options.PromptColumn = None,
@@ -95,6 +99,8 @@ def bench(
             epochs=epochs,
             dtype=options.dtype(dtype),
             device=device,
+            chat_template=chat_template,
+            target_modules=target_modules or (),
         )
         run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
         written = report(folder, planned)

@@ -72,7 +72,11 @@ def build_index(
     row_bytes = tracking.width * torch.finfo(collector.dtype).bits // 8
     per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
     plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules)
-    started = _start(folder, plan, loaded, examples, encoded, row_bytes)
+    need = row_bytes * len(examples)
+    if kronecker is not None:
+        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), row_bytes // tracking.width)
+        need += row_bytes * len(examples) if kronecker == "model" else 0
+    started = _start(folder, plan, loaded, examples, encoded, need)
     collect_shards(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths
 
@@ -124,7 +128,7 @@ def _start(
     loaded: Loaded,
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
-    row_bytes: int,
+    need: int,
 ) -> Manifest:
     """A new index up to its first shard, or the one that is there with the shards that are whole.
 
@@ -143,7 +147,7 @@ def _start(
         raise FinetraceError(f"{folder}: there is something else already; choose another --out or empty the folder.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        need, free = row_bytes * len(examples), shutil.disk_usage(folder).free
+        free = shutil.disk_usage(folder).free
         if need > free:
             raise FinetraceError(
                 f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -32,6 +32,11 @@ def path(folder: Path, labels: Labels) -> Path:
 def part_path(folder: Path, labels: Labels, start: int) -> Path:
     """Where the sums over the shard that begins at row `start` lie until all are there."""
     return folder / FOLDER / f"{labels}.parts" / f"{start:09d}.safetensors"
+
+
+def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int) -> int:
+    """Bytes that the sums over all shards take until they are finished, without the sampled gradients."""
+    return shards_ * entry_bytes * sum(rows**2 + columns**2 for rows, columns in (block.matrix for block in blocks))
 
 
 def there(folder: Path, labels: Labels) -> bool:

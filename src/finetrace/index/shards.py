@@ -39,8 +39,9 @@ def write(folder: Path, features: Features, start: int) -> ShardRecord:
 class ShardReader:
     """Reads columns of the shards of one index; each file's checksum is compared when it is first opened."""
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord]) -> None:
+    def __init__(self, folder: Path, shards: Sequence[ShardRecord], remedy: str | None = None) -> None:
         self.folder = folder / FOLDER
+        self.remedy = remedy
         self.shards = tuple(shards)
         self._mapped: dict[str, Tensor] = {}
         self._checked: set[str] = set()
@@ -76,7 +77,8 @@ class ShardReader:
 
     def _open(self, shard: ShardRecord) -> safe_open:
         path = self.folder / shard.file
-        remedy = f"run finetrace index again on this folder to compute rows {shard.start + 1} to {shard.stop} anew."
+        again = f"run finetrace index again on this folder to compute rows {shard.start + 1} to {shard.stop} anew."
+        remedy = self.remedy or again
         if not path.is_file():
             raise FinetraceError(f"{path}: this shard is missing; {remedy}")
         try:

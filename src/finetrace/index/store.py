@@ -26,10 +26,12 @@ class Index:
         manifest: What it holds and what it was made from.
     """
 
-    def __init__(self, folder: Path, loaded: Loaded | None = None, parent: Index | None = None) -> None:
+    def __init__(
+        self, folder: Path, loaded: Loaded | None = None, parent: Index | None = None, remedy: str | None = None
+    ) -> None:
         """Open `folder`; a model that is given is checked against the index before its first use.
 
-        A view of another index, its `parent`, uses the parent's model.
+        A view of another index, its `parent`, uses the parent's model; `remedy` is what to do when a shard is broken.
         """
         self.folder = folder
         self._parent = parent
@@ -41,7 +43,7 @@ class Index:
                 "with the same arguments to finish it."
             )
         self.blocks: tuple[Block, ...] = tuple(record.block() for record in self.manifest.blocks)
-        self._reader = ShardReader(folder, self.manifest.shards)
+        self._reader = ShardReader(folder, self.manifest.shards, remedy)
         self._loaded = loaded
         self._checked = False
 

@@ -41,7 +41,7 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None) -> Index:
             batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
         )
-    made = Index(folder, parent=index)
+    made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
     if (here.dtype, here.base_fingerprint, here.adapter_fingerprint) != (
         there.dtype,

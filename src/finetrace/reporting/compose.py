@@ -46,7 +46,7 @@ def interval(estimate: Estimate) -> Interval:
 
 def _method(result: Result) -> MethodView:
     method = result.method
-    parameters = ", ".join(f"{key} {value}" for key, value in method.parameters.items())
+    parameters = ", ".join(f"{key} {value}" for key, value in result.scores.parameters.items())
     return MethodView(
         method=method.title,
         title=method.summary(),
