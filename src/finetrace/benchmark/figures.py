@@ -19,7 +19,8 @@ from finetrace.reading import read_examples
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
 
-SHOWN = ("repsim", "gradsim", "gradcos", "datainf", "lissa", "exact", "ekfac:normalise=cosine", "tfidf")
+PROBED = "ekfac:normalise=cosine,loss_on=probe"
+SHOWN = ("repsim", "gradsim", "gradcos", "datainf", "lissa", "exact", "ekfac:normalise=cosine", PROBED, "tfidf")
 NAMED = 12  # more classes than this have no room for their names
 
 
@@ -29,8 +30,9 @@ def shown(specs: Iterable[str]) -> list[str]:
     chosen = []
     for wanted in SHOWN:
         alike = [spec for spec in there if spec.split(":")[0] == wanted.split(":")[0]]
-        if alike:
-            chosen.append(wanted if wanted in alike else alike[0])
+        found = wanted if wanted in alike else alike[0] if alike else None
+        if found is not None and found not in chosen:
+            chosen.append(found)
     return chosen or there[: len(SHOWN)]
 
 
