@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 
+from finetrace.batching import length_batches
 from finetrace.collection import Collector, track
-from finetrace.encoding import Encoded, Encoder, length_batches
+from finetrace.encoding import Encoded, Encoder
 from finetrace.examples import Example
 from finetrace.forward import Batch, example_losses, token_losses
 from finetrace.index import build_index

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetrace.encoding import PLAIN_TEMPLATE, Encoded, Encoder, length_batches, read_template
+from finetrace.batching import length_batches
+from finetrace.encoding import PLAIN_TEMPLATE, Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
 from tiny import CHATML, conversation, make_tokenizer

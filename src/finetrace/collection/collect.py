@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from finetrace.batching import batches
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_residual
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
-from finetrace.encoding import Encoded, batches
+from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
 

@@ -1,0 +1,47 @@
+"""Encoded examples in batches of similar length under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetrace.encoding import Encoded
+
+
+def batches(items: Sequence[Encoded], budget: int) -> list[list[int]]:
+    """Positions of `items` in batches by `length_batches`; rows padded on the left share one with their equals alone.
+
+    Where a row has only masked positions to look at, some attention kernels look at all of them, the batch's own padding
+    included.
+    """
+    lengths = [len(item.ids) for item in items]
+    if not any(item.padding for item in items):
+        return length_batches(lengths, budget)
+    made = []
+    for length in sorted(set(lengths)):
+        alike = [i for i, each in enumerate(lengths) if each == length]
+        made += [[alike[k] for k in batch] for batch in length_batches([length] * len(alike), budget)]
+    return made
+
+
+def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Positions grouped into batches of similar length whose padded size stays within `budget` tokens.
+
+    An item longer than the budget travels alone, and a batch that is half full takes nothing that would make more than
+    a sixteenth of it padding. The result depends on the lengths alone (ties by position), so the same rows always share
+    the same batches.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    batches: list[list[int]] = []
+    current: list[int] = []
+    tokens = 0
+    for i in order:
+        padded = (len(current) + 1) * lengths[i]
+        wasteful = padded > budget / 2 and padded - tokens - lengths[i] > padded / 16
+        if current and (padded > budget or wasteful):
+            batches.append(current)
+            current, tokens = [], 0
+        current.append(i)
+        tokens += lengths[i]
+    if current:
+        batches.append(current)
+    return batches
