@@ -10,7 +10,7 @@ from typing import Literal
 from finetrace.errors import FinetraceError
 
 Kind = Literal["response", "last-turn", "all", "first", "weights", "probe"]
-REFUSAL = "I'm sorry"  # the opening that decides; on sets of our own a longer refusal told unsafe rows apart less well
+REFUSAL = "I'm sorry"  # the opening that decides
 KNOWN = "response, last-turn, all, first:K, weights, probe or probe:TEXT, each with @N at its end to pad to N tokens"
 
 

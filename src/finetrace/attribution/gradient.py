@@ -61,13 +61,8 @@ class GradientMethod(Method):
         return problem.on(self.loss_on, self.layers)
 
     @abstractmethod
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
-        """P of one block of `width` entries."""
-
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """The inverse curvature of every block, one at a time."""
-        for block, products in problem.products():
-            yield self.inverse(products, block.size)
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) S, normalised."""
@@ -108,7 +103,20 @@ class GradientMethod(Method):
     _unit: ClassVar[str] = INFLUENCE
 
 
-class _Scoped(GradientMethod):
+class _Spanned(GradientMethod):
+    """A curvature that is known from the inner products of gradients alone."""
+
+    @abstractmethod
+    def inverse(self, products: Products, width: int) -> InverseCurvature:
+        """P of one block of `width` entries."""
+
+    def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
+        """The inverse curvature of every block, one at a time."""
+        for block, products in problem.products():
+            yield self.inverse(products, block.size)
+
+
+class _Scoped(_Spanned):
     """An influence whose curvature is taken block by block or over all blocks at once."""
 
     scope: Scope
@@ -128,7 +136,7 @@ def _divide(values: Tensor, norms: Tensor) -> Tensor:
 
 @register("gradsim")
 @dataclass(frozen=True)
-class GradSim(GradientMethod):
+class GradSim(_Spanned):
     """Inner product of the two loss gradients, sum_b v_b . g_b (TracIn at one checkpoint; "Hessian-free").
 
     Unit: decrease of the query's loss per unit of a gradient step on the example, to first order.
@@ -146,7 +154,7 @@ class GradSim(GradientMethod):
 
 @register("gradcos")
 @dataclass(frozen=True)
-class GradCos(GradientMethod):
+class GradCos(_Spanned):
     """Cosine of the two loss gradients: v . g / (||v|| ||g||), over all blocks or averaged over each block's own.
 
     scope `joint`: one cosine of the whole gradients. scope `block`: (1/B) sum_b v_b . g_b / (||v_b|| ||g_b||).
@@ -180,7 +188,7 @@ class GradCos(GradientMethod):
 
 @register("datainf")
 @dataclass(frozen=True)
-class DataInfMethod(GradientMethod):
+class DataInfMethod(_Spanned):
     """DataInf: sum_b [C_b - (C_b D_b) K_b / n] / lambda_b, the mean of inverses for the inverse of the mean.
 
     D_b = diag(1 / (lambda_b + K_b,ii)), K_b = G_b G_b^T, C_b = V_b G_b^T (Kwon et al., arXiv 2310.00902).

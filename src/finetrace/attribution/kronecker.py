@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from finetrace.attribution.gradient import GradientMethod, Positive
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.factors import Labels
-from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis, Products
+from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
 
@@ -35,13 +36,9 @@ class _KroneckerMethod(GradientMethod):
             basis = bases[block.name]
             yield Kronecker(products, basis, self.eigenvalues(basis), self.damping)
 
+    @abstractmethod
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
         """Lambda (r, c)."""
-        raise NotImplementedError
-
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
-        """`parts` makes them, for a block's name is needed."""
-        raise NotImplementedError
 
 
 @register("kfac")
