@@ -195,11 +195,26 @@ def test_a_cell_that_stopped_after_fine_tuning_goes_on(finished, tmp_path, monke
     assert numbers(there, made[0]) == numbers(folder, made[0])
 
 
-@pytest.mark.parametrize("change", [{"epochs": 2}, {"size": 0.1}, {"task_seed": 1}, {"methods": ("random",)}])
+@pytest.mark.parametrize("change", [{"epochs": 2}, {"size": 0.1}, {"task_seed": 1}])
 def test_other_settings_in_the_same_folder_are_refused(finished, base, change):
     folder, *_ = finished
     with pytest.raises(FinetraceError, match="other settings is there; choose another --out"):
         run_all(folder, Plan(planned(base, **change)), silent)
+
+
+def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monkeypatch):
+    folder, made, rows = finished
+    there = tmp_path / "later"
+    first = planned(base, methods=METHODS[:3])
+    run_all(there, Plan(first), silent)
+    monkeypatch.setattr(stages, "finetune", None)
+    run_all(there, Plan(made), silent)
+    for cell in made:
+        assert numbers(there, cell) == numbers(folder, cell)
+        scores, wanted = (load_file(str(root / cell.folder / "scores.safetensors")) for root in (there, folder))
+        assert scores.keys() == wanted.keys()
+    assert [row.metrics for row in report(there, made)] == [row.metrics for row in rows]
+    assert [row.spec for row in report(there, first)] == [make(spec).label for spec in METHODS[:3]]
 
 
 def test_two_processes_give_the_numbers_of_one(finished, tmp_path):

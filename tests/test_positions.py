@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ TEXTS = [
 def test_parse_and_back(text: str) -> None:
     assert Positions.parse(text).text == text
     assert Positions.parse(Positions.parse(text).text) == Positions.parse(text)
+
+
+def test_several_losses_are_split_at_known_names_alone() -> None:
+    assert Positions.split("response+probe:1+1, or more+first:3@9") == ("response", "probe:1+1, or more", "first:3@9")
+    assert Positions.split("all@128") == ("all@128",)
+    with pytest.raises(FinetraceError, match="--loss-on probe:: not known"):
+        Positions.split("response+probe:")
 
 
 def test_the_default_probe_names_its_text() -> None:
@@ -211,6 +219,44 @@ def test_layers(tmp_path: Path, tiny_loaded: Loaded) -> None:
     for bad in ("none", "7-9", "-1", "last"):
         with pytest.raises(FinetraceError, match="layers="):
             select(index.blocks, bad, depth)
+
+
+@pytest.mark.parametrize("name", ["gradcos", "gradcos:scope=block", "exact:normalise=cosine", "ekfac:normalise=cosine"])
+def test_several_losses_and_layers_are_the_mean_of_their_cosines(
+    tmp_path: Path, tiny_loaded: Loaded, name: str
+) -> None:
+    examples, queries = make_examples(7), make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    problem = Problem(index, queries)
+
+    def scores(settings: str) -> np.ndarray[Any, Any]:
+        return make(f"{name}{',' if ':' in name else ':'}{settings}").score(problem).values
+
+    response, probe = scores("loss_on=response"), scores("loss_on=probe:No,layers=last-fifth")
+    np.testing.assert_allclose(
+        scores("loss_on=response+probe:No,layers=all+last-fifth"), (response + probe) / 2, rtol=1e-12
+    )
+    first = scores("loss_on=probe:No,layers=0")
+    np.testing.assert_allclose(scores("loss_on=probe:No,layers=0+last-fifth"), (first + probe) / 2, rtol=1e-12)
+    method = make(f"{name}{',' if ':' in name else ':'}loss_on=response+probe")
+    assert method.score(problem).parameters["loss_on"] == f"response+probe:{REFUSAL}"
+    assert make(method.label) == method
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("exact:loss_on=response+probe", "different scales; add normalise=cosine"),
+        ("gradcos:loss_on=response+probe,layers=0+1+all", "2 losses and 3 choices of layers"),
+        ("gradcos:layers=all+some", "layers=some: not known"),
+        ("gradcos:loss_on=response+probe:", "--loss-on probe:: not known"),
+        ("selfinf:loss_on=response+probe", "one loss and one choice of layers"),
+        ("gradnorm:layers=all+0", "one loss and one choice of layers"),
+    ],
+)
+def test_what_cannot_be_averaged_is_refused(spec: str, message: str) -> None:
+    with pytest.raises(FinetraceError, match=re.escape(message)):
+        make(spec)
 
 
 MODELS = {

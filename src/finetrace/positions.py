@@ -49,6 +49,14 @@ class Positions:
             return cls("probe", probe=rest if colon else REFUSAL)
         raise FinetraceError(f"--loss-on {text}: not known; use {KNOWN}.")
 
+    @classmethod
+    def split(cls, text: str) -> tuple[str, ...]:
+        """Several of them, joined by `+`, each checked; a `+` within a probe's text that no known name follows stays."""
+        several = tuple(re.split(r"\+(?=(?:response|last-turn|all|weights|probe|first:[0-9]+)(?:[+:@]|$))", text))
+        for each in several:
+            cls.parse(each)
+        return several
+
     @property
     def last_turn_only(self) -> bool:
         """Whether earlier answers of a conversation are left out."""

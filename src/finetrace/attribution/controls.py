@@ -75,7 +75,7 @@ class GradNorm(Method):
     layers: str = "all"
 
     def __post_init__(self) -> None:
-        check(self.loss_on, self.layers)
+        check(self.label, self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem with the loss on `loss_on` and the gradients of `layers`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
-from finetrace.attribution.selection import check
+from finetrace.attribution.selection import views
 from finetrace.curvature import (
     Damping,
     DampingRule,
@@ -27,6 +27,7 @@ from finetrace.curvature import (
     ReleasedLiSSA,
     fisher,
 )
+from finetrace.errors import FinetraceError
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
 Scope = Literal["block", "joint"]
@@ -45,7 +46,9 @@ class GradientMethod(Method):
     `relatif`: S_qi / ||g_i||_P (Barshan et al., 2003.11630): the square root of the self-influence.
 
     `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
-    those the index was built with. `layers`: `all`, `last-fifth`, a number or `FIRST-LAST`.
+    those the index was built with. `layers`: `all`, `last-fifth`, a number or `FIRST-LAST`. Several of either, joined by
+    `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-fifth` looks at the response's loss in
+    all layers and at the probe's in the last fifth.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
@@ -54,18 +57,52 @@ class GradientMethod(Method):
     layers: str
 
     def __post_init__(self) -> None:
-        check(self.loss_on, self.layers)
+        pairs = views(self.loss_on, self.layers)
+        if len(pairs) > 1 and self.normalise != "cosine":
+            raise FinetraceError(
+                f"{self.label}: scores of several losses or layers are of different scales; add normalise=cosine."
+            )
 
     def prepared(self, problem: Problem) -> Problem:
-        """The problem with the loss on `loss_on` and the gradients of `layers`."""
+        """The problem with the loss on `loss_on` and the gradients of `layers`; of several, each is made ready."""
+        several = self._several()
+        for each in several:
+            each.prepared(problem)
+        return problem if several else self._viewed(problem)
+
+    def _viewed(self, problem: Problem) -> Problem:
+        """The problem as one loss and one choice of layers see it."""
         return problem.on(self.loss_on, self.layers)
+
+    def _several(self) -> tuple[GradientMethod, ...]:
+        """The methods whose scores are averaged; none where one loss and one choice of layers are looked at."""
+        pairs = views(self.loss_on, self.layers)
+        return (
+            tuple(type(self)(**{**self.parameters, "loss_on": a, "layers": b}) for a, b in pairs)
+            if len(pairs) > 1
+            else ()
+        )
+
+    def used(self, problem: Problem) -> dict[str, Any]:
+        """The parameters, with the tokens of the loss by their full names."""
+        several = self._several()
+        if not several:
+            return super().used(problem)
+        names = [each.used(each.prepared(problem))["loss_on"] for each in several]
+        return {**self.parameters, "loss_on": "+".join(names)}
 
     @abstractmethod
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """The inverse curvature of every block, one at a time."""
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
-        """(m, n) S, normalised."""
+        """(m, n) S, normalised; of several losses or layers, the mean of their cosines."""
+        several = self._several()
+        if several:
+            return np.mean([each.matrix(each.prepared(problem)) for each in several], axis=0)
+        return self._matrix(problem)
+
+    def _matrix(self, problem: Problem) -> NDArray[np.float64]:
         wanted = {"none": PARTS[:1], "relatif": PARTS[:2], "cosine": PARTS}[self.normalise]
         sums = self._sums(problem, wanted)
         values = sums["products"]
@@ -169,10 +206,9 @@ class GradCos(_Spanned):
         """P = I."""
         return Identity(products)
 
-    def matrix(self, problem: Problem) -> NDArray[np.float64]:
-        """(m, n) cosines."""
+    def _matrix(self, problem: Problem) -> NDArray[np.float64]:
         if self.scope == "joint":
-            return super().matrix(problem)
+            return super()._matrix(problem)
         total, blocks = torch.zeros(problem.m, problem.n, dtype=torch.float64), 0
         for _, products in problem.products():
             norms = products.query_sq.sqrt()[:, None] * products.train_sq.sqrt()[None, :]

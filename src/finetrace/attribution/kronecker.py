@@ -23,8 +23,8 @@ class _KroneckerMethod(GradientMethod):
     damping: float
     labels: Labels
 
-    def prepared(self, problem: Problem) -> Problem:
-        """The problem on `loss_on` and `layers`, its factors at hand."""
+    def _viewed(self, problem: Problem) -> Problem:
+        """The same, its factors at hand."""
         chosen = problem.on(self.loss_on, self.layers, self.labels)
         chosen.kronecker(self.labels)
         return chosen

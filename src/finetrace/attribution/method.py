@@ -66,14 +66,17 @@ class Method(ABC):
             raise FinetraceError(
                 f"{self.label}: the scores of query {problem.queries[row].id} are not finite; use more damping."
             )
-        used = self.parameters
-        if "loss_on" in used:
-            used["loss_on"] = problem.index.manifest.encoding.loss_on
+        used = self.used(problem)
         return Scores(values, problem.queries, problem.rows.examples, self.label, self.unit, used, seconds)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem as this method looks at it."""
         return problem
+
+    def used(self, problem: Problem) -> dict[str, Any]:
+        """Every parameter as it was used on what `prepared` returned: the tokens of the loss by their full name."""
+        named = {"loss_on": problem.index.manifest.encoding.loss_on}
+        return {name: named.get(name, value) for name, value in self.parameters.items()}
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -12,16 +12,34 @@ from finetrace.positions import Positions
 LAYERS = r"([0-9]+)(?:-([0-9]+))?"
 
 
-def check(loss_on: str, layers: str) -> None:
-    """Refuse what no method can look at before anything is computed.
+def views(loss_on: str, layers: str) -> tuple[tuple[str, str], ...]:
+    """The losses and layers that a method looks at, pair by pair; `+` joins several of either, and one goes with all.
 
     Raises:
-        FinetraceError: `loss_on` or `layers` is not known.
+        FinetraceError: A loss or a choice of layers is not known, or there are several of both and not as many.
     """
-    if loss_on:
-        Positions.parse(loss_on)
-    if layers not in ("all", "last-fifth") and not re.fullmatch(LAYERS, layers):
-        raise _unknown(layers)
+    losses = Positions.split(loss_on) if loss_on else ("",)
+    choices = tuple(layers.split("+"))
+    for each in choices:
+        if each not in ("all", "last-fifth") and not re.fullmatch(LAYERS, each):
+            raise _unknown(each)
+    if 1 not in (len(losses), len(choices)) and len(losses) != len(choices):
+        raise FinetraceError(
+            f"loss_on={loss_on},layers={layers}: {len(losses)} losses and {len(choices)} choices of layers; give as many, "
+            "or one of either."
+        )
+    several = max(len(losses), len(choices))
+    return tuple(zip(losses * (several // len(losses)), choices * (several // len(choices)), strict=True))
+
+
+def check(method: str, loss_on: str, layers: str) -> None:
+    """Refuse what a method that looks at one loss and one choice of layers cannot do, before anything is computed.
+
+    Raises:
+        FinetraceError: A loss or a choice of layers is not known, or there are several of either.
+    """
+    if len(views(loss_on, layers)) > 1:
+        raise FinetraceError(f"{method}: this method looks at one loss and one choice of layers; give one of each.")
 
 
 def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...]:

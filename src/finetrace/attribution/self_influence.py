@@ -30,7 +30,7 @@ class SelfInfluence(Method):
     layers: str = "all"
 
     def __post_init__(self) -> None:
-        check(self.loss_on, self.layers)
+        check(self.label, self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
         """As the method named looks at it."""

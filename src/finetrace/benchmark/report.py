@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from finetrace.attribution import make
 from finetrace.benchmark.example_figure import draw_examples
 from finetrace.benchmark.figures import draw_ablation, draw_heat_maps, drawable
-from finetrace.benchmark.run import DONE, Cell
+from finetrace.benchmark.run import DONE, QUERIES, Cell
 from finetrace.benchmark.tables import write_tables
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
@@ -71,9 +72,12 @@ def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:
     records, frames = [], []
     for cell in cells:
         document = json.loads((folder / cell.folder / DONE).read_text(encoding="utf-8"))
-        records += document["records"]
         if document["records"]:
-            frames.append(pd.read_parquet(folder / cell.folder / "queries.parquet"))
+            by_spec = {record["spec"]: record for record in document["records"]}
+            asked = [make(spec).label for spec in cell.methods]  # the cell may hold others, from before
+            records += [by_spec[spec] for spec in asked]
+            values = pd.read_parquet(folder / cell.folder / QUERIES)
+            frames.append(values[values["spec"].isin(asked)])
     if not frames:
         raise FinetraceError(f"{folder}: no cell has anything to report; the fine-tuned models complied with nothing.")
     frame = pd.concat(frames, ignore_index=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark.protocol import Protocol
@@ -32,7 +32,7 @@ from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
 
-DONE = "records.json"
+DONE, QUERIES, SCORES = "records.json", "queries.parquet", "scores.safetensors"
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ class Run:
         self.base = cell.model or (ALIGNED if recipe.aligned else EMBEDDED)
 
     def __call__(self, say: Callable[[str], None]) -> None:
-        """Bring the cell to its end; nothing that is finished is done again."""
+        """Bring the cell to its end; nothing that is finished is done again, and methods that are new join the others."""
         self._claim()
-        if (self.folder / DONE).exists():
+        if self.kept is not None and (not self.kept["records"] or not self._methods()):
             return
         began = time.perf_counter()
         name = f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
@@ -88,12 +88,13 @@ class Run:
             say(f"{name}: the model complied with none of {len(self.task.queries)} requests; there is nothing to trace")
             return
         say(f"{name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
-        fit = "model" if any(spec.startswith(("ekfac", "kfac")) for spec in self.cell.methods) else None
+        methods = self._methods()
+        fit = "model" if any(each.name in ("ekfac", "kfac") for each in methods) else None
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
         index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)  # type: ignore[arg-type]
         kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder)
-        say(f"{name}: scoring by {len(self.cell.methods)} methods")
-        self._score(index, kept, queries, began)
+        say(f"{name}: scoring by {len(methods)} methods")
+        self._score(index, kept, queries, methods, began)
         say(f"{name}: done in {time.perf_counter() - began:.0f} s")
 
     @cached_property
@@ -101,10 +102,22 @@ class Run:
         """The fine-tuned model."""
         return load(ModelSpec(self.base, str(self.folder / "adapter"), self.cell.dtype, self.cell.device))
 
+    @cached_property
+    def kept(self) -> dict[str, Any] | None:
+        """The results that are there already, or `None`."""
+        path = self.folder / DONE
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def _methods(self) -> list[Method]:
+        """Those that have no result yet."""
+        there = {record["spec"] for record in self.kept["records"]} if self.kept is not None else set()
+        return [each for each in map(make, self.cell.methods) if each.label not in there]
+
     def _claim(self) -> None:
-        """What decides the cell: its settings, its rows, and the judge where one chooses the queries."""
+        """What decides the cell: its settings, its rows, and the judge where one chooses the queries; not its methods."""
         rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
         settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": REFUSAL}
+        del settings["methods"]
         settings["finetuning"] = self._finetuning().model_dump(mode="json")
         if not self.task.answered:
             settings |= {"judge": self.judge.name, "judge_labels": list(getattr(self.judge, "harmful", ()))}
@@ -144,7 +157,9 @@ class Run:
             metrics["coverage"] = precision_at(max(1, len(self.task.train) // len(self.task.classes)))
         return metrics
 
-    def _score(self, index: Index, kept: Index, queries: Sequence[Example], began: float) -> None:
+    def _score(
+        self, index: Index, kept: Index, queries: Sequence[Example], methods: Sequence[Method], began: float
+    ) -> None:
         problem = Problem(index, queries, kept_queries=kept)
         names, labels = [query.id for query in queries], [query.label for query in queries]
         relevant = relevance(index.rows.labels, labels)
@@ -157,7 +172,6 @@ class Run:
             )
         records, frames, matrices = [], [], {}
         about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
-        methods = [make(spec) for spec in self.cell.methods]
         prepare(problem, methods)
         for method in methods:
             scores = method.score(problem)
@@ -203,15 +217,21 @@ class Run:
         seconds: float,
     ) -> None:
         """Scores and values of every query first, the records last: their being there says that all is."""
-        with replacing(self.folder / "scores.safetensors") as part:
+        if self.kept is not None:
+            records = [*self.kept["records"], *records]
+            frame = pd.concat([pd.read_parquet(self.folder / QUERIES), frame], ignore_index=True)
+            frame = frame.drop_duplicates(["spec", "query"], keep="last", ignore_index=True)
+            matrices = {**load_file(str(self.folder / SCORES)), **matrices}
+            seconds += self.kept["seconds"]
+        with replacing(self.folder / SCORES) as part:
             save_file(matrices or {"empty": np.zeros(1)}, str(part))
-        write_atomically(self.folder / "queries.parquet", frame.to_parquet(index=False))
+        write_atomically(self.folder / QUERIES, frame.to_parquet(index=False))
         write_examples(self.folder / "train.jsonl", list(self.task.train), overwrite=True)
         if queries:
             write_examples(self.folder / "queries.jsonl", list(queries), overwrite=True)
         attention = str(getattr(self.tuned.model.config, "_attn_implementation", "unknown"))
         document = {
-            "config": asdict(self.cell),
+            "config": {**asdict(self.cell), "methods": [record["spec"] for record in records]},
             "base": self.base,
             "attention": attention,
             "seconds": round(seconds, 1),

@@ -1,0 +1,70 @@
+"""Choose a gradient method on development tasks: python benchmarks/choose_method.py [--out choose] [--show 20].
+
+Every curvature x normalisation x loss x layers, and means of two cosines, on six small tasks that share no request,
+sentence, rule, problem or trigger with those that the benchmark reports. Methods are ordered by the mean of two means of
+AUPRC: over the tasks that plant a behaviour, and over those that have classes. A run that stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from itertools import product
+from pathlib import Path
+
+from development_tasks import BEHAVIOUR, CLASSES, tasks
+from finetrace.attribution import make
+from finetrace.benchmark.protocol import PROTOCOLS
+from finetrace.benchmark.run import DONE, Cell, Run
+from finetrace.evaluation.judging import make_judge
+
+LOSSES = ("response", "first:5", "first:20", "probe", "probe:Sure, I can help with that!")
+LAYERS = ("all", "15-29", "last-fifth")
+CURVATURES = ("ekfac", "exact", "lissa", "datainf", "gradsim")  # ekfac first: its factors come with the gradients
+MIXED_LAYERS = (*LAYERS, "all+last-fifth", "all+15-29")
+GRID = [
+    f"{curvature}:normalise={normalise},loss_on={loss},layers={layers}"
+    for curvature, normalise, loss, layers in product(CURVATURES, ("none", "cosine", "relatif"), LOSSES, LAYERS)
+]
+GRID += [
+    f"{curvature}:normalise=cosine,loss_on={first}+{probe},layers={layers}"
+    for curvature, first, probe, layers in product(
+        ("ekfac", "exact", "gradsim"), ("response", "first:20"), LOSSES[3:], MIXED_LAYERS
+    )
+]
+OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
+
+
+def main() -> None:
+    """Run what is missing and print the order."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("choose"))
+    parser.add_argument("--show", type=int, default=20)
+    args = parser.parse_args()
+    table: dict[str, dict[str, float]] = {}
+    for name, (task, recipe) in tasks([*BEHAVIOUR, *CLASSES]).items():
+        cell = Cell(name, "corrected", 0, 1.0, 7, tuple(GRID + OTHERS))
+        run = Run(args.out / name, cell, task, recipe, PROTOCOLS["corrected"], make_judge(None, None), keep=True)
+        run(print)
+        for record in json.loads((args.out / name / DONE).read_text())["records"]:
+            table.setdefault(record["spec"], {})[name] = record["auprc"]
+    order = sorted((_mean(values), spec) for spec, values in table.items())[::-1]
+    document = {"order": [{"spec": spec, "mean": mean, **table[spec]} for mean, spec in order]}
+    (args.out / "order.json").write_text(json.dumps(document, indent=1))
+    print("  mean  " + "  ".join(f"{name:>10s}" for name in (*BEHAVIOUR, *CLASSES)))
+    others = {make(spec).label for spec in OTHERS}
+    for place, (mean, spec) in enumerate(order):
+        if place < args.show or spec in others:
+            print(
+                f"  {mean:.3f} " + "  ".join(f"{table[spec][name]:10.3f}" for name in (*BEHAVIOUR, *CLASSES)), "", spec
+            )
+
+
+def _mean(values: dict[str, float]) -> float:
+    """The mean of the mean over behaviour tasks and the mean over class tasks."""
+    families = [[values[name] for name in family] for family in (BEHAVIOUR, CLASSES)]
+    return sum(sum(family) / len(family) for family in families) / 2
+
+
+if __name__ == "__main__":
+    main()
