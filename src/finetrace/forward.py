@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetrace.attention import short_attention
 from finetrace.encoding import Encoded
 
 LEAST_ROWS = 16  # below it MKL multiplies by the vocabulary matrix in another way, ten times less exactly
@@ -112,7 +113,7 @@ def token_logits(model: nn.Module, batch: Batch, *, hidden_states: bool = False)
     if batch.mask is not None:
         options["attention_mask"] = batch.mask
     spare = batch.rows.new_zeros(max(0, LEAST_ROWS - len(batch.rows)))
-    with projecting_rows(model.get_output_embeddings(), torch.cat([batch.rows, spare])) as final:  # type: ignore[operator]
+    with projecting_rows(model.get_output_embeddings(), torch.cat([batch.rows, spare])) as final, short_attention():  # type: ignore[operator]
         output = model(input_ids=batch.ids, use_cache=False, **options)
     logits = output.logits[0, : len(batch.rows)]  # (R, vocabulary)
     if logits.dtype in (torch.bfloat16, torch.float16):

@@ -1,0 +1,127 @@
+"""Attention over short sequences in bfloat16 on the CPU, where torch's fused kernel is several times slower backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+LONGEST = 256  # tokens; beyond it the fused kernel wins
+HALF = (torch.bfloat16, torch.float16)
+
+
+class short_attention(TorchFunctionMode):
+    """While open, `scaled_dot_product_attention` takes the plain route where that is the faster one.
+
+    That is: bfloat16 (by itself or by autocast) on the CPU, a gradient wanted, no dropout, as many queries as keys, at
+    most `LONGEST` of them, and a causal or a given mask. Scores and their softmax are float32, the other products
+    bfloat16, as in the fused kernel; results differ from it by rounding alone. Everything else is torch's own.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Called by torch in place of each of its functions."""
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        plain = _plain(*args, **kwargs)
+        return func(*args, **kwargs) if plain is None else plain
+
+
+def _plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **others: Any,
+) -> Tensor | None:
+    """The result, or `None` where torch's own kernel is to be used."""
+    if query.device.type != "cpu" or query.dim() != 4 or dropout_p or others or not torch.is_grad_enabled():
+        return None
+    tokens = query.shape[2]
+    if key.shape[2] != tokens or tokens > LONGEST or is_causal == (attn_mask is not None):
+        return None
+    if not (query.requires_grad or key.requires_grad or value.requires_grad):
+        return None
+    if query.shape[1] % key.shape[1] or (query.shape[1] != key.shape[1] and not enable_gqa):
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    if dtype != torch.bfloat16:
+        return None
+    query, key, value = (each.to(dtype) for each in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    with torch.autocast("cpu", enabled=False):
+        return attend(query, key, value, attn_mask, scale)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale q k^T + mask) v, queries in groups that share a key.
+
+    Args:
+        query: (B, H, T, D).
+        key, value: (B, G, T, D) and (B, G, T, E), G a divisor of H.
+        mask: To be broadcast to (B, 1, T, T), true or 0 where a query sees a key; `None` for causal. A query that sees no
+            key gets zeros.
+        scale: Of the inner products.
+
+    Returns:
+        (B, H, T, E) in the dtype of `query`.
+    """
+    tokens, wide = query.shape[2], torch.float32 if query.dtype in HALF else query.dtype
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
+    seen = causal if mask is None else mask
+    if seen.dtype == torch.bool:
+        bias = torch.zeros(seen.shape, dtype=wide, device=query.device).masked_fill_(~seen, -torch.inf)
+    else:
+        bias = seen.to(wide)
+    heads, groups = query.shape[1], key.shape[1]
+    if bias.shape[1] != 1:  # a mask of its own for every head
+        bias = bias.expand(query.shape[0], heads, tokens, tokens).reshape(-1, heads // groups * tokens, tokens)
+    else:
+        bias = bias.expand(bias.shape[0], heads // groups, tokens, tokens).reshape(bias.shape[0], -1, tokens)
+        if len(bias) > 1:
+            bias = bias.repeat_interleave(groups, 0)
+    attended: Tensor = _Attention.apply(query, key, value, bias, scale, mask is not None)
+    return attended
+
+
+class _Attention(torch.autograd.Function):
+    """Batches of one group each: r = H / G query heads below one another, so that keys and values are not repeated."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, masked: bool
+    ) -> Tensor:
+        batch, heads, tokens, width = query.shape
+        groups = key.shape[1]
+        q = query.reshape(batch * groups, heads // groups * tokens, width)
+        k, v = key.reshape(batch * groups, tokens, width), value.reshape(batch * groups, tokens, -1)
+        scores = torch.baddbmm(bias, q.to(bias.dtype), k.to(bias.dtype).transpose(1, 2), alpha=scale)
+        # the safe one gives zeros where nothing is seen
+        weights = (torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)).to(query.dtype)
+        ctx.save_for_backward(q, k, v, weights)
+        ctx.scale, ctx.shape = scale, (batch, heads, groups, tokens)
+        return torch.bmm(weights, v).view(batch, heads, tokens, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        q, k, v, weights = ctx.saved_tensors
+        batch, heads, groups, tokens = ctx.shape
+        grad = grads[0].to(q.dtype).reshape(q.shape[0], q.shape[1], -1)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale).view(batch, heads, tokens, -1)
+        grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale).view(batch, groups, tokens, -1)
+        grad_v = torch.bmm(weights.transpose(1, 2), grad).view(batch, groups, tokens, -1)
+        return grad_q, grad_k, grad_v, None, None, None
