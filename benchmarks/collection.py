@@ -1,7 +1,8 @@
-"""Collection against its floor: python benchmarks/collection.py [--rows 96] [--rounds 5] [--dtype float32 bfloat16].
+"""Collection against its floor: python benchmarks/collection.py [--rows 96] [--rounds 5] [--dtype bfloat16] [--kronecker].
 
 The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
-response positions alone. Floor and collection run in turn; the ratio is taken within each round.
+response positions alone. Floor and collection run in turn; the ratio is taken within each round. `--kronecker` times the
+index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -65,13 +67,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--kronecker", action="store_true")
     args = parser.parse_args()
     examples = list(mixed().train[: args.rows])
     for dtype in args.dtype:
-        print(measure(dtype, examples, args.rounds, args.batch_tokens), flush=True)
+        print(measure(dtype, examples, args.rounds, args.batch_tokens, args.kronecker), flush=True)
 
 
-def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int) -> str:
+def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int, kronecker: bool) -> str:
     """Floor, collection in memory and index on disk in turn; the ratios of each round."""
     loaded = with_adapter(dtype)
     encoder = Encoder(loaded.tokenizer)
@@ -81,28 +84,32 @@ def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int)
     collector = Collector(loaded.model, track(loaded.model), batch_tokens=batch_tokens)
     ids = [example.id for example in examples]
 
-    def index() -> None:
+    def index(labels: Literal["model"] | None = None) -> None:
         with tempfile.TemporaryDirectory() as work:
-            build_index(loaded, examples, Path(work) / "index", encoder, batch_tokens=batch_tokens)
+            build_index(loaded, examples, Path(work) / "index", encoder, batch_tokens=batch_tokens, kronecker=labels)
 
-    floor(loaded, items[:8], batch_tokens)  # warm up
-    times = [
-        (
-            seconds(lambda: floor(loaded, items, batch_tokens)),
-            seconds(lambda: collector.collect(items, ids)),
-            seconds(index),
-        )
-        for _ in range(rounds)
+    contenders: list[Callable[[], object]] = [
+        lambda: floor(loaded, items, batch_tokens),
+        lambda: collector.collect(items, ids),
+        index,
+        *([lambda: index("model")] if kronecker else []),
     ]
+    floor(loaded, items[:8], batch_tokens)  # warm up
+    times = [[seconds(work) for work in contenders] for _ in range(rounds)]
     base = statistics.median(each[0] for each in times)
-    ratio = [each[1] / each[0] for each in times]
-    disk = [each[2] / each[0] for each in times]
+    ratio, disk, *factors = ([each[i] / each[0] for each in times] for i in range(1, len(contenders)))
+    fitted = "".join(f"; with EK-FAC's factors {_spread(each)}" for each in factors)
     return (
         f"{dtype}: floor {base:.2f} s ({sum(lengths) / base:.0f} tokens/s, {len(items)} rows, padding "
-        f"{padded / sum(lengths) - 1:.1%}); collection / floor median {statistics.median(ratio):.3f} "
-        f"[{min(ratio):.3f}, {max(ratio):.3f}]; index on disk / floor median {statistics.median(disk):.3f}; "
+        f"{padded / sum(lengths) - 1:.1%}); collection / floor median {_spread(ratio)}; "
+        f"index on disk / floor median {_spread(disk)}{fitted}; "
         f"{rounds} rounds, {torch.get_num_threads()} threads"
     )
+
+
+def _spread(ratios: list[float]) -> str:
+    """Median, least and most."""
+    return f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
 
 
 if __name__ == "__main__":

@@ -23,11 +23,12 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="the command that made the folder")
     args = parser.parse_args()
     records = json.loads((args.folder / "results.json").read_text())["records"]
-    seconds: dict[tuple[str, str], list[float]] = {}
+    seconds: dict[tuple[str, str], list[str]] = {}
     for path in sorted(args.folder.glob("*/*/seed-*/records.json")):
         document = json.loads(path.read_text())
         key = (document["config"]["task"], document["config"]["protocol"])
-        seconds.setdefault(key, []).append(document["seconds"])
+        spent = "resumed" if document["resumed"] else f"{document['seconds']:.0f} s"
+        seconds.setdefault(key, []).append(spent)
     lines = [f"# {args.title}", "", "```bash", args.command, "```", ""]
     lines += [
         "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
@@ -38,12 +39,11 @@ def main() -> None:
         lines += [f"## Summary, {protocol} protocol", "", _table(args.folder, f"summary-{protocol}")]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
-        times = ", ".join(f"{value:.0f}" for value in seconds.get((task, protocol), []))
+        times = ", ".join(seconds.get((task, protocol), []))
         lines += [
             f"## {task}, {protocol}",
             "",
-            f"{first['n_train']} rows, {first['n_queries']} queries, {first['seeds']} seeds; {times} s each, everything "
-            "included.",
+            f"{first['n_train']} rows, {first['n_queries']} queries, {first['seeds']} seeds; {times}, everything included.",
             "",
             _table(args.folder, f"{task}-{protocol}"),
         ]

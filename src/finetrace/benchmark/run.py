@@ -71,6 +71,7 @@ class Run:
         self.protocol = protocol
         self.judge = judge
         self.keep = keep
+        self.resumed = False
         self.base = cell.model or (ALIGNED if recipe.aligned else EMBEDDED)
 
     def __call__(self, say: Callable[[str], None]) -> None:
@@ -79,6 +80,7 @@ class Run:
         if self.kept is not None and (not self.kept["records"] or not self._methods()):
             return
         began = time.perf_counter()
+        self.resumed = (self.folder / "adapter").exists()
         name = f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
         say(f"{name}: fine-tuning on {len(self.task.train)} rows")
         self._adapter()
@@ -235,6 +237,7 @@ class Run:
             "base": self.base,
             "attention": attention,
             "seconds": round(seconds, 1),
+            "resumed": self.resumed,  # then the seconds are those of the last attempt alone
             "records": records,
         }
         write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())
