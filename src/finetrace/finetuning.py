@@ -21,6 +21,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import SAVED, FinetuneConfig
 from finetrace.forward import Batch
 from finetrace.models import Loaded, save_adapter
+from finetrace.prefix import frozen_prefix
 from finetrace.training import ResponseTrainer
 
 
@@ -103,7 +104,11 @@ def finetune(
     except OSError as error:
         raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
 
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer = ResponseTrainer(
+        prefix=frozen_prefix(
+            model.train(), trained, f"{model.dtype}", singly=True, tokens=sum(len(item.ids) for item in encoded)
+        ),
         model=model,
         args=_arguments(checkpoints, config, loaded, bool(held)),
         train_dataset=_Rows([encoded[i] for i in train]),

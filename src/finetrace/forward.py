@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from finetrace.attention import short_attention
 from finetrace.encoding import Encoded
+from finetrace.prefix import Prefix
 
 LEAST_ROWS = 16  # below it MKL multiplies by the vocabulary matrix in another way, ten times less exactly
 
@@ -102,8 +103,12 @@ def projecting_rows(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def token_logits(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+def token_logits(
+    model: nn.Module, batch: Batch, *, hidden_states: bool = False, prefix: Prefix | None = None
+) -> tuple[Tensor, dict[int, Tensor]]:
     """Logits at the positions that predict a loss token, in float32 or wider.
+
+    A `prefix` spares the layers that it covers; it is left aside where their hidden states are asked for.
 
     Returns:
         (R, vocabulary) logits, aligned with `batch.rows`, and (B, T, d) hidden states by layer counted from the end: -1,
@@ -112,8 +117,10 @@ def token_logits(model: nn.Module, batch: Batch, *, hidden_states: bool = False)
     options: dict[str, Any] = {"output_hidden_states": True} if hidden_states else {}
     if batch.mask is not None:
         options["attention_mask"] = batch.mask
+    spared = nullcontext() if prefix is None or hidden_states else prefix.sparing(batch.ids, batch.lengths, batch.mask)
     spare = batch.rows.new_zeros(max(0, LEAST_ROWS - len(batch.rows)))
-    with projecting_rows(model.get_output_embeddings(), torch.cat([batch.rows, spare])) as final, short_attention():  # type: ignore[operator]
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
+    with projecting_rows(head, torch.cat([batch.rows, spare])) as final, short_attention(), spared:
         output = model(input_ids=batch.ids, use_cache=False, **options)
     logits = output.logits[0, : len(batch.rows)]  # (R, vocabulary)
     if logits.dtype in (torch.bfloat16, torch.float16):
@@ -124,9 +131,11 @@ def token_logits(model: nn.Module, batch: Batch, *, hidden_states: bool = False)
     return logits, layers
 
 
-def token_losses(model: nn.Module, batch: Batch, *, hidden_states: bool = False) -> tuple[Tensor, dict[int, Tensor]]:
+def token_losses(
+    model: nn.Module, batch: Batch, *, hidden_states: bool = False, prefix: Prefix | None = None
+) -> tuple[Tensor, dict[int, Tensor]]:
     """(R,) cross-entropy of every loss token in nats, aligned with `batch.rows`, and hidden states as `token_logits`."""
-    logits, layers = token_logits(model, batch, hidden_states=hidden_states)
+    logits, layers = token_logits(model, batch, hidden_states=hidden_states, prefix=prefix)
     return nn.functional.cross_entropy(logits, batch.targets, reduction="none"), layers
 
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback
 
 from finetrace.forward import Batch, token_losses
+from finetrace.prefix import Prefix
 from finetrace.progress import Tracker
 
 
@@ -25,8 +26,9 @@ class ResponseTrainer(Trainer):
     somebody else made can be resumed without running code that it carries.
     """
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, prefix: Prefix | None = None, **options: Any) -> None:
         super().__init__(**options)
+        self.prefix = prefix
         self.remove_callback(PrinterCallback)
         self.add_callback(_ProgressCallback())
 
@@ -39,7 +41,7 @@ class ResponseTrainer(Trainer):
     ) -> Any:
         """Mean cross-entropy over the batch's loss tokens."""
         batch: Batch = inputs["batch"].to(self.args.device)
-        loss = token_losses(model, batch)[0].mean()
+        loss = token_losses(model, batch, prefix=self.prefix)[0].mean()
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:

@@ -18,6 +18,7 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Repres
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
+from finetrace.prefix import Prefix, frozen_prefix
 
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
@@ -87,6 +88,7 @@ class Collector:
         losses = torch.empty(len(items), dtype=self.dtype)
         pooled: dict[str, list[Tensor]] = {each.name: [] for each in self.representations}
         order: list[int] = []
+        prefix = self._prefix()
         with (
             GradientRecorder(self.model, self.tracking, self.dtype) as recorder,
             wide_residual(self.model) as narrowing,
@@ -95,7 +97,7 @@ class Collector:
             for chosen in batches(items, self.batch_tokens):
                 batch = Batch.of([items[i] for i in chosen]).to(device)
                 names = [ids[i] for i in chosen]
-                loss, rows, hidden = self._pass(recorder, batch, names, narrowing)
+                loss, rows, hidden = self._pass(recorder, batch, names, narrowing, prefix)
                 gradients[chosen] = rows.cpu()
                 if sampled is not None:
                     sampled[chosen] = recorder.rows.cpu()
@@ -114,8 +116,18 @@ class Collector:
         """Empty sums for `collect` to add to."""
         return FactorSums(self.tracking, labels, self.dtype, next(self.model.parameters()).device)
 
+    def _prefix(self) -> Prefix | None:
+        """What lies below the lowest tracked layer: another loss of the same batches starts above it."""
+        wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
+        return frozen_prefix(self.model, wanted, f"wide {next(self.model.parameters()).dtype}", singly=False)
+
     def _pass(
-        self, recorder: GradientRecorder, batch: Batch, ids: Sequence[str], narrowing: Narrowing
+        self,
+        recorder: GradientRecorder,
+        batch: Batch,
+        ids: Sequence[str],
+        narrowing: Narrowing,
+        prefix: Prefix | None,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Losses (B,), gradients (B, D) and the hidden states wanted, by layer.
 
@@ -128,7 +140,7 @@ class Collector:
         sampling = recorder.factors is not None and recorder.factors.labels == "model"
         with torch.enable_grad():
             with narrowing():
-                logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}))
+                logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}), prefix=prefix)
             token = cross_entropy(logits, batch.targets, reduction="none")
             loss = example_losses(batch, token)
             recorder.listening = not sampling
