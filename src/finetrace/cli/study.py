@@ -1,0 +1,48 @@
+"""`finetrace study`: the paper's analyses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetrace.cli import options
+from finetrace.errors import FinetraceError
+
+
+def study(
+    name: Annotated[str | None, typer.Argument(help="A study by name; --list shows them.")] = None,
+    list_: Annotated[bool, typer.Option("--list", help="List the studies and stop.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; a run that stopped goes on there. study-NAME by default."),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes on two cores.")] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other data and initialisation.")] = 3,
+    model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
+    dtype: options.Dtype = "auto",
+    device: options.Device = "auto",
+) -> None:
+    """Run one of the paper's analyses: results.json, tables and figures."""
+    if list_ or name is None:
+        if not list_:
+            raise FinetraceError("which study? Give a name; finetrace study --list shows them.")
+        from finetrace.studies.registry import STUDIES
+
+        for each in STUDIES.values():
+            typer.echo(f"{each.name:14s} {each.exhibit:16s} {each.what}")
+        return
+    with options.quiet_libraries():
+        from finetrace.studies.registry import study as find
+        from finetrace.studies.study import Setting
+        from finetrace.studies.write import run
+
+        chosen = find(name)
+        setting = Setting(quick, seeds, model, options.dtype(dtype), device)
+        folder = out or Path(f"study-{name}")
+        options.say(f"{name}: {chosen.cost(setting)} on two cores")
+        outcome = run(chosen, folder, setting, options.say)
+    for sentence in outcome.reading:
+        typer.echo(sentence)
+    typer.echo(f"results: {folder / 'results.json'}   tables and figures: {folder}")

@@ -1,0 +1,16 @@
+"""Every study by name."""
+
+from __future__ import annotations
+
+from finetrace.errors import FinetraceError
+from finetrace.studies.approximation_study import APPROXIMATION
+from finetrace.studies.study import Study
+
+STUDIES: dict[str, Study] = {study.name: study for study in (APPROXIMATION,)}
+
+
+def study(name: str) -> Study:
+    """By name; `FinetraceError` for any other."""
+    if name not in STUDIES:
+        raise FinetraceError(f"{name}: no such study; there are {', '.join(STUDIES)}.")
+    return STUDIES[name]

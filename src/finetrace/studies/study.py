@@ -1,0 +1,69 @@
+"""What a study is: an exhibit of the paper's analyses, run, drawn and put in a table by one command."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetrace.models import DType
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a study is run.
+
+    Attributes:
+        quick: A small version of everything, within three minutes on two cores.
+        seeds: Repetitions, each with other data, initialisation and order.
+        model: Another base model than the embedded one, for studies of language models.
+        dtype, device: Of the language model.
+    """
+
+    quick: bool = False
+    seeds: int = 3
+    model: str | None = None
+    dtype: DType = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a study found.
+
+    Attributes:
+        records: Flat; what `results.json` holds.
+        tables: By name, heads and lines.
+        figures: By name, a matplotlib figure.
+        reading: Sentences that say what is seen, with its numbers.
+        config: What decided the run besides the setting.
+    """
+
+    records: Sequence[Mapping[str, Any]]
+    tables: Mapping[str, tuple[Sequence[str], Sequence[Sequence[str]]]]
+    figures: Mapping[str, Any]
+    reading: Sequence[str] = ()
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Study:
+    """An exhibit.
+
+    Attributes:
+        name: As `finetrace study NAME`.
+        exhibit: Of the paper, or `beyond`.
+        what: One line for a list.
+        cost: How long the full study and the quick one take on two cores, in words.
+        run: Finds out; what takes long is kept in the folder and found again.
+    """
+
+    name: str
+    exhibit: str
+    what: str
+    cost: Callable[[Setting], str]
+    run: Callable[[Path, Setting, Say], Outcome]

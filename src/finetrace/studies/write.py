@@ -1,0 +1,29 @@
+"""A study's folder: what it was run with, its records, tables and figures."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+from finetrace.benchmark.figures import save
+from finetrace.benchmark.stages import claim
+from finetrace.benchmark.tables import write_table
+from finetrace.reporting.results import write_results
+from finetrace.studies.study import Outcome, Say, Setting, Study
+
+
+def run(study: Study, folder: Path, setting: Setting, say: Say) -> Outcome:
+    """Run a study in `folder` and write `results.json`, `results.parquet`, tables (.md, .tex) and figures (.png, .svg).
+
+    Raises:
+        FinetraceError: The folder holds another run, or cannot be written.
+    """
+    settings = {"study": study.name, **asdict(setting)}
+    claim(folder / "study.json", {key: value for key, value in settings.items() if key != "seeds"}, "a study")
+    outcome = study.run(folder, setting, say)
+    write_results(folder, outcome.records, {**settings, **outcome.config, "reading": list(outcome.reading)})
+    for name, (heads, lines) in outcome.tables.items():
+        write_table(folder / name, heads, lines)
+    for name, figure in outcome.figures.items():
+        save(figure, folder / name)
+    return outcome

@@ -1,0 +1,149 @@
+"""The approximation study: its curvatures against autograd and dense algebra, and the command end to end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from finetrace.cli import app
+from finetrace.errors import FinetraceError
+from finetrace.studies import approximation as study
+from finetrace.studies import write
+from finetrace.studies.approximation import Size, Trained
+from finetrace.studies.approximation_study import APPROXIMATION
+from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
+from finetrace.studies.registry import STUDIES
+from finetrace.studies.study import Setting
+
+
+@pytest.fixture(params=["paper", "default"])
+def at(request: pytest.FixtureRequest) -> Trained:
+    return Trained.of(Size(12, 4), request.param, 0)
+
+
+def loss(weights: torch.Tensor, at: Trained) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(at.digits.train @ weights.view(CLASSES, -1).T, at.digits.train_classes)
+
+
+def solve(at: Trained, curvature: torch.Tensor) -> torch.Tensor:
+    damped = curvature + at.damping * torch.eye(len(curvature), dtype=torch.float64)
+    return at.query @ torch.linalg.solve(damped, at.train.T)
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-8) -> bool:
+    return float((found - expected).norm() / expected.norm()) < tolerance
+
+
+def test_gradients_are_those_of_autograd(at: Trained) -> None:
+    for i in range(3):
+        rows = at.digits.train[i : i + 1]
+        weights = at.weights.clone().requires_grad_()
+        value = torch.nn.functional.cross_entropy(rows @ weights.T, at.digits.train_classes[i : i + 1])
+        (expected,) = torch.autograd.grad(value, weights)
+        torch.testing.assert_close(at.train[i], expected.flatten(), rtol=1e-12, atol=1e-14)
+
+
+def test_the_layer_is_at_its_minimum() -> None:
+    digits = Digits.draw(30, 5, 6, 0)
+    weights = softmax_regression(digits.train, digits.train_classes, 1e-2)
+    mean = gradients(weights, digits.train, digits.train_classes).mean(0) + 1e-2 * weights.flatten()
+    assert float(mean.norm()) < 1e-6
+
+
+def test_exact_influences_are_those_of_dense_matrices(at: Trained) -> None:
+    fisher = at.train.T @ at.train / len(at.train)
+    hessian = torch.autograd.functional.hessian(lambda w: loss(w, at), at.weights.flatten())
+    for found in (study.dense_fisher(at), study.dual_fisher(at)):
+        assert close(found, solve(at, fisher))
+    for found in (study.dense_hessian(at), study.dual_hessian(at)):
+        assert close(found, solve(at, hessian))
+    assert close(study.conjugate_gradients(at, 2000), solve(at, fisher), 1e-4)
+
+
+def test_ekfac_is_that_of_the_whole_basis(at: Trained) -> None:
+    inputs, n = at.digits.train, len(at.train)
+    deltas = at.train.view(n, CLASSES, -1)
+    outputs = study.output_gradients(at.weights, inputs, at.digits.train_classes)
+    torch.testing.assert_close(deltas, outputs[:, :, None] * inputs[:, None, :])
+    basis = torch.kron(torch.linalg.eigh(outputs.T @ outputs)[1], torch.linalg.eigh(inputs.T @ inputs)[1])
+    eigenvalues = (at.train @ basis).square().mean(0)
+    expected = (at.query @ basis / (eigenvalues + at.damping)) @ (at.train @ basis).T
+    assert close(study.eigenvalue_corrected(at), expected)
+
+
+def test_products_of_another_library_agree(at: Trained) -> None:
+    pytest.importorskip("curvlinops")
+    assert study.residual(at, "fisher") < 1e-6
+    assert study.residual(at, "hessian") < 1e-6
+
+
+def test_long_series_come_to_the_exact_influence() -> None:
+    at = Trained.of(Size(12, 4), "default", 1)
+    exact = study.dual_fisher(at)
+    found = [study.errors(study.series(at, count), exact) for count in (1, 10, 100, 3000)]
+    assert found[0]["relative"] > found[1]["relative"] > found[2]["relative"] > found[3]["relative"]
+    assert found[3]["relative"] < 1e-3
+    assert study.errors(exact, exact) == pytest.approx({"l2": 0, "relative": 0, "scaled": 0, "spearman": 1}, abs=1e-7)
+
+
+def test_scores_after_the_best_scaling() -> None:
+    exact = torch.tensor([[3.0, 0.0, 4.0]], dtype=torch.float64)
+    found = study.errors(torch.tensor([[6.0, 5.0, 8.0]], dtype=torch.float64), exact)
+    assert found["l2"] == pytest.approx(50**0.5)
+    best = torch.tensor([6.0, 5.0, 8.0], dtype=torch.float64) * (50 / 125)
+    assert found["scaled"] == pytest.approx(float((best - exact[0]).norm()) / 5)
+
+
+def test_digits_are_drawn_apart_and_refused_where_there_are_not_enough() -> None:
+    one, other = Digits.draw(20, 10, 8, 0), Digits.draw(20, 10, 8, 1)
+    assert one.train.shape == (20, 64)
+    assert not torch.equal(one.train, other.train)
+    assert not any(torch.equal(a, b) for a in one.train for b in one.test)
+    with pytest.raises(FinetraceError, match="4999 training and 10 test digits"):
+        Digits.draw(4999, 10, 8, 0)
+
+
+def test_the_quick_study_end_to_end(tmp_path: Path) -> None:
+    out = tmp_path / "study"
+    command = ["study", "approximation", "--quick", "--seeds", "1", "--out", str(out)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "times less" in result.output
+    records = json.loads((out / "results.json").read_text())["records"]
+    dense = [r for r in records if r["method"] == "exact, dense" and r["truth"] == "fisher" and r["seconds"]]
+    assert len(dense) == 4
+    assert all(r["relative"] < 1e-8 for r in dense)
+    for r in dense:
+        same = {key: r[key] for key in ("points", "parameters", "damping")}
+        dual = [
+            d for d in records if d["method"] == "exact, dual" and same.items() <= d.items() and d["truth"] == "fisher"
+        ]
+        assert r["seconds"] > 100 * dual[0]["seconds"]
+    assert any(r["parameters"] == 100_000 and r["method"] == "exact, dense" and r["seconds"] is None for r in records)
+    for suffix in (".png", ".svg"):
+        assert (out / f"approximation{suffix}").stat().st_size > 1000
+    assert "needs 149 GiB" in (out / "approximation-paper.md").read_text()
+    again = CliRunner().invoke(app, command)  # everything is found again
+    assert "paper damping" not in again.output
+    refused = CliRunner().invoke(app, [*command[:2], *command[3:]])
+    assert isinstance(refused.exception, FinetraceError)
+
+
+def test_studies_are_listed_with_their_cost() -> None:
+    listed = CliRunner().invoke(app, ["study", "--list"]).output
+    for name, each in STUDIES.items():
+        assert name in listed
+        assert all("minute" in each.cost(Setting(quick)) for quick in (True, False))
+    assert isinstance(CliRunner().invoke(app, ["study", "nothing"]).exception, FinetraceError)
+    assert isinstance(CliRunner().invoke(app, ["study"]).exception, FinetraceError)
+
+
+def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "study.json").write_text("{}")
+    (tmp_path / "study.json").write_text(json.dumps({"study": "other"}))
+    with pytest.raises(FinetraceError, match="other settings"):
+        write.run(APPROXIMATION, tmp_path, Setting(quick=True), lambda text: None)
