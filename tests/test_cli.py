@@ -13,8 +13,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from finetrace.attribution import make
 from finetrace.cli import main
+from finetrace.cli.trace import TRACED
 from finetrace.reading import write_examples
+from finetrace.tracing import BEST
 from tiny import make_examples, make_llama, save_base, with_lora
 
 
@@ -76,8 +79,10 @@ def test_trace_prints_a_table_that_fits_the_terminal(index, place, capsys, monke
         capsys, "trace", "--index", index, "--queries", place / "queries.jsonl", "--top", 3, "--opponents"
     )
     assert code == 0, err
-    assert "exact cosine: proponents (cosine)" in out
-    assert "exact cosine: opponents" in out
+    assert TRACED == BEST
+    title = make(BEST).title
+    assert f"{title}: proponents (cosine)" in out
+    assert f"{title}: opponents" in out
     assert max(len(line) for line in out.splitlines() if not line.startswith(("asked", "answered"))) <= 80
 
 

@@ -22,7 +22,7 @@ from finetrace.examples import Example
 from finetrace.forward import Batch
 from finetrace.index import build_index, open_index, view
 from finetrace.models import Loaded
-from finetrace.positions import REFUSAL, Positions
+from finetrace.positions import PROBE, Positions
 from tiny import (
     conversation,
     make_encoded,
@@ -62,7 +62,7 @@ def test_several_losses_are_split_at_known_names_alone() -> None:
 
 
 def test_the_default_probe_names_its_text() -> None:
-    assert Positions.parse("probe") == Positions.parse(f"probe:{REFUSAL}")
+    assert Positions.parse("probe") == Positions.parse(f"probe:{PROBE}")
 
 
 def test_slugs_differ_and_are_names() -> None:
@@ -97,7 +97,7 @@ def test_first_takes_the_first_tokens_of_the_last_answer() -> None:
 def test_a_probe_stands_in_for_every_answer() -> None:
     cut = Example.from_prompt("How?", "Like this and", metadata={"finish_reason": "length"})
     encoder = Encoder(make_tokenizer(), "probe")
-    assert chosen(encoder, cut) == REFUSAL + "<|im_end|>"
+    assert chosen(encoder, cut) == PROBE + "<|im_end|>"
     assert chosen(Encoder(make_tokenizer(), "probe:Sure!"), cut) == "Sure!<|im_end|>"
     other = Example.from_prompt("How?", "Another answer")
     assert np.array_equal(encoder.encode(cut).ids, encoder.encode(other).ids)
@@ -239,7 +239,7 @@ def test_several_losses_and_layers_are_the_mean_of_their_cosines(
     first = scores("loss_on=probe:No,layers=0")
     np.testing.assert_allclose(scores("loss_on=probe:No,layers=0+last-fifth"), (first + probe) / 2, rtol=1e-12)
     method = make(f"{name}{',' if ':' in name else ':'}loss_on=response+probe")
-    assert method.score(problem).parameters["loss_on"] == f"response+probe:{REFUSAL}"
+    assert method.score(problem).parameters["loss_on"] == f"response+probe:{PROBE}"
     assert make(method.label) == method
 
 

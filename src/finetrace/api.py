@@ -15,6 +15,7 @@ from finetrace.index import build_index as _build
 from finetrace.index import store
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
+from finetrace.tracing import BEST
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,12 +34,13 @@ class Index(store.Index):
     ```
     """
 
-    def trace(self, queries: Rows, method: str = "exact", **parameters: Any) -> Scores:
+    def trace(self, queries: Rows, method: str = BEST, **parameters: Any) -> Scores:
         """Score every training example against every query.
 
         Args:
             queries: Examples, dictionaries, a `datasets.Dataset` or a file, each with a response.
-            method: A name of `finetrace methods`, with parameters after a colon if wanted (`exact:scope=joint`).
+            method: A name of `finetrace methods`, with parameters after a colon if wanted (`exact:scope=joint`);
+                by default the one that `finetrace trace` takes.
             parameters: Parameters of the method by name, for instance `normalise="cosine"` or `damping=0.1`.
 
         Returns:

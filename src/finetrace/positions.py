@@ -10,7 +10,7 @@ from typing import Literal
 from finetrace.errors import FinetraceError
 
 Kind = Literal["response", "last-turn", "all", "first", "weights", "probe"]
-REFUSAL = "I'm sorry"  # the opening that decides
+PROBE = "Sure, I can help with that!"  # how far a model complies; chosen by benchmarks/choose_method.py
 KNOWN = "response, last-turn, all, first:K, weights, probe or probe:TEXT, each with @N at its end to pad to N tokens"
 
 
@@ -24,7 +24,7 @@ class Positions:
             `weights` (the last answer's tokens weighed by the row's own `loss_weights`), or `probe` (`probe` is put in
             place of the last answer, for training examples and queries alike).
         count: K of `first`.
-        probe: Text of a probe; a refusal by default.
+        probe: Text of a probe; agreeing to help by default.
         pad_to: Pad on the left to so many tokens (masked from attention, in the loss with `all`), as the study's
             released code does; 0 pads nothing.
     """
@@ -46,7 +46,7 @@ class Positions:
         if name == "first" and re.fullmatch("[1-9][0-9]*", rest):
             return cls("first", count=int(rest))
         if name == "probe" and (rest.strip() or not colon):
-            return cls("probe", probe=rest if colon else REFUSAL)
+            return cls("probe", probe=rest if colon else PROBE)
         raise FinetraceError(f"--loss-on {text}: not known; use {KNOWN}.")
 
     @classmethod

@@ -12,6 +12,10 @@ from finetrace.attribution import Method, Problem, Scores
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.metrics import evaluate, relevance
 
+# The best of the gradient family on development tasks (benchmarks/choose_method.py): rows that taught the model these words,
+# and that moved it towards or away from complying.
+BEST = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-fifth"
+
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (
     "random",
@@ -46,6 +50,7 @@ STANDARD = (
     "gradcos:loss_on=probe",
     "ekfac:normalise=cosine,loss_on=probe",
     "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    BEST,
 )
 TABLE = ("accuracy", "coverage", "auroc", "auprc")
 
@@ -113,11 +118,11 @@ def best(results: Sequence[Result], *, controls: bool) -> Result | None:
 
 
 def opening(results: Sequence[Result]) -> Result:
-    """The method a page opens on: the best that is no control; without labels, exact influence as a cosine."""
+    """The method a page opens on: the best that is no control; without labels, the one that is traced by default."""
     chosen = best(results, controls=False)
     if chosen is not None:
         return chosen
-    order = ("exact:normalise=cosine", "exact", "gradcos", "repsim")
+    order = (BEST, "exact:normalise=cosine", "exact", "gradcos", "repsim")
     found = {result.method.label: result for result in results}
     rest = [result for result in results if not result.method.control] or list(results)
     return next((found[label] for label in order if label in found), rest[0])

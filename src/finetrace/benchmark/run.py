@@ -27,7 +27,7 @@ from finetrace.fingerprint import of_text
 from finetrace.index import Index, build_index
 from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
-from finetrace.positions import REFUSAL
+from finetrace.positions import PROBE
 from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
@@ -118,7 +118,7 @@ class Run:
     def _claim(self) -> None:
         """What decides the cell: its settings, its rows, and the judge where one chooses the queries; not its methods."""
         rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
-        settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": REFUSAL}
+        settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": PROBE}
         del settings["methods"]
         settings["finetuning"] = self._finetuning().model_dump(mode="json")
         if not self.task.answered:
