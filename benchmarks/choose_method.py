@@ -19,9 +19,9 @@ from finetrace.benchmark.run import DONE, Cell, Run
 from finetrace.evaluation.judging import make_judge
 
 LOSSES = ("response", "first:5", "first:20", "probe", "probe:Sure, I can help with that!")
-LAYERS = ("all", "15-29", "last-fifth")
+LAYERS = ("all", "last-half", "last-fifth")
 CURVATURES = ("ekfac", "exact", "lissa", "datainf", "gradsim")  # ekfac first: its factors come with the gradients
-MIXED_LAYERS = (*LAYERS, "all+last-fifth", "all+15-29")
+MIXED_LAYERS = (*LAYERS, "all+last-fifth", "all+last-half")
 GRID = [
     f"{curvature}:normalise={normalise},loss_on={loss},layers={layers}"
     for curvature, normalise, loss, layers in product(CURVATURES, ("none", "cosine", "relatif"), LOSSES, LAYERS)

@@ -213,6 +213,10 @@ def test_layers(tmp_path: Path, tiny_loaded: Loaded) -> None:
         assert np.allclose(found, expected.numpy(), rtol=1e-10)
         norms = make(f"gradnorm:layers={layers}").score(problem).values[0]
         assert np.allclose(norms, train.norm(dim=1).numpy(), rtol=1e-10)
+    assert [block.name for block in select(index.blocks, "last-half", 2)] == [
+        b.name for b in index.blocks if ".1." in b.name
+    ]
+    assert len(select(index.blocks, "last-half", 1)) < len(index.blocks)
     everything = make("gradsim").score(problem).values
     both = sum(make(f"gradsim:layers={i}").score(problem).values for i in range(depth))
     assert np.allclose(everything, both, rtol=1e-10)

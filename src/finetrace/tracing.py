@@ -14,7 +14,7 @@ from finetrace.evaluation.metrics import evaluate, relevance
 
 # The best of the gradient family on development tasks (benchmarks/choose_method.py): rows that taught the model these words,
 # and that moved it towards or away from complying.
-BEST = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-fifth"
+BEST = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (

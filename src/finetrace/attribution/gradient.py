@@ -46,9 +46,9 @@ class GradientMethod(Method):
     `relatif`: S_qi / ||g_i||_P (Barshan et al., 2003.11630): the square root of the self-influence.
 
     `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
-    those the index was built with. `layers`: `all`, `last-fifth`, a number or `FIRST-LAST`. Several of either, joined by
-    `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-fifth` looks at the response's loss in
-    all layers and at the probe's in the last fifth.
+    those the index was built with. `layers`: `all`, `last-half`, `last-fifth`, a number or `FIRST-LAST`. Several of either,
+    joined by `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-half` looks at the response's
+    loss in all layers and at the probe's in the last half.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)

@@ -9,6 +9,7 @@ from finetrace.collection import Block
 from finetrace.errors import FinetraceError
 from finetrace.positions import Positions
 
+LAST = {"last-half": 2, "last-fifth": 5}  # the share of the layers that is its name's
 LAYERS = r"([0-9]+)(?:-([0-9]+))?"
 
 
@@ -21,7 +22,7 @@ def views(loss_on: str, layers: str) -> tuple[tuple[str, str], ...]:
     losses = Positions.split(loss_on) if loss_on else ("",)
     choices = tuple(layers.split("+"))
     for each in choices:
-        if each not in ("all", "last-fifth") and not re.fullmatch(LAYERS, each):
+        if each not in ("all", *LAST) and not re.fullmatch(LAYERS, each):
             raise _unknown(each)
     if 1 not in (len(losses), len(choices)) and len(losses) != len(choices):
         raise FinetraceError(
@@ -47,7 +48,8 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
 
     Args:
         blocks: Tracked matrices; the first number in a name is its layer.
-        layers: `all`, `last-fifth` (at least one layer), a number, or `FIRST-LAST`; layers count from 0.
+        layers: `all`, `last-half` or `last-fifth` (rounded down, at least one layer), a number, or `FIRST-LAST`;
+            layers count from 0.
         depth: Transformer layers of the model.
 
     Raises:
@@ -55,8 +57,8 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
     """
     if layers == "all":
         return tuple(blocks)
-    if layers == "last-fifth":
-        first, last = depth - max(1, depth // 5), depth - 1
+    if layers in LAST:
+        first, last = depth - max(1, depth // LAST[layers]), depth - 1
     else:
         found = re.fullmatch(LAYERS, layers)
         if found is None:
@@ -72,7 +74,7 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
 
 
 def _unknown(layers: str) -> FinetraceError:
-    return FinetraceError(f"layers={layers}: not known; use all, last-fifth, a number, or FIRST-LAST.")
+    return FinetraceError(f"layers={layers}: not known; use all, last-half, last-fifth, a number, or FIRST-LAST.")
 
 
 def _layer(name: str) -> int | None:

@@ -19,12 +19,13 @@ from safetensors.numpy import load_file, save_file
 from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark.protocol import Protocol
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
+from finetrace.collection.factors import Labels
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
-from finetrace.index import Index, build_index
+from finetrace.index import build_index
 from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
@@ -81,23 +82,36 @@ class Run:
             return
         began = time.perf_counter()
         self.resumed = (self.folder / "adapter").exists()
-        name = f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
-        say(f"{name}: fine-tuning on {len(self.task.train)} rows")
+        methods = self._methods()
+        problem = self.ready(say, factors=any(each.name in ("ekfac", "kfac") for each in methods))
+        if problem is None:
+            self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
+            return
+        say(f"{self.name}: scoring by {len(methods)} methods")
+        self._score(problem, methods, began)
+        say(f"{self.name}: done in {time.perf_counter() - began:.0f} s")
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
+
+    def ready(self, say: Callable[[str], None], *, factors: bool = False) -> Problem | None:
+        """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""
+        self._claim()
+        say(f"{self.name}: fine-tuning on {len(self.task.train)} rows")
         self._adapter()
         queries = self._queries()
         if not queries:
-            self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
-            say(f"{name}: the model complied with none of {len(self.task.queries)} requests; there is nothing to trace")
-            return
-        say(f"{name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
-        methods = self._methods()
-        fit = "model" if any(each.name in ("ekfac", "kfac") for each in methods) else None
+            count = len(self.task.queries)
+            say(f"{self.name}: the model complied with none of {count} requests; there is nothing to trace")
+            return None
+        say(f"{self.name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
-        index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)  # type: ignore[arg-type]
+        fit: Labels | None = "model" if factors else None
+        index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)
         kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder)
-        say(f"{name}: scoring by {len(methods)} methods")
-        self._score(index, kept, queries, methods, began)
-        say(f"{name}: done in {time.perf_counter() - began:.0f} s")
+        return Problem(index, queries, kept_queries=kept)
 
     @cached_property
     def tuned(self) -> Loaded:
@@ -159,10 +173,8 @@ class Run:
             metrics["coverage"] = precision_at(max(1, len(self.task.train) // len(self.task.classes)))
         return metrics
 
-    def _score(
-        self, index: Index, kept: Index, queries: Sequence[Example], methods: Sequence[Method], began: float
-    ) -> None:
-        problem = Problem(index, queries, kept_queries=kept)
+    def _score(self, problem: Problem, methods: Sequence[Method], began: float) -> None:
+        index, queries = problem.index, problem.queries
         names, labels = [query.id for query in queries], [query.label for query in queries]
         relevant = relevance(index.rows.labels, labels)
         suspects = self.task.target is not None and self.task.target not in labels

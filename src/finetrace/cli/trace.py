@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetrace.index.store import Index
     from finetrace.tracing import Result
 
-TRACED = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-fifth"  # tracing.BEST, without its imports
+TRACED = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"  # tracing.BEST, without its imports
 
 
 def trace(

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from finetrace.errors import FinetraceError
 from finetrace.studies.approximation_study import APPROXIMATION
+from finetrace.studies.capacity import CAPACITY
 from finetrace.studies.study import Study
 
-STUDIES: dict[str, Study] = {study.name: study for study in (APPROXIMATION,)}
+STUDIES: dict[str, Study] = {study.name: study for study in (APPROXIMATION, CAPACITY)}
 
 
 def study(name: str) -> Study:

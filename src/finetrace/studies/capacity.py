@@ -1,0 +1,190 @@
+"""Parameter change against test accuracy while small networks learn digits (Fig. 7 of arXiv 2409.19998).
+
+Two linear layers without activation, wider and wider, by plain stochastic gradient descent. If a change of parameters told of
+a change of behaviour, accuracy would follow the distance from where training began. From zero in both layers nothing can
+be learnt: each layer's gradient carries the other layer as a factor. That run is kept, beside zero in the last layer alone
+and the usual random start.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.stats import pearsonr, spearmanr
+from torch import nn
+
+from finetrace.index.manifest import write_atomically
+from finetrace.studies.mnist import CLASSES, SIDE, Digits
+from finetrace.studies.study import Outcome, Say, Setting, Study
+
+WIDTHS, QUICK_WIDTHS = (16, 64, 256, 1024), (8, 16, 32, 64)
+STARTS = ("zero", "zero last", "random")
+BATCH, RATE = 50, 0.05
+
+
+def train(width: int, start: str, seed: int, points: int, epochs: int, every: int) -> list[dict[str, float]]:
+    """One run: distance from the start, step length since the last record, test accuracy and loss, along training."""
+    digits = Digits.draw(points, 1000, SIDE, seed)
+    inputs, tests = digits.train.float(), digits.test.float()
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(SIDE**2, width, bias=False), nn.Linear(width, CLASSES, bias=False))
+    for weight in {"zero": list(model.parameters()), "zero last": [list(model.parameters())[1]], "random": []}[start]:
+        nn.init.zeros_(weight)
+    began = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
+    order = torch.Generator().manual_seed(seed)
+    records: list[dict[str, float]] = []
+    steps = epochs * points // BATCH
+    rows = torch.cat([torch.randperm(points, generator=order) for _ in range(epochs)]).view(steps, BATCH)
+    for step in range(steps + 1):
+        if step % every == 0:
+            with torch.no_grad():
+                logits = model(tests)
+                moved = [p - first for p, first in zip(model.parameters(), began, strict=True)]
+                records.append(
+                    {
+                        "step": step,
+                        "change": float(torch.sqrt(sum(m.square().sum() for m in moved))),  # type: ignore[arg-type]
+                        "accuracy": float((logits.argmax(1) == digits.test_classes).float().mean()),
+                        "loss": float(nn.functional.cross_entropy(logits, digits.test_classes)),
+                    }
+                )
+        if step < steps:
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(inputs[rows[step]]), digits.train_classes[rows[step]]).backward()
+            optimizer.step()
+    return records
+
+
+def correlations(records: Sequence[dict[str, float]]) -> dict[str, float | None]:
+    """Over the records of one run: of change with accuracy, and of a step's change with that step's gain."""
+    change, accuracy = ([r[key] for r in records] for key in ("change", "accuracy"))
+    if np.ptp(change) == 0 or np.ptp(accuracy) == 0:
+        return {"pearson": None, "spearman": None, "late": None, "stepwise": None}
+    half = len(records) // 2
+    late = (change[half:], accuracy[half:])
+    gains = ([b - a for a, b in pairwise(change)], [b - a for a, b in pairwise(accuracy)])
+    return {
+        "pearson": float(pearsonr(change, accuracy).statistic),
+        "spearman": float(spearmanr(change, accuracy).statistic),
+        "late": float(spearmanr(*late).statistic) if np.ptp(late[1]) > 0 else None,
+        "stepwise": float(spearmanr(*gains).statistic),
+    }
+
+
+def run(folder: Path, setting: Setting, say: Say) -> Outcome:
+    """Every width, start and seed; a finished one is found again."""
+    widths = QUICK_WIDTHS if setting.quick else WIDTHS
+    points, epochs, every = (1000, 3, 3) if setting.quick else (4000, 10, 10)
+    curves: dict[tuple[int, str, int], list[dict[str, float]]] = {}
+    for seed, start, width in product(range(setting.seeds), STARTS, widths):
+        path = folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}.json"
+        if not path.exists():
+            say(f"width {width}, {start} start, seed {seed}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, json.dumps(train(width, start, seed, points, epochs, every)).encode())
+        curves[width, start, seed] = json.loads(path.read_text(encoding="utf-8"))
+    records = [
+        {
+            "width": width,
+            "parameters": width * (SIDE**2 + CLASSES),
+            "start": start,
+            "seed": seed,
+            "accuracy": curve[-1]["accuracy"],
+            "change": curve[-1]["change"],
+            **correlations(curve),
+        }
+        for (width, start, seed), curve in curves.items()
+    ]
+    return Outcome(
+        records,
+        {"capacity": _table(records)},
+        {"capacity": _figure(curves, widths)},
+        _reading(records),
+        {"points": points, "epochs": epochs, "batch": BATCH, "learning_rate": RATE},
+    )
+
+
+def _spread(records: Sequence[dict[str, Any]], key: str) -> str:
+    values = [r[key] for r in records if r[key] is not None]
+    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "undefined"
+
+
+def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    heads = [
+        "start",
+        "width",
+        "parameters",
+        "accuracy",
+        "change",
+        "Pearson r",
+        "Spearman",
+        "second half",
+        "step by step",
+    ]
+    lines = []
+    for start, width in dict.fromkeys((r["start"], r["width"]) for r in records):
+        here = [r for r in records if (r["start"], r["width"]) == (start, width)]
+        cells = [_spread(here, key) for key in ("accuracy", "change", "pearson", "spearman", "late", "stepwise")]
+        lines.append([start, str(width), f"{here[0]['parameters']:,}", *cells])
+    return heads, lines
+
+
+def _figure(curves: dict[tuple[int, str, int], list[dict[str, float]]], widths: Sequence[int]) -> Any:
+    """Accuracy against distance, one panel a start; a line a seed, a shade a width."""
+    from matplotlib.figure import Figure
+
+    starts = [start for start in STARTS if start != "zero"]
+    figure = Figure(figsize=(7.0, 3.0), layout="constrained")
+    styles = ("-", "--", "-.", ":")
+    for axis, start in zip(figure.subplots(1, len(starts), sharey=True), starts, strict=True):
+        for i, width in enumerate(widths):
+            for seed in range(1 + max(key[2] for key in curves)):
+                curve = curves[width, start, seed]
+                axis.plot(
+                    [r["change"] for r in curve],
+                    [100 * r["accuracy"] for r in curve],
+                    color=str(0.6 * i / (len(widths) - 1)),
+                    linestyle=styles[i % len(styles)],
+                    linewidth=1,
+                    label=f"width {width}" if seed == 0 else None,
+                )
+        axis.set_title(f"{start} start", fontsize=9)
+        axis.set_xlabel("distance from the start, L2 norm of all weights", fontsize=8)
+        axis.tick_params(labelsize=8)
+        axis.grid(color="0.92")
+    figure.axes[0].set_ylabel("test accuracy, %", fontsize=8)
+    figure.axes[-1].legend(fontsize=7, loc="lower right")
+    return figure
+
+
+def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
+    stuck = [r for r in records if r["start"] == "zero"]
+    lines = [
+        f"From zero in both layers the parameters move by {max(r['change'] for r in stuck):g}: each layer's gradient has the "
+        "other as a factor."
+    ]
+    for start in STARTS[1:]:
+        here = [r for r in records if r["start"] == start]
+        widest = max(r["width"] for r in here)
+        of = [r for r in here if r["width"] == widest]
+        lines.append(
+            f"{start} start, width {widest}: along training distance and accuracy correlate by {_spread(of, 'spearman')} "
+            f"(ranks), in the second half by {_spread(of, 'late')}, step by step by {_spread(of, 'stepwise')}."
+        )
+    return lines
+
+
+CAPACITY = Study(
+    "capacity",
+    "Fig. 7",
+    "parameter change against accuracy while two-layer linear models of growing width learn digits",
+    lambda setting: "about half a minute" if setting.quick else "about 5 minutes",
+    run,
+)
