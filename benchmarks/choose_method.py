@@ -18,7 +18,7 @@ from finetrace.benchmark.protocol import PROTOCOLS
 from finetrace.benchmark.run import DONE, Cell, Run
 from finetrace.evaluation.judging import make_judge
 
-LOSSES = ("response", "first:5", "first:20", "probe", "probe:Sure, I can help with that!")
+LOSSES = ("response", "first:5", "first:20", "probe", "probe:I'm sorry")
 LAYERS = ("all", "last-half", "last-fifth")
 CURVATURES = ("ekfac", "exact", "lissa", "datainf", "gradsim")  # ekfac first: its factors come with the gradients
 MIXED_LAYERS = (*LAYERS, "all+last-fifth", "all+last-half")

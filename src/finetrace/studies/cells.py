@@ -1,0 +1,151 @@
+"""Fine-tuned and indexed tasks that several studies look at, and how methods do on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from finetrace.attribution import Problem, make
+from finetrace.benchmark.protocol import protocol
+from finetrace.benchmark.run import Cell, Run
+from finetrace.benchmark.runner import task_of
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.judging import make_judge
+from finetrace.evaluation.metrics import METRICS, precision_at, relevance
+from finetrace.evaluation.seeds import bootstrap_crossed
+from finetrace.fingerprint import of_text
+from finetrace.index.manifest import write_atomically
+from finetrace.studies.study import Say, Setting
+from finetrace.tracing import prepare
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """One fine-tuning of a task under a protocol, indexed, with its queries.
+
+    Attributes:
+        cell: What it is.
+        folder: Where its adapter and index are.
+        problem: Training examples against queries.
+        relevant: (m, n) whether a training example is of the query's class.
+    """
+
+    cell: Cell
+    folder: Path
+    problem: Problem
+    relevant: NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which cells a study looks at.
+
+    Attributes:
+        sizes: Share of each task by its name.
+        protocols: Of each task.
+        epochs: Another number than the protocol's.
+    """
+
+    sizes: dict[str, float]
+    protocols: tuple[str, ...] = ("corrected", "paper")
+    epochs: int | None = None
+
+    def cells(self, setting: Setting) -> list[Cell]:
+        """Tasks x protocols x seeds, all first seeds first."""
+        return [
+            Cell(task, name, seed, size, 0, (), setting.model, self.epochs, setting.dtype, setting.device)
+            for seed in range(setting.seeds)
+            for name in self.protocols
+            for task, size in self.sizes.items()
+        ]
+
+
+def prepared(cell: Cell, home: Path, say: Say, *, factors: bool = False) -> Prepared | None:
+    """The cell in `home`, shared by every study there; `None` where its model complies with nothing."""
+    task, recipe = task_of(cell, None)
+    folder = home / f"{cell.task}-{cell.size:g}" / cell.protocol / f"seed-{cell.seed}"
+    run = Run(folder, cell, task, recipe, protocol(cell.protocol), make_judge(None, None), keep=True)
+    problem = run.ready(say, factors=factors)
+    if problem is None:
+        return None
+    relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
+    return Prepared(cell, folder, problem, relevant)
+
+
+def measured(
+    plan: Plan, specs: Sequence[str], folder: Path, home: Path, setting: Setting, say: Say, *, factors: bool = False
+) -> pd.DataFrame:
+    """Every method on every cell, query by query; a finished cell is found again in `folder`.
+
+    Columns: task, protocol, seed, spec, query, and a metric each: accuracy, coverage, auroc, auprc, and `first`, the training
+    example ranked first.
+    """
+
+    def look(found: Prepared) -> pd.DataFrame:
+        methods = [make(spec) for spec in specs]
+        prepare(found.problem, methods)
+        return pd.concat([_values(found, method.label, method.score(found.problem).values) for method in methods])
+
+    return pd.concat(list(parts(plan, "-".join(specs), folder, home, setting, say, look, factors=factors)))
+
+
+def parts(
+    plan: Plan,
+    what: str,
+    folder: Path,
+    home: Path,
+    setting: Setting,
+    say: Say,
+    look: Callable[[Prepared], pd.DataFrame],
+    *,
+    factors: bool = False,
+) -> Iterator[pd.DataFrame]:
+    """What `look` makes of each cell, kept in `folder` under the cell and `what`."""
+    for cell in plan.cells(setting):
+        name = f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(what + repr(cell))}.parquet"
+        path = folder / "parts" / name
+        if not path.exists():
+            found = prepared(cell, home, say, factors=factors)
+            if found is None:
+                continue
+            say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: scoring")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            frame = look(found).assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size)
+            write_atomically(path, frame.to_parquet(index=False))
+        yield pd.read_parquet(path)
+
+
+def _values(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.DataFrame:
+    metrics = dict(METRICS)
+    if protocol(found.cell.protocol).coverage == "share":
+        classes = len(set(found.problem.rows.labels))
+        metrics["coverage"] = precision_at(max(1, found.problem.n // classes))
+    values: dict[str, Any] = {name: metric(scores, found.relevant) for name, metric in metrics.items()}
+    first = [found.problem.rows.ids[i] for i in scores.argmax(1)]
+    return pd.DataFrame({"spec": spec, "query": [q.id for q in found.problem.queries], "first": first, **values})
+
+
+def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tuple(METRICS)) -> list[dict[str, Any]]:
+    """Means over seeds and queries with 95% intervals over both, one flat record a group."""
+    records = []
+    for key, group in frame.groupby(list(by), sort=False):
+        record: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": int(group["seed"].nunique())}
+        for name in metrics:
+            estimate = crossed(group, name)
+            record |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        records.append(record)
+    return records
+
+
+def crossed(group: pd.DataFrame, name: str) -> Estimate:
+    """Of one method on one task: mean over seeds and queries with an interval over both; NaN where none has a value."""
+    values = np.asarray(group.pivot(index="seed", columns="query", values=name), dtype=np.float64)
+    if not np.isfinite(values).any():
+        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    return bootstrap_crossed(values)
