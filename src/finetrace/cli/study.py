@@ -20,6 +20,9 @@ def study(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes on two cores.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other data and initialisation.")] = 3,
+    cells: Annotated[
+        Path | None, typer.Option(help="Folder of fine-tuned and indexed tasks that several studies share.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -39,7 +42,7 @@ def study(
         from finetrace.studies.write import run
 
         chosen = find(name)
-        setting = Setting(quick, seeds, model, options.dtype(dtype), device)
+        setting = Setting(quick, seeds, model, options.dtype(dtype), device, cells)
         folder = out or Path(f"study-{name}")
         options.say(f"{name}: {chosen.cost(setting)} on two cores")
         outcome = run(chosen, folder, setting, options.say)

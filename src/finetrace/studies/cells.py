@@ -90,7 +90,7 @@ def measured(
     def look(found: Prepared) -> pd.DataFrame:
         methods = [make(spec) for spec in specs]
         prepare(found.problem, methods)
-        return pd.concat([_values(found, method.label, method.score(found.problem).values) for method in methods])
+        return pd.concat([values_of(found, method.label, method.score(found.problem).values) for method in methods])
 
     return pd.concat(list(parts(plan, "-".join(specs), folder, home, setting, say, look, factors=factors)))
 
@@ -121,7 +121,8 @@ def parts(
         yield pd.read_parquet(path)
 
 
-def _values(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.DataFrame:
+def values_of(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.DataFrame:
+    """The metrics of (m, n) scores query by query, with coverage as the cell's protocol counts it."""
     metrics = dict(METRICS)
     if protocol(found.cell.protocol).coverage == "share":
         classes = len(set(found.problem.rows.labels))
@@ -135,7 +136,8 @@ def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tup
     """Means over seeds and queries with 95% intervals over both, one flat record a group."""
     records = []
     for key, group in frame.groupby(list(by), sort=False):
-        record: dict[str, Any] = dict(zip(by, key, strict=True)) | {"seeds": int(group["seed"].nunique())}
+        plain = [each.item() if isinstance(each, np.generic) else each for each in key]
+        record: dict[str, Any] = dict(zip(by, plain, strict=True)) | {"seeds": int(group["seed"].nunique())}
         for name in metrics:
             estimate = crossed(group, name)
             record |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -19,6 +19,7 @@ class Setting:
         seeds: Repetitions, each with other data, initialisation and order.
         model: Another base model than the embedded one, for studies of language models.
         dtype, device: Of the language model.
+        cells: Folder of fine-tuned and indexed tasks that studies share; the study's own if not given.
     """
 
     quick: bool = False
@@ -26,6 +27,11 @@ class Setting:
     model: str | None = None
     dtype: DType = "auto"
     device: str = "auto"
+    cells: Path | None = None
+
+    def home(self, folder: Path) -> Path:
+        """Where fine-tuned and indexed tasks are kept, for other studies too."""
+        return self.cells or folder / "cells"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ def run(study: Study, folder: Path, setting: Setting, say: Say) -> Outcome:
         FinetraceError: The folder holds another run, or cannot be written.
     """
     settings = {"study": study.name, **asdict(setting)}
-    claim(folder / "study.json", {key: value for key, value in settings.items() if key != "seeds"}, "a study")
+    claim(
+        folder / "study.json",
+        {key: value for key, value in settings.items() if key not in ("seeds", "cells")},
+        "a study",
+    )
     outcome = study.run(folder, setting, say)
     write_results(folder, outcome.records, {**settings, **outcome.config, "reading": list(outcome.reading)})
     for name, (heads, lines) in outcome.tables.items():

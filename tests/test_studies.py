@@ -1,0 +1,132 @@
+"""Studies of fine-tuned language models on a tiny one, end to end, against what mathematics says of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from finetrace.attribution import make
+from finetrace.studies import capacity, cells, damping, iterations, normalisation
+from finetrace.studies.capacity import CAPACITY
+from finetrace.studies.damping import DAMPING, MULTIPLES
+from finetrace.studies.iterations import COUNTS, ITERATIONS
+from finetrace.studies.normalisation import NORMALISATION
+from finetrace.studies.study import Setting
+from finetrace.studies.write import run
+from tiny import make_llama, make_tokenizer, save_base
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Setting:
+    root = tmp_path_factory.mktemp("studies")
+    base = save_base(root / "base", make_llama(), make_tokenizer())
+    return Setting(True, 2, str(base), "float32", "cpu", root / "cells")
+
+
+def quiet(text: str) -> None:
+    """Nobody listens."""
+
+
+def results(folder: Path) -> list[dict[str, Any]]:
+    return json.loads((folder / "results.json").read_text())["records"]
+
+
+def test_damping_goes_from_one_limit_to_the_other(setting: Setting, tmp_path: Path) -> None:
+    outcome = run(DAMPING, tmp_path / "d", setting, quiet)
+    records = results(tmp_path / "d")
+    assert len(records) == 4 * len(MULTIPLES) + 2
+    limit = next(r for r in records if r["spec"] == "gradsim")
+    largest = {r["curve"]: r for r in records if r["multiple"] == MULTIPLES[-1]}
+    for metric in ("accuracy", "coverage", "auprc"):
+        assert largest["exact, joint"][metric] == pytest.approx(limit[metric], abs=0.04)
+        assert largest["exact, block"][metric] == pytest.approx(largest["DataInf"][metric], abs=0.04)
+    assert all(r["coverage_low"] <= r["coverage"] <= r["coverage_high"] for r in records)
+    assert {"damping.md", "damping.tex", "damping.png", "damping.svg", "spectrum.png"} <= {
+        path.name for path in (tmp_path / "d").iterdir()
+    }
+    again: list[str] = []
+    assert run(DAMPING, tmp_path / "d", setting, again.append).records == outcome.records
+    assert not again  # every part was found
+
+
+def test_the_spectrum_is_that_of_the_gradients(setting: Setting, tmp_path: Path) -> None:
+    cell = damping.QUICK.cells(setting)[0]
+    found = cells.prepared(cell, setting.home(tmp_path), quiet)
+    assert found is not None
+    frame = damping._spectrum(found)
+    gradients = found.problem.index.gradients(slice(None)).double()
+    values = torch.linalg.svdvals(gradients).square()
+    joint = frame[frame["block"] == "joint"]["share"].to_numpy()
+    np.testing.assert_allclose(joint[: len(values)], (values / values.sum()).numpy()[: len(joint)], atol=1e-6)
+    assert set(frame["block"]) == {"joint", *(block.name for block in found.problem.blocks)}
+
+
+def test_more_terms_of_the_series_are_nearer_to_exact(setting: Setting, tmp_path: Path) -> None:
+    run(ITERATIONS, tmp_path / "i", setting, quiet)
+    records = results(tmp_path / "i")
+    for name in iterations.DAMPINGS:
+        here = [r for r in records if r["damping"] == name]
+        series = sorted((r for r in here if r["recurrence"] == "neumann"), key=lambda r: r["iterations"])
+        assert [r["iterations"] for r in series] == [-1, 0, *COUNTS]
+        assert series[0]["relative"] == 0
+        distances = [r["relative"] for r in series[2:]]
+        assert distances == sorted(distances, reverse=True)
+    released = [r for r in records if r["recurrence"] == "released" and r["iterations"] == 1]
+    start = [r for r in records if r["iterations"] == 0]
+    for one, other in zip(released, start, strict=True):  # one released iteration is GradSim to its curvature / 1000
+        assert one["spearman"] == pytest.approx(other["spearman"], abs=0.02)
+
+
+def test_distances_to_the_exact_scores() -> None:
+    exact = np.array([[3.0, 0.0, 4.0], [1.0, 2.0, 3.0]])
+    found = iterations._distances(np.array([[6.0, 0.0, 8.0], [3.0, 2.0, 1.0]]), exact)
+    assert found["relative"] == pytest.approx([1.0, 8**0.5 / 14**0.5])
+    assert found["scaled"] == pytest.approx([0.0, (1 - (10 / 14) ** 2) ** 0.5], abs=1e-7)
+    assert found["spearman"] == pytest.approx([1.0, -1.0])
+
+
+def test_norms_and_hubs(setting: Setting, tmp_path: Path) -> None:
+    run(NORMALISATION, tmp_path / "n", setting, quiet)
+    records = results(tmp_path / "n")
+    assert {r["spec"] for r in records} == {make(spec).label for spec in normalisation.SPECS}
+    assert all(0 < r["hub_share"] <= 1 and r["norm_ratio"] >= 1 and -1 <= r["with_norm"] <= 1 for r in records)
+    hub = pd.DataFrame({"seed": [0] * 4 + [1] * 4, "first": list("aaab") + list("abcd")})
+    assert normalisation._hub(hub) == pytest.approx((0.75 + 0.25) / 2)
+
+
+def test_studies_share_their_cells(setting: Setting) -> None:
+    home = setting.home(Path("nowhere"))
+    assert sorted(path.name for path in home.iterdir()) == ["emotion-0.1"]
+    assert len(list(home.glob("*/*/seed-*"))) == setting.seeds
+
+
+def test_nothing_is_learnt_from_zero_and_much_from_a_random_start() -> None:
+    stuck = capacity.train(8, "zero", 0, 200, 1, 2)
+    assert all(record["change"] == 0 for record in stuck)
+    assert capacity.correlations(stuck) == {"pearson": None, "spearman": None, "late": None, "stepwise": None}
+    learnt = capacity.train(8, "random", 0, 1000, 3, 5)
+    assert learnt[0]["change"] == 0
+    assert learnt[-1]["accuracy"] > learnt[0]["accuracy"] + 0.2
+    assert learnt == capacity.train(8, "random", 0, 1000, 3, 5)
+    assert capacity.train(8, "zero last", 0, 200, 1, 2)[-1]["change"] > 0
+
+
+def test_correlations_along_a_run() -> None:
+    records = [{"change": float(i), "accuracy": a} for i, a in enumerate([0.0, 0.1, 0.2, 0.3, 0.2, 0.1])]
+    found = capacity.correlations(records)
+    assert found["pearson"] == pytest.approx(0.4, abs=0.15)
+    assert found["late"] == pytest.approx(-1)
+
+
+def test_the_quick_capacity_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(capacity, "QUICK_WIDTHS", (4, 8))
+    outcome = run(CAPACITY, tmp_path / "c", Setting(True, 1), quiet)
+    assert len(results(tmp_path / "c")) == len(capacity.STARTS) * 2
+    assert "move by 0" in outcome.reading[0]
+    assert "undefined" in (tmp_path / "c" / "capacity.md").read_text()
