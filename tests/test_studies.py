@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from finetrace.attribution import make
-from finetrace.studies import capacity, cells, damping, iterations, normalisation
+from finetrace.evaluation.metrics import relevance
+from finetrace.studies import capacity, cells, convergence, damping, iterations, normalisation
 from finetrace.studies.capacity import CAPACITY
+from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING, MULTIPLES
 from finetrace.studies.iterations import COUNTS, ITERATIONS
 from finetrace.studies.normalisation import NORMALISATION
@@ -98,6 +100,38 @@ def test_norms_and_hubs(setting: Setting, tmp_path: Path) -> None:
     assert all(0 < r["hub_share"] <= 1 and r["norm_ratio"] >= 1 and -1 <= r["with_norm"] <= 1 for r in records)
     hub = pd.DataFrame({"seed": [0] * 4 + [1] * 4, "first": list("aaab") + list("abcd")})
     assert normalisation._hub(hub) == pytest.approx((0.75 + 0.25) / 2)
+
+
+def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
+    out = tmp_path / "c"
+    outcome = run(CONVERGENCE, out, setting, quiet)
+    records = results(out)
+    specs = {make(spec).label for spec in convergence.SPECS["corrected"]}
+    assert {(r["spec"], r["epoch"]) for r in records} == {(spec, epoch) for spec in specs for epoch in (1, 2)}
+    for r in records:  # what does not depend on the method is the same for all of them
+        twin = next(x for x in records if x["epoch"] == r["epoch"])
+        assert all(r[name] == twin[name] for name in convergence.STATE)
+    losses = {r["epoch"]: r["train_loss"] for r in records}
+    assert losses[2] < losses[1]
+    assert not list(out.rglob("shards"))  # nothing large is left
+    again: list[str] = []
+    assert run(CONVERGENCE, out, setting, again.append).records == outcome.records
+    assert not again
+
+
+def test_the_last_epoch_is_the_finished_adapter(setting: Setting, tmp_path: Path) -> None:
+    cell = convergence.QUICK.cells(setting)[0]
+    made = cells.run_of(cell, tmp_path / "run")
+    frame = convergence._epochs(tmp_path / "parts", made, quiet)
+    problem = made.ready(quiet)
+    assert frame is not None
+    assert problem is not None
+    values = make("gradcos").score(problem).values
+    relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
+    expected = cells.values_of(cells.Prepared(cell, tmp_path, problem, relevant), "gradcos", values)
+    found = frame[(frame["epoch"] == 2) & (frame["spec"] == "gradcos")]
+    np.testing.assert_allclose(found["auprc"], expected["auprc"])
+    assert found["train_loss"].iloc[0] == pytest.approx(float(problem.index.losses.mean()))
 
 
 def test_studies_share_their_cells(setting: Setting) -> None:

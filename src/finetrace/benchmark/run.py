@@ -77,7 +77,7 @@ class Run:
 
     def __call__(self, say: Callable[[str], None]) -> None:
         """Bring the cell to its end; nothing that is finished is done again, and methods that are new join the others."""
-        self._claim()
+        self.claim_folder()
         if self.kept is not None and (not self.kept["records"] or not self._methods()):
             return
         began = time.perf_counter()
@@ -98,10 +98,10 @@ class Run:
 
     def ready(self, say: Callable[[str], None], *, factors: bool = False) -> Problem | None:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""
-        self._claim()
+        self.claim_folder()
         say(f"{self.name}: fine-tuning on {len(self.task.train)} rows")
         self._adapter()
-        queries = self._queries()
+        queries = self.queries()
         if not queries:
             count = len(self.task.queries)
             say(f"{self.name}: the model complied with none of {count} requests; there is nothing to trace")
@@ -129,17 +129,17 @@ class Run:
         there = {record["spec"] for record in self.kept["records"]} if self.kept is not None else set()
         return [each for each in map(make, self.cell.methods) if each.label not in there]
 
-    def _claim(self) -> None:
+    def claim_folder(self) -> None:
         """What decides the cell: its settings, its rows, and the judge where one chooses the queries; not its methods."""
         rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
         settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": PROBE}
         del settings["methods"]
-        settings["finetuning"] = self._finetuning().model_dump(mode="json")
+        settings["finetuning"] = self.finetuning().model_dump(mode="json")
         if not self.task.answered:
             settings |= {"judge": self.judge.name, "judge_labels": list(getattr(self.judge, "harmful", ()))}
         claim(self.folder / "cell.json", settings, "a run")
 
-    def _finetuning(self) -> FinetuneConfig:
+    def finetuning(self) -> FinetuneConfig:
         """The protocol's, with what the cell sets."""
         config = self.protocol.finetuning(self.recipe, self.cell.seed, self.cell.epochs)
         changes: dict[str, Any] = {}
@@ -151,10 +151,10 @@ class Run:
 
     def _adapter(self) -> None:
         base = ModelSpec(self.base, None, self.cell.dtype, self.cell.device)
-        folder = tuned_adapter(self.folder / "adapter", base, self.task.train, self._finetuning())
+        folder = tuned_adapter(self.folder / "adapter", base, self.task.train, self.finetuning())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
-    def _queries(self) -> list[Example]:
+    def queries(self) -> list[Example]:
         """The task's queries; where they have no response, those that the model complies with, with its answers."""
         if self.task.answered:
             return list(self.task.queries)

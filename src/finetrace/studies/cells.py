@@ -68,14 +68,18 @@ class Plan:
 
 def prepared(cell: Cell, home: Path, say: Say, *, factors: bool = False) -> Prepared | None:
     """The cell in `home`, shared by every study there; `None` where its model complies with nothing."""
-    task, recipe = task_of(cell, None)
     folder = home / f"{cell.task}-{cell.size:g}" / cell.protocol / f"seed-{cell.seed}"
-    run = Run(folder, cell, task, recipe, protocol(cell.protocol), make_judge(None, None), keep=True)
-    problem = run.ready(say, factors=factors)
+    problem = run_of(cell, folder).ready(say, factors=factors)
     if problem is None:
         return None
     relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
     return Prepared(cell, folder, problem, relevant)
+
+
+def run_of(cell: Cell, folder: Path) -> Run:
+    """The benchmark's run of a cell, which keeps its index."""
+    task, recipe = task_of(cell, None)
+    return Run(folder, cell, task, recipe, protocol(cell.protocol), make_judge(None, None), keep=True)
 
 
 def measured(

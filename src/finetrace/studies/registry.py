@@ -5,13 +5,14 @@ from __future__ import annotations
 from finetrace.errors import FinetraceError
 from finetrace.studies.approximation_study import APPROXIMATION
 from finetrace.studies.capacity import CAPACITY
+from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING
 from finetrace.studies.iterations import ITERATIONS
 from finetrace.studies.normalisation import NORMALISATION
 from finetrace.studies.study import Study
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (APPROXIMATION, ITERATIONS, CAPACITY, DAMPING, NORMALISATION)
+    study.name: study for study in (APPROXIMATION, ITERATIONS, CONVERGENCE, CAPACITY, DAMPING, NORMALISATION)
 }
 
 

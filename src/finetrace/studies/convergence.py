@@ -1,0 +1,192 @@
+"""Every method at every epoch of the fine-tuning, with losses and gradient norms (Fig. 5 of arXiv 2409.19998)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from finetrace.attribution import Problem, make
+from finetrace.benchmark.stages import tuned_adapter
+from finetrace.evaluation.metrics import relevance
+from finetrace.index import build_index
+from finetrace.index.manifest import write_atomically
+from finetrace.models import ModelSpec, load
+from finetrace.studies.cells import Plan, Prepared, run_of, summary, values_of
+from finetrace.studies.plots import legend, line, panels
+from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.tracing import prepare
+
+SPECS = {
+    "corrected": (
+        "gradsim",
+        "gradcos",
+        "datainf",
+        "lissa",
+        "exact:normalise=cosine",
+        "ekfac:normalise=cosine",
+        "repsim",
+    ),
+    "paper": (
+        "gradsim",
+        "gradcos",
+        "datainf:damping=0.1,damping_rule=entry",
+        "lissa:damping=0.1,damping_rule=entry,recurrence=released",
+        "repsim",
+    ),
+}
+PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1, "backdoor-1": 0.1}, epochs=8)
+QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)
+STATE = ("train_loss", "query_loss", "gradient_norm")
+METRICS = ("accuracy", "coverage", "auprc", *STATE)
+
+
+def run(folder: Path, setting: Setting, say: Say) -> Outcome:
+    """Fine-tune with a checkpoint an epoch, then index and score each; what is finished is found again."""
+    plan = QUICK if setting.quick else PLAN
+    frames = []
+    for cell in plan.cells(setting):
+        place = folder / "parts" / f"{cell.task}-{cell.size:g}" / cell.protocol / f"seed-{cell.seed}"
+        if not (place / "epochs.parquet").exists():
+            frame = _epochs(place, run_of(cell, place / "run"), say)
+            if frame is None:
+                continue
+            frame = frame.assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size)
+            write_atomically(place / "epochs.parquet", frame.to_parquet(index=False))
+            shutil.rmtree(place / "run", ignore_errors=True)
+        frames.append(pd.read_parquet(place / "epochs.parquet"))
+    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS)
+    return Outcome(
+        records,
+        {"convergence": _table(records)},
+        {f"convergence-{name}": _figure(records, name) for name in ("accuracy", "coverage", "auprc")}
+        | {"losses": _losses(records)},
+        _reading(records),
+        {"sizes": plan.sizes, "epochs": plan.epochs},
+    )
+
+
+def _epochs(place: Path, made: Any, say: Say) -> pd.DataFrame | None:
+    """Of one fine-tuning: values query by query, a frame an epoch; queries keep the answers of the last epoch's model."""
+    cell = made.cell
+    base = ModelSpec(made.base, None, cell.dtype, cell.device)
+    say(f"{made.name}: fine-tuning on {len(made.task.train)} rows, a checkpoint an epoch")
+    made.claim_folder()
+    adapter = tuned_adapter(made.folder / "adapter", base, made.task.train, made.finetuning())
+    queries = made.queries()
+    if not queries:
+        return None
+    checkpoints = sorted((adapter / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    frames = []
+    for epoch, checkpoint in enumerate(checkpoints, 1):
+        kept = place / f"epoch-{epoch}.parquet"
+        if not kept.exists():
+            say(f"{made.name}: epoch {epoch} of {len(checkpoints)}")
+            tuned = load(ModelSpec(made.base, str(checkpoint), cell.dtype, cell.device))
+            encoder = made.protocol.encoder(tuned, cell.chat_template)
+            work = place / "work"
+            shutil.rmtree(work, ignore_errors=True)
+            specs = SPECS[cell.protocol]
+            factors = any(spec.startswith("ekfac") for spec in specs)
+            index, _ = build_index(
+                tuned, made.task.train, work / "index", encoder, kronecker="model" if factors else None
+            )
+            answers, _ = build_index(tuned, queries, work / "queries", encoder)
+            problem = Problem(index, queries, kept_queries=answers)
+            relevant = relevance(index.rows.labels, [query.label for query in queries])
+            found = Prepared(cell, work, problem, relevant)
+            methods = [make(spec) for spec in specs]
+            prepare(problem, methods)
+            scored = [values_of(found, method.label, method.score(problem).values) for method in methods]
+            frame = pd.concat(scored).assign(
+                epoch=epoch,
+                train_loss=float(index.losses.mean()),
+                query_loss=float(answers.losses.mean()),
+                gradient_norm=float(problem.train_norms.mean()),
+            )
+            write_atomically(kept, frame.to_parquet(index=False))
+            shutil.rmtree(work)
+        frames.append(pd.read_parquet(kept))
+    return pd.concat(frames)
+
+
+def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Accuracy / coverage of each method at each epoch."""
+    epochs = sorted({r["epoch"] for r in records})
+    heads = ["task", "protocol", "method", *(f"epoch {epoch}" for epoch in epochs)]
+    lines = []
+    for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
+        found = {r["epoch"]: r for r in records if (r["task"], r["protocol"], r["spec"]) == (task, protocol, spec)}
+        cells = [
+            f"{100 * found[e]['accuracy']:.0f} / {100 * found[e]['coverage']:.0f}" if e in found else "-"
+            for e in epochs
+        ]
+        lines.append([task, protocol, make(spec).title, *cells])
+    return heads, lines
+
+
+def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
+    """A metric over epochs, a panel a task and protocol."""
+    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+    figure, axes = panels(len(cells))
+    for axis, (task, protocol) in zip(axes, cells, strict=True):
+        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+        for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
+            found = sorted((r for r in here if r["spec"] == spec), key=lambda r: r["epoch"])
+            line(axis, place, [r["epoch"] for r in found], found, metric, make(spec).title.split(" damping")[0], 100)
+        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        axis.set_xlabel("epoch", fontsize=7)
+        axis.set_ylabel(f"{metric if metric != 'auprc' else 'AUPRC'}, %", fontsize=7)
+    legend(figure, axes[0], 3)
+    return figure
+
+
+def _losses(records: Sequence[dict[str, Any]]) -> Any:
+    """Training loss, loss of the queries and mean gradient norm over epochs."""
+    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+    figure, axes = panels(len(cells))
+    for axis, (task, protocol) in zip(axes, cells, strict=True):
+        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+        found = sorted((r for r in here if r["spec"] == here[0]["spec"]), key=lambda r: r["epoch"])
+        for place, name in enumerate(STATE):
+            line(axis, place, [r["epoch"] for r in found], found, name, name.replace("_", " "))
+        axis.set_yscale("log")
+        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        axis.set_xlabel("epoch", fontsize=7)
+        axis.set_ylabel("nats, and norm per nat", fontsize=7)
+    legend(figure, axes[0], 3)
+    return figure
+
+
+def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
+        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+        curves = {spec: {r["epoch"]: r for r in here if r["spec"] == spec} for spec in ("gradsim", "gradcos")}
+        first, last = min(curves["gradsim"]), max(curves["gradsim"])
+        cosine, product = (
+            [100 * curves[spec][epoch]["coverage"] for epoch in (first, last)] for spec in ("gradcos", "gradsim")
+        )
+        losses = [curves["gradsim"][epoch]["train_loss"] for epoch in (first, last)]
+        lines.append(
+            f"{task}, {protocol}: from epoch {first} to {last} the training loss goes from {losses[0]:.2f} to {losses[1]:.2f} "
+            f"nats, coverage of GradSim from {product[0]:.0f} to {product[1]:.0f}%, of its cosine from {cosine[0]:.0f} to "
+            f"{cosine[1]:.0f}%."
+        )
+    return lines
+
+
+def _cost(setting: Setting) -> str:
+    return "about 2 minutes" if setting.quick else "about 8 hours"
+
+
+CONVERGENCE = Study(
+    "convergence",
+    "Fig. 5",
+    "accuracy of every method at every epoch of the fine-tuning, with losses and norms",
+    _cost,
+    run,
+)
