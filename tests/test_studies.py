@@ -13,11 +13,12 @@ import torch
 
 from finetrace.attribution import make
 from finetrace.evaluation.metrics import relevance
-from finetrace.studies import capacity, cells, convergence, damping, iterations, normalisation
+from finetrace.studies import capacity, cells, convergence, damping, iterations, layers, normalisation
 from finetrace.studies.capacity import CAPACITY
 from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING, MULTIPLES
 from finetrace.studies.iterations import COUNTS, ITERATIONS
+from finetrace.studies.layers import LAYERS
 from finetrace.studies.normalisation import NORMALISATION
 from finetrace.studies.study import Setting
 from finetrace.studies.write import run
@@ -132,6 +133,33 @@ def test_the_last_epoch_is_the_finished_adapter(setting: Setting, tmp_path: Path
     found = frame[(frame["epoch"] == 2) & (frame["spec"] == "gradcos")]
     np.testing.assert_allclose(found["auprc"], expected["auprc"])
     assert found["train_loss"].iloc[0] == pytest.approx(float(problem.index.losses.mean()))
+
+
+def test_layers_are_chosen_by_number_and_place() -> None:
+    found = layers.choices(30, False)
+    assert list(found) == ["last 1", "last 2", "last 4", "last 8", "middle 1", "middle 4", "first 1", "first 4", "all"]
+    assert found["last 4"] == (26, 27, 28, 29)
+    assert found["middle 4"] == (13, 14, 15, 16)
+    assert found["first 1"] == (0,)
+    assert len(found["all"]) == 30
+    assert list(layers.choices(4, False)) == ["last 1", "last 2", "middle 1", "first 1", "all"]
+
+
+def test_trained_layers_and_layers_looked_at(setting: Setting, tmp_path: Path) -> None:
+    out = tmp_path / "l"
+    outcome = run(LAYERS, out, setting, quiet)
+    records = results(out)
+    trained = [r for r in records if r["what"] == "trained"]
+    assert {r["trained"] for r in trained} == {"last 1", "middle 1", "first 1", "all"}
+    looks = [r for r in records if r["what"] != "trained"]
+    assert {(r["what"], r["layer"]) for r in looks} == {(w, k) for w in (*layers.LOOKS, layers.STATES) for k in (1, 2)}
+    last = next(r for r in looks if r["what"] == layers.STATES and r["layer"] == 2)
+    repsim = next(r for r in trained if r["trained"] == "all" and r["spec"] == "repsim")
+    assert last["auprc"] == repsim["auprc"]  # RepSim is of the last layer
+    assert not list(out.rglob("shards"))
+    again: list[str] = []
+    assert run(LAYERS, out, setting, again.append).records == outcome.records
+    assert not again
 
 
 def test_studies_share_their_cells(setting: Setting) -> None:

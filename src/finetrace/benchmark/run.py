@@ -155,14 +155,21 @@ class Run:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     def queries(self) -> list[Example]:
-        """The task's queries; where they have no response, those that the model complies with, with its answers."""
+        """Those of `queries_of` the fine-tuned model."""
+        return self.queries_of(lambda: self.tuned, self.folder)
+
+    def queries_of(self, model: Callable[[], Loaded], folder: Path) -> list[Example]:
+        """The task's queries; where they have no response, those that `model` complies with, with its answers.
+
+        The answers and the judge's verdicts are kept in `folder`.
+        """
         if self.task.answered:
             return list(self.task.queries)
-        template = self.protocol.encoder(self.tuned, self.cell.chat_template).template
-        answers = kept_answers(self.folder / "answers.jsonl", self.task.queries, lambda: self.tuned, template)
+        template = self.protocol.encoder(model(), self.cell.chat_template).template
+        answers = kept_answers(folder / "answers.jsonl", self.task.queries, model, template)
         verdicts = complied(self.judge, answers)
         write_atomically(
-            self.folder / "behaviour.json",
+            folder / "behaviour.json",
             json.dumps({"judge": self.judge.name, "complied": verdicts}, indent=1).encode(),
         )
         return [each for each, yes in zip(answers, verdicts, strict=True) if yes]

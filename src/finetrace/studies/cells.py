@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,18 @@ from finetrace.attribution import Problem, make
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Cell, Run
 from finetrace.benchmark.runner import task_of
+from finetrace.collection import Representation
+from finetrace.collection.factors import Labels
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import make_judge
 from finetrace.evaluation.metrics import METRICS, precision_at, relevance
 from finetrace.evaluation.seeds import bootstrap_crossed
+from finetrace.examples import Example
 from finetrace.fingerprint import of_text
+from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
+from finetrace.models import Loaded
 from finetrace.studies.study import Say, Setting
 from finetrace.tracing import prepare
 
@@ -76,6 +83,32 @@ def prepared(cell: Cell, home: Path, say: Say, *, factors: bool = False) -> Prep
     return Prepared(cell, folder, problem, relevant)
 
 
+def indexed(
+    made: Run,
+    tuned: Loaded,
+    queries: Sequence[Example],
+    work: Path,
+    specs: Sequence[str],
+    representations: Sequence[Representation] = DEFAULT_REPRESENTATIONS,
+) -> Prepared:
+    """The rows of a run and some queries under another model than the run's own, in a folder that is emptied first."""
+    shutil.rmtree(work, ignore_errors=True)
+    encoder = made.protocol.encoder(tuned, made.cell.chat_template)
+    fit: Labels | None = "model" if any(make(spec).name in ("ekfac", "kfac") for spec in specs) else None
+    kinds = tuple(representations)
+    index, _ = build_index(tuned, made.task.train, work / "index", encoder, representations=kinds, kronecker=fit)
+    kept, _ = build_index(tuned, queries, work / "queries", encoder, representations=kinds)
+    problem = Problem(index, queries, kept_queries=kept)
+    prepare(problem, [make(spec) for spec in specs])
+    return Prepared(made.cell, work, problem, relevance(index.rows.labels, [query.label for query in queries]))
+
+
+def scored(found: Prepared, specs: Sequence[str]) -> pd.DataFrame:
+    """The metrics of some methods query by query."""
+    methods = [make(spec) for spec in specs]
+    return pd.concat([values_of(found, method.label, method.score(found.problem).values) for method in methods])
+
+
 def run_of(cell: Cell, folder: Path) -> Run:
     """The benchmark's run of a cell, which keeps its index."""
     task, recipe = task_of(cell, None)
@@ -92,9 +125,8 @@ def measured(
     """
 
     def look(found: Prepared) -> pd.DataFrame:
-        methods = [make(spec) for spec in specs]
-        prepare(found.problem, methods)
-        return pd.concat([values_of(found, method.label, method.score(found.problem).values) for method in methods])
+        prepare(found.problem, [make(spec) for spec in specs])
+        return scored(found, specs)
 
     return pd.concat(list(parts(plan, "-".join(specs), folder, home, setting, say, look, factors=factors)))
 

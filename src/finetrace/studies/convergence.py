@@ -9,16 +9,13 @@ from typing import Any
 
 import pandas as pd
 
-from finetrace.attribution import Problem, make
+from finetrace.attribution import make
 from finetrace.benchmark.stages import tuned_adapter
-from finetrace.evaluation.metrics import relevance
-from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import Plan, Prepared, run_of, summary, values_of
+from finetrace.studies.cells import Plan, indexed, run_of, scored, summary
 from finetrace.studies.plots import legend, line, panels
 from finetrace.studies.study import Outcome, Say, Setting, Study
-from finetrace.tracing import prepare
 
 SPECS = {
     "corrected": (
@@ -86,29 +83,16 @@ def _epochs(place: Path, made: Any, say: Say) -> pd.DataFrame | None:
         if not kept.exists():
             say(f"{made.name}: epoch {epoch} of {len(checkpoints)}")
             tuned = load(ModelSpec(made.base, str(checkpoint), cell.dtype, cell.device))
-            encoder = made.protocol.encoder(tuned, cell.chat_template)
-            work = place / "work"
-            shutil.rmtree(work, ignore_errors=True)
             specs = SPECS[cell.protocol]
-            factors = any(spec.startswith("ekfac") for spec in specs)
-            index, _ = build_index(
-                tuned, made.task.train, work / "index", encoder, kronecker="model" if factors else None
-            )
-            answers, _ = build_index(tuned, queries, work / "queries", encoder)
-            problem = Problem(index, queries, kept_queries=answers)
-            relevant = relevance(index.rows.labels, [query.label for query in queries])
-            found = Prepared(cell, work, problem, relevant)
-            methods = [make(spec) for spec in specs]
-            prepare(problem, methods)
-            scored = [values_of(found, method.label, method.score(problem).values) for method in methods]
-            frame = pd.concat(scored).assign(
+            found = indexed(made, tuned, queries, place / "work", specs)
+            frame = scored(found, specs).assign(
                 epoch=epoch,
-                train_loss=float(index.losses.mean()),
-                query_loss=float(answers.losses.mean()),
-                gradient_norm=float(problem.train_norms.mean()),
+                train_loss=float(found.problem.index.losses.mean()),
+                query_loss=float(found.problem.features.losses.mean()),
+                gradient_norm=float(found.problem.train_norms.mean()),
             )
             write_atomically(kept, frame.to_parquet(index=False))
-            shutil.rmtree(work)
+            shutil.rmtree(place / "work")
         frames.append(pd.read_parquet(kept))
     return pd.concat(frames)
 

@@ -8,11 +8,12 @@ from finetrace.studies.capacity import CAPACITY
 from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING
 from finetrace.studies.iterations import ITERATIONS
+from finetrace.studies.layers import LAYERS
 from finetrace.studies.normalisation import NORMALISATION
 from finetrace.studies.study import Study
 
 STUDIES: dict[str, Study] = {
-    study.name: study for study in (APPROXIMATION, ITERATIONS, CONVERGENCE, CAPACITY, DAMPING, NORMALISATION)
+    study.name: study for study in (APPROXIMATION, ITERATIONS, CONVERGENCE, CAPACITY, LAYERS, DAMPING, NORMALISATION)
 }
 
 

@@ -1,0 +1,208 @@
+"""The number and the place of the layers: those that are trained, and those that attribution looks at.
+
+Fig. 8 of arXiv 2409.19998 trains adapters on 1, 2, 4, 8 and all layers, and asks how accurate each method is. Beside it stands
+the other question: of one adapter on all layers, which layers' gradients and which layers' hidden states say most?
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from finetrace.attribution import make
+from finetrace.benchmark.run import Run
+from finetrace.benchmark.stages import tuned_adapter
+from finetrace.collection import Representation
+from finetrace.fingerprint import of_text
+from finetrace.index.manifest import write_atomically
+from finetrace.models import ModelSpec, load
+from finetrace.studies.cells import Plan, indexed, run_of, scored, summary
+from finetrace.studies.plots import legend, line, panels
+from finetrace.studies.study import Outcome, Say, Setting, Study
+
+SPECS = {
+    "corrected": ("gradsim", "gradcos", "datainf", "exact:normalise=cosine", "ekfac:normalise=cosine", "repsim"),
+    "paper": (
+        "gradsim",
+        "gradcos",
+        "datainf:damping=0.1,damping_rule=entry",
+        "lissa:damping=0.1,damping_rule=entry,recurrence=released",
+        "repsim",
+    ),
+}
+PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1})
+QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=1)
+METRICS = ("accuracy", "coverage", "auprc")
+LOOKS = {"gradient, cosine": "gradcos:layers={}", "gradient, product": "gradsim:layers={}"}
+STATES = "hidden state (RepSim)"
+
+
+def choices(depth: int, quick: bool) -> dict[str, tuple[int, ...]]:
+    """Which layers carry an adapter, by name: `last 4`, `first 4`, `middle 4`, `all`."""
+    every = tuple(range(depth))
+    found = {}
+    for count in (1,) if quick else (1, 2, 4, 8):
+        if count < depth:
+            found[f"last {count}"] = every[-count:]
+    for place, start in (("middle", lambda count: (depth - count) // 2), ("first", lambda count: 0)):
+        for count in (1,) if quick else (1, 4):
+            if count < depth:
+                found[f"{place} {count}"] = every[start(count) : start(count) + count]
+    return {**found, "all": every}
+
+
+def run(folder: Path, setting: Setting, say: Say) -> Outcome:
+    """Fine-tune each choice, score each, and look at each layer of the last; what is finished is found again."""
+    plan = QUICK if setting.quick else PLAN
+    frames = []
+    for cell in plan.cells(setting):
+        place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr(cell))}"
+        frames += _choices(place, run_of(cell, place), setting.quick, say)
+    frame = pd.concat(frames)
+    records = summary(frame, ("task", "protocol", "what", "trained", "layer", "spec"), METRICS)
+    trained = [r for r in records if r["what"] == "trained"]
+    looks = [r for r in records if r["what"] != "trained"]
+    return Outcome(
+        records,
+        {"layers-trained": _table(trained), "layers-looked-at": _best(looks)},
+        {"layers-trained": _trained(trained), "layers-looked-at": _looked(looks)},
+        _reading(trained, looks),
+        {"sizes": plan.sizes},
+    )
+
+
+def _choices(place: Path, made: Run, quick: bool, say: Say) -> list[pd.DataFrame]:
+    cell, frames = made.cell, []
+    base = ModelSpec(made.base, None, cell.dtype, cell.device)
+    depth = int(load(base).model.config.num_hidden_layers)
+    for name, layers in choices(depth, quick).items():
+        kept = place / f"{name.replace(' ', '-')}.parquet"
+        if not kept.exists():
+            say(f"{made.name}: an adapter on {name} of {depth} layers")
+            work = place / name.replace(" ", "-")
+            config = made.finetuning().model_copy(update={"layers": None if name == "all" else layers})
+            tuned_adapter(work / "adapter", base, made.task.train, config)
+            tuned = load(ModelSpec(made.base, str(work / "adapter"), cell.dtype, cell.device))
+            queries = made.queries_of(lambda tuned=tuned: tuned, work)  # type: ignore[misc]
+            frame = _scores(made, tuned, queries, work, name, depth) if queries else pd.DataFrame()
+            frame = frame.assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size, trained=name)
+            write_atomically(kept, frame.to_parquet(index=False))
+            shutil.rmtree(work)
+        frame = pd.read_parquet(kept)
+        if len(frame):
+            frames.append(frame)
+    return frames
+
+
+def _scores(made: Run, tuned: Any, queries: Sequence[Any], work: Path, name: str, depth: int) -> pd.DataFrame:
+    """Every method; for the adapter on all layers, every layer by itself too. `layer` counts from 1, -1 for all."""
+    specs = SPECS[made.cell.protocol]
+    states = [Representation(layer) for layer in (range(1, depth + 1) if name == "all" else (-1,))]
+    found = indexed(made, tuned, queries, work / "scored", specs, [each.resolve(depth) for each in states])
+    frames = [scored(found, specs).assign(what="trained", layer=-1)]
+    for layer in range(1, depth + 1) if name == "all" else ():
+        for look, spec in LOOKS.items():
+            frames.append(scored(found, [spec.format(layer - 1)]).assign(what=look, layer=layer, spec=look))
+        frames.append(scored(found, [f"repsim:layer={layer}"]).assign(what=STATES, layer=layer, spec=STATES))
+    return pd.concat(frames)
+
+
+def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    names = list(dict.fromkeys(r["trained"] for r in records))
+    heads = ["task", "protocol", "method", *names]
+    lines = []
+    for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
+        here = {r["trained"]: r for r in records if (r["task"], r["protocol"], r["spec"]) == (task, protocol, spec)}
+        cells = [
+            f"{100 * here[n]['accuracy']:.0f} / {100 * here[n]['coverage']:.0f}" if n in here else "-" for n in names
+        ]
+        lines.append([task, protocol, make(spec).title, *cells])
+    return heads, lines
+
+
+def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    heads = [
+        "task",
+        "protocol",
+        "what is looked at",
+        "best layer",
+        "AUPRC there",
+        "AUPRC, last layer",
+        "median of layers",
+    ]
+    lines = []
+    for task, protocol, what in dict.fromkeys((r["task"], r["protocol"], r["what"]) for r in records):
+        here = [r for r in records if (r["task"], r["protocol"], r["what"]) == (task, protocol, what)]
+        best, last = max(here, key=lambda r: r["auprc"]), max(here, key=lambda r: r["layer"])
+        middle = sorted(r["auprc"] for r in here)[len(here) // 2]
+        interval = f"{best['auprc']:.2f} {best['auprc_low']:.2f}-{best['auprc_high']:.2f}"
+        lines.append([task, protocol, what, str(best["layer"]), interval, f"{last['auprc']:.2f}", f"{middle:.2f}"])
+    return heads, lines
+
+
+def _trained(records: Sequence[dict[str, Any]]) -> Any:
+    """Coverage over the choice of trained layers, a panel a task and protocol."""
+    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+    names = list(dict.fromkeys(r["trained"] for r in records))
+    figure, axes = panels(len(cells), height=2.6)
+    for axis, (task, protocol) in zip(axes, cells, strict=True):
+        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+        for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
+            found = sorted((r for r in here if r["spec"] == spec), key=lambda r: names.index(r["trained"]))
+            x = [names.index(r["trained"]) for r in found]
+            line(axis, place, x, found, "coverage", make(spec).title.split(" damping")[0], 100)
+        axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        axis.set_xlabel("layers with an adapter", fontsize=7)
+        axis.set_ylabel("coverage, %", fontsize=7)
+    legend(figure, axes[0], 3)
+    return figure
+
+
+def _looked(records: Sequence[dict[str, Any]]) -> Any:
+    """AUPRC by each layer alone, of an adapter on all layers."""
+    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+    figure, axes = panels(len(cells))
+    for axis, (task, protocol) in zip(axes, cells, strict=True):
+        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+        for place, what in enumerate(dict.fromkeys(r["what"] for r in here)):
+            found = sorted((r for r in here if r["what"] == what), key=lambda r: r["layer"])
+            line(axis, place, [r["layer"] for r in found], found, "auprc", what)
+        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        axis.set_xlabel("layer", fontsize=7)
+        axis.set_ylabel("AUPRC", fontsize=7)
+    legend(figure, axes[0], 3)
+    return figure
+
+
+def _reading(trained: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> list[str]:
+    lines = []
+    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in looks):
+        parts = []
+        for what in dict.fromkeys(r["what"] for r in looks):
+            here = [r for r in looks if (r["task"], r["protocol"], r["what"]) == (task, protocol, what)]
+            best = max(here, key=lambda r: r["auprc"])
+            parts.append(f"{what}: layer {best['layer']} ({best['auprc']:.2f})")
+        whole = next(
+            r
+            for r in trained
+            if (r["task"], r["protocol"], r["spec"], r["trained"]) == (task, protocol, "gradcos", "all")
+        )
+        lines.append(
+            f"{task}, {protocol}: the single layer with the best AUPRC is, by {'; '.join(parts)}; the cosine over all layers "
+            f"has {whole['auprc']:.2f}."
+        )
+    return lines
+
+
+def _cost(setting: Setting) -> str:
+    return "about 3 minutes" if setting.quick else "about 8 hours"
+
+
+LAYERS = Study(
+    "layers", "Fig. 8", "the number and the place of the trained layers, and what each layer by itself says", _cost, run
+)
