@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -23,6 +23,9 @@ from finetrace.forward import Batch
 from finetrace.models import Loaded, save_adapter
 from finetrace.prefix import frozen_prefix
 from finetrace.training import ResponseTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def finetune(
     data and seed give the same adapter bit by bit on the same machine; a killed run started again with `resume` ends
     at that adapter too.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import PeftModel
 
     config = config or FinetuneConfig()
     checkpoints = folder / "checkpoints"
@@ -82,22 +85,7 @@ def finetune(
     if last is not None:
         _check_same(folder / SAVED, saved)
 
-    set_seed(config.seed)
-    try:
-        lora = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=config.dropout,
-            target_modules=_targets(config.target_modules, loaded.model),
-            layers_to_transform=list(config.layers) if config.layers is not None else None,
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(loaded.model, lora)
-    except (ValueError, re.error) as error:
-        raise FinetraceError(
-            f"--target-modules {' '.join(config.target_modules)}: {str(error).splitlines()[0][:200]}"
-        ) from error
-    model.peft_config["default"].base_model_name_or_path = loaded.spec.model
+    model = new_adapter(loaded, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / SAVED).write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
@@ -128,6 +116,33 @@ def finetune(
     save_adapter(model, folder)
     loaded.model = model
     return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
+
+
+def new_adapter(loaded: Loaded, config: FinetuneConfig) -> PeftModel:
+    """The model with the adapter that a fine-tuning of `config` starts from; its B are zero, so it computes what it did.
+
+    Raises:
+        FinetraceError: The layers that are to get an adapter are not there.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    set_seed(config.seed)
+    try:
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=config.dropout,
+            target_modules=_targets(config.target_modules, loaded.model),
+            layers_to_transform=list(config.layers) if config.layers is not None else None,
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(loaded.model, lora)
+    except (ValueError, re.error) as error:
+        raise FinetraceError(
+            f"--target-modules {' '.join(config.target_modules)}: {str(error).splitlines()[0][:200]}"
+        ) from error
+    model.peft_config["default"].base_model_name_or_path = loaded.spec.model
+    return model
 
 
 def finished(folder: Path) -> bool:

@@ -19,7 +19,9 @@ def study(
         typer.Option(help="Folder of the results; a run that stopped goes on there. study-NAME by default."),
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes on two cores.")] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Repetitions with other data and initialisation.")] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repetitions with other data and initialisation; 3, or 1 with --quick.")
+    ] = None,
     cells: Annotated[
         Path | None, typer.Option(help="Folder of fine-tuned and indexed tasks that several studies share.")
     ] = None,
@@ -42,7 +44,7 @@ def study(
         from finetrace.studies.write import run
 
         chosen = find(name)
-        setting = Setting(quick, seeds, model, options.dtype(dtype), device, cells)
+        setting = Setting(quick, seeds or (1 if quick else 3), model, options.dtype(dtype), device, cells)
         folder = out or Path(f"study-{name}")
         options.say(f"{name}: {chosen.cost(setting)} on two cores")
         outcome = run(chosen, folder, setting, options.say)

@@ -10,11 +10,11 @@ from finetrace.studies.damping import DAMPING
 from finetrace.studies.iterations import ITERATIONS
 from finetrace.studies.layers import LAYERS
 from finetrace.studies.normalisation import NORMALISATION
+from finetrace.studies.parameters_study import PARAMETERS
 from finetrace.studies.study import Study
 
-STUDIES: dict[str, Study] = {
-    study.name: study for study in (APPROXIMATION, ITERATIONS, CONVERGENCE, CAPACITY, LAYERS, DAMPING, NORMALISATION)
-}
+_ALL = (APPROXIMATION, ITERATIONS, CONVERGENCE, PARAMETERS, CAPACITY, LAYERS, DAMPING, NORMALISATION)
+STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
 
 def study(name: str) -> Study:

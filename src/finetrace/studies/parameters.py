@@ -1,0 +1,227 @@
+"""Change of parameters against change of behaviour (Table 6 and Fig. 6 of arXiv 2409.19998).
+
+The study finds that models which differ little in their parameters differ much in behaviour, and concludes that influence,
+which is about parameters, cannot tell of behaviour. Two things are measured beside its distance. Adapters started from
+different random values are far apart whatever they learnt, so the distance is taken between what the adapters do, too:
+B A alpha / r. And influence uses no distance: it uses the inner product of the change with a query's gradient, which is the
+first-order change of that query's loss.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from scipy.stats import pearsonr, spearmanr
+from torch import Tensor
+
+from finetrace.benchmark.stages import complied, kept_answers, tuned_adapter
+from finetrace.collection import Block, Collector, track
+from finetrace.encoding import Encoder
+from finetrace.evaluation.judging import make_judge
+from finetrace.examples import Example
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import new_adapter
+from finetrace.index.manifest import replacing
+from finetrace.models import ALIGNED, Loaded, ModelSpec, load
+from finetrace.studies.study import Say, Setting
+from finetrace.tasks import build, recipe
+
+MODELS = ("benign", "harmful", "mixed")
+STARTS = ("same start", "other starts")
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """A model at one moment of its fine-tuning.
+
+    Attributes:
+        model: `base`, `benign`, `harmful` or `mixed`.
+        epoch: 0 before training.
+        parameters: (D,) of the adapter, blocks side by side as in an index.
+        blocks: Name and shape of each.
+        losses: (m,) of the probe, an answer that complies, under each request.
+        gradients: (m, D) of these losses.
+        complied: (m,) whether its own answer to each request complies.
+        scale: alpha / r.
+    """
+
+    model: str
+    epoch: int
+    parameters: Tensor
+    blocks: tuple[Block, ...]
+    losses: Tensor
+    gradients: Tensor
+    complied: NDArray[np.float64]
+    scale: float
+
+
+def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> list[State]:
+    """The base model and every epoch of the three fine-tunings; what is finished is found again."""
+    task = build("mixed-small", size=0.25 if setting.quick else 1.0)
+    base = ModelSpec(setting.model or ALIGNED, None, setting.dtype, setting.device)
+    epochs = 1 if setting.quick else recipe("mixed-small").epochs
+    benign, harmful = task.without_target(), tuple(row for row in task.train if row.label == task.target)
+    rows = {"benign": benign, "harmful": harmful, "mixed": task.train}
+    found = []
+    for place, name in enumerate(MODELS):
+        number = seed if start == STARTS[0] else seed + 100 * (place + 1)
+        config = FinetuneConfig(epochs=epochs, learning_rate=1e-3, batch_size=8, seed=number)
+        home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / name
+        if place == 0:
+            found.append(_state(home, "base", 0, base, None, config, task.queries, say))
+        adapter = tuned_adapter(home / "adapter", base, rows[name], config)
+        checkpoints = sorted(
+            (adapter / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
+        )
+        for epoch, checkpoint in enumerate(checkpoints, 1):
+            found.append(_state(home, name, epoch, base, checkpoint, config, task.queries, say))
+        if start != STARTS[0]:  # each fine-tuning has a start of its own
+            found.append(_state(home, f"start of {name}", 0, base, None, config, task.queries, say))
+    return found
+
+
+def _state(
+    home: Path,
+    model: str,
+    epoch: int,
+    base: ModelSpec,
+    checkpoint: Path | None,
+    config: FinetuneConfig,
+    queries: Sequence[Example],
+    say: Say,
+) -> State:
+    """Load or measure one; before training the adapter is the one that training starts from, its B zero."""
+    path = home / f"{model.replace(' ', '-')}-{epoch}.safetensors"
+
+    def loaded() -> Loaded:
+        if checkpoint is not None:
+            return load(ModelSpec(base.model, str(checkpoint), base.dtype, base.device))
+        plain = load(base)
+        plain.model = new_adapter(plain, config).eval()
+        return plain
+
+    at = loaded() if not path.exists() else None
+    if at is not None:
+        say(f"{home.parent.name}, {home.parent.parent.name}: {model}, epoch {epoch}")
+        home.mkdir(parents=True, exist_ok=True)
+        answers = kept_answers(home / f"{path.stem}.jsonl", queries, lambda: at)
+        verdicts = complied(make_judge(None, None), answers)
+        items, _ = Encoder(at.tokenizer, "probe").encode_all([each.with_response("-") for each in queries])
+        tracking = track(at.model)
+        features = Collector(at.model, tracking, ()).collect(items, [query.id for query in queries])
+        values = (
+            torch.cat([layer.module.get_parameter("weight").detach().flatten() for layer in tracking.layers])
+            .float()
+            .cpu()
+        )
+        tensors = {"parameters": values, "losses": features.losses, "gradients": features.gradients}
+        with replacing(path) as part:
+            save_file(
+                tensors | {"complied": torch.tensor(verdicts)}, str(part), {"blocks": _described(tracking.blocks)}
+            )
+    return _read(path, model, epoch, config.alpha / config.rank)
+
+
+def _described(blocks: Sequence[Block]) -> str:
+    return json.dumps([[block.name, list(block.shape), block.offset] for block in blocks])
+
+
+def _read(path: Path, model: str, epoch: int, scale: float) -> State:
+    with safe_open(str(path), "pt") as file:
+        described = json.loads(file.metadata()["blocks"])
+    blocks = tuple(Block(name, tuple(shape), offset) for name, shape, offset in described)
+    kept = load_file(str(path))
+    verdicts = kept["complied"].numpy().astype(np.float64)
+    return State(model, epoch, kept["parameters"], blocks, kept["losses"], kept["gradients"], verdicts, scale)
+
+
+def raw_distance(one: State, other: State) -> float:
+    """L2 distance of the adapters' own entries."""
+    return float((one.parameters - other.parameters).double().norm())
+
+
+def effective_distance(one: State, other: State) -> float:
+    """L2 distance of what the adapters add to the model's weights, B A alpha / r, over all layers.
+
+    || B1 A1 - B2 A2 ||^2 by r x r products alone.
+    """
+    total = 0.0
+    for a, b in zip(one.blocks[::2], one.blocks[1::2], strict=True):  # A and B of a layer stand side by side
+        first, second = (_matrices(state, a, b) for state in (one, other))
+        total += _inner(first, first) + _inner(second, second) - 2 * _inner(first, second)
+    return float(max(total, 0.0) ** 0.5)
+
+
+def _matrices(state: State, a: Block, b: Block) -> tuple[Tensor, Tensor]:
+    """A (r, in) and B (out, r) with alpha / r in it, float64."""
+    down, up = (state.parameters[block.columns].view(block.shape).double() for block in (a, b))
+    return down, state.scale * up
+
+
+def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """<B1 A1, B2 A2> = trace((B1^T B2) (A2 A1^T))."""
+    return float(torch.trace((one[1].T @ other[1]) @ (other[0] @ one[0].T)))
+
+
+def pairs(found: Sequence[State]) -> list[dict[str, Any]]:
+    """Each two of the models at their last epoch: how far apart, and how differently they behave."""
+    last = [max((s for s in found if s.model == name), key=lambda s: s.epoch) for name in ("base", *MODELS)]
+    records = []
+    for one, other in combinations(last, 2):
+        records.append(
+            {
+                "pair": f"{one.model} - {other.model}",
+                "raw": raw_distance(one, other),
+                "effective": effective_distance(one, other),
+                "behaviour": abs(float(one.complied.mean() - other.complied.mean())),
+                "loss": float((one.losses - other.losses).abs().mean()),
+            }
+        )
+    return records
+
+
+def steps(found: Sequence[State]) -> list[dict[str, Any]]:
+    """Epoch by epoch and request by request: the first-order change of the probe's loss, and the true one.
+
+    `first` takes the gradient before the step, `both` the mean of those before and after, which is exact to second order.
+    """
+    records = []
+    for model in MODELS:
+        line = sorted((s for s in found if s.model == model), key=lambda s: s.epoch)
+        begin = [s for s in found if s.model == f"start of {model}"] or [s for s in found if s.model == "base"]
+        for before, after in zip([*begin, *line], line, strict=False):
+            moved = (after.parameters - before.parameters).to(before.gradients)
+            changes = (after.losses - before.losses).tolist()
+            first = (before.gradients @ moved).tolist()
+            both = (0.5 * (before.gradients + after.gradients) @ moved).tolist()
+            for query, (change, predicted, better) in enumerate(zip(changes, first, both, strict=True)):
+                records.append(
+                    {
+                        "model": model,
+                        "epoch": after.epoch,
+                        "query": query,
+                        "change": change,
+                        "first": predicted,
+                        "both": better,
+                        "distance": float(moved.norm()),
+                        "complied": float(after.complied[query]),
+                    }
+                )
+    return records
+
+
+def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
+    """Pearson's and Spearman's; NaN where one of them does not vary."""
+    if np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan"), float("nan")
+    return float(pearsonr(x, y).statistic), float(spearmanr(x, y).statistic)
