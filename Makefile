@@ -25,6 +25,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/write_reference.py --check  # the page of the command line says what the program does
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -12,6 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from finetrace.tracing import BEST
+
 ROOT = Path(__file__).parent.parent
 SHORT = (
     "repsim",
@@ -23,7 +25,12 @@ SHORT = (
     "exact:normalise=cosine",
     "ekfac:normalise=cosine",
 )
-PROBED = ("gradcos:loss_on=probe", "ekfac:normalise=cosine,loss_on=probe")
+PROBED = (
+    "gradcos:loss_on=probe",
+    "ekfac:normalise=cosine,loss_on=probe",
+    "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    BEST,
+)
 CONTROLS = ("random", "length", "bm25", "tfidf:text=response", "tfidf")
 MODELS = ("plain base", "aligned base", "fine-tuned, mixed", "fine-tuned, benign alone")
 
