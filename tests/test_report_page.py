@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetrace.reporting.page import write_report
+from finetrace.reporting.payload import Interval
 from sample_reports import ATTACK, large, small
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -180,6 +182,22 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 800})
     opened.wait_for_timeout(300)  # the map is redrawn 120 ms after a resize
     assert opened.evaluate("document.documentElement.scrollWidth") <= width
+
+
+def test_a_long_method_name_wraps_and_every_column_is_seen(browser: Any, tmp_path: Path) -> None:
+    report = small()
+    metrics = {name: Interval(0.5, 0.25, 0.75) for name in ("accuracy", "coverage", "auroc", "auprc")}
+    name = "ekfac cosine response+probe:I'm sorry all+last-fifth damping=0.1"
+    report = replace(report, methods=[replace(each, metrics=metrics) for each in report.methods])
+    report = replace(
+        report, methods=[replace(report.methods[0], method=name), *report.methods[1:]], default_method=name
+    )
+    for page in _open(browser, write_report(tmp_path / "long.html", report)):
+        table, room = (
+            page.evaluate(f"document.querySelector('#methods').{what}")
+            for what in ("offsetWidth", "parentElement.clientWidth")
+        )
+        assert table <= room
 
 
 def test_a_large_page_stays_small_and_says_it_is_binned(browser: Any, tmp_path: Path) -> None:
