@@ -79,7 +79,9 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def test_it_is_taken_in_bfloat16_with_a_gradient_and_a_mask_alone(taken: list[int]) -> None:
+def test_it_is_taken_in_bfloat16_with_a_gradient_and_a_mask_alone(
+    taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def call(inputs: list[Tensor], **options: object) -> Tensor:
         with short_attention():
             return scaled_dot_product_attention(*inputs, **{"is_causal": True, "enable_gqa": True} | options)  # type: ignore[arg-type]
@@ -90,6 +92,14 @@ def test_it_is_taken_in_bfloat16_with_a_gradient_and_a_mask_alone(taken: list[in
     call(half, is_causal=False)
     call(half, dropout_p=0.5)
     with torch.no_grad():
+        call(half)
+    learnt = torch.zeros(7, 7, dtype=torch.bfloat16, requires_grad=True)  # its gradient is torch's to give
+    call(half, is_causal=False, attn_mask=learnt).sum().backward()
+    assert learnt.grad is not None
+    with torch.autocast("cpu", torch.bfloat16):
+        call(heads(torch.float64))
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "MOST_WEIGHTS", 10)
         call(half)
     assert not taken
     call(half)

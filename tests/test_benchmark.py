@@ -217,6 +217,22 @@ def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monke
     assert [row.spec for row in report(there, first)] == [make(spec).label for spec in METHODS[:3]]
 
 
+def test_methods_asked_for_later_are_refused_other_queries(base, tmp_path):
+    there = tmp_path / "other"
+    run_all(there, Plan(planned(base, methods=METHODS[:2])), silent)
+    task = build("emotion", size=0.05)
+    fewer = replace(task, queries=task.queries[:-1])
+    cell = planned(base)[0]
+    judge = RefusalPrefixJudge()
+    run = run_module.Run(there / cell.folder, cell, task, recipe("emotion"), protocol("corrected"), judge, False)
+    run.queries = lambda: list(fewer.queries)
+    with pytest.raises(FinetraceError, match="5 queries were traced there and the judge now picks 4"):
+        run(silent)
+    kept = json.loads((there / cell.folder / "records.json").read_text())
+    assert len(kept["records"]) == 2
+    assert kept["resumed"] is False
+
+
 def test_two_processes_give_the_numbers_of_one(finished, tmp_path):
     folder, made, _ = finished
     said: list[str] = []

@@ -216,7 +216,10 @@ def test_layers(tmp_path: Path, tiny_loaded: Loaded) -> None:
     assert [block.name for block in select(index.blocks, "last-half", 2)] == [
         b.name for b in index.blocks if ".1." in b.name
     ]
-    assert len(select(index.blocks, "last-half", 1)) < len(index.blocks)
+    early = [block for block in index.blocks if ".0." in block.name]
+    assert select(early, "last-half", 2) == tuple(early)  # of the layers that are tracked
+    outside = [replace(block, name="lm_head.weight") for block in early]
+    assert select(outside, "last-fifth", 2) == tuple(outside)
     everything = make("gradsim").score(problem).values
     both = sum(make(f"gradsim:layers={i}").score(problem).values for i in range(depth))
     assert np.allclose(everything, both, rtol=1e-10)

@@ -34,13 +34,13 @@ class Index(store.Index):
     ```
     """
 
-    def trace(self, queries: Rows, method: str = BEST, **parameters: Any) -> Scores:
+    def trace(self, queries: Rows, method: str | None = None, **parameters: Any) -> Scores:
         """Score every training example against every query.
 
         Args:
             queries: Examples, dictionaries, a `datasets.Dataset` or a file, each with a response.
             method: A name of `finetrace methods`, with parameters after a colon if wanted (`exact:scope=joint`);
-                by default the one that `finetrace trace` takes.
+                by default the one that `finetrace trace` takes, with `parameters` in place of its own.
             parameters: Parameters of the method by name, for instance `normalise="cosine"` or `damping=0.1`.
 
         Returns:
@@ -50,6 +50,9 @@ class Index(store.Index):
             FinetraceError: An unknown method or parameter, a query without a response, or another model than the
                 index was built with.
         """
+        if method is None:
+            best = make(BEST)
+            method, parameters = best.name, {**best.parameters, **parameters}
         known = make(method)
         for name in parameters:
             if name not in known.parameters:

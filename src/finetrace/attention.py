@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 LONGEST = 256  # tokens; beyond it the fused kernel wins
+MOST_WEIGHTS = 1 << 26  # of all heads of a batch; each layer keeps them for its backward pass
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -51,12 +52,16 @@ def _plain(
     tokens = query.shape[2]
     if key.shape[2] != tokens or tokens > LONGEST or is_causal == (attn_mask is not None):
         return None
+    if attn_mask is not None and (attn_mask.requires_grad or attn_mask.dim() not in (2, 4)):
+        return None
+    if len(key) != len(query) or len(value) != len(query) or query.shape[:2].numel() * tokens**2 > MOST_WEIGHTS:
+        return None
     if not (query.requires_grad or key.requires_grad or value.requires_grad):
         return None
     if query.shape[1] % key.shape[1] or (query.shape[1] != key.shape[1] and not enable_gqa):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    if dtype != torch.bfloat16:
+    if dtype != torch.bfloat16 or query.dtype not in (torch.bfloat16, torch.float32):
         return None
     query, key, value = (each.to(dtype) for each in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -70,16 +75,17 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale
     Args:
         query: (B, H, T, D).
         key, value: (B, G, T, D) and (B, G, T, E), G a divisor of H.
-        mask: To be broadcast to (B, 1, T, T), true or 0 where a query sees a key; `None` for causal. A query that sees no
-            key gets zeros.
+        mask: (T, T), or (B, H, T, T) where B and H may be 1: true or 0 where a query sees a key; `None` for causal. A query
+            that sees no key gets zeros.
         scale: Of the inner products.
 
     Returns:
         (B, H, T, E) in the dtype of `query`.
     """
     tokens, wide = query.shape[2], torch.float32 if query.dtype in HALF else query.dtype
-    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()[None, None]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
     seen = causal if mask is None else mask
+    seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape)
     if seen.dtype == torch.bool:
         bias = torch.zeros(seen.shape, dtype=wide, device=query.device).masked_fill_(~seen, -torch.inf)
     else:

@@ -30,13 +30,6 @@ def of_base(model: nn.Module) -> str:
     return _hash_tensors(((n, p) for n, p in _parameters(model) if "lora_" not in n), _SAMPLE)
 
 
-def of_layers(layers: nn.Module) -> str:
-    """Of some layers as they compute: a sample of their weights, and every entry of an adapter on them."""
-    named = [(name, parameter.detach()) for name, parameter in layers.named_parameters()]
-    base = _hash_tensors(((n, p) for n, p in named if "lora_" not in n), _SAMPLE)
-    return base + _hash_tensors(((n, p) for n, p in named if "lora_" in n), None)
-
-
 def of_adapter(model: nn.Module) -> str | None:
     """Of every entry of the active LoRA adapter, whatever it is called, rounded to bfloat16; `None` without one."""
     active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]

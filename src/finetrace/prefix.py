@@ -6,6 +6,7 @@ output, which never changes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetrace import fingerprint
-
 CAPACITY = 1 << 30  # bytes of hidden states that are kept for one prefix
 STORES = 2  # prefixes that a process remembers, those of training and of collection
+TRIAL = 64  # tokens, spread over the vocabulary
 TOLERANCE = 1e-3  # of the largest logit: the same kernels ran on the same numbers, so it is far below
 
 
@@ -86,7 +86,10 @@ class Prefix:
         return self.states[key]
 
     def _keep(self, key: bytes, hidden: Tensor) -> None:
-        if sum(each.nbytes for each in self.states.values()) + hidden.nbytes <= CAPACITY:
+        """Keep a batch; the oldest ones make room for it."""
+        while self.states and _size(self.states) + hidden.nbytes > CAPACITY:
+            del self.states[next(iter(self.states))]
+        if hidden.nbytes <= CAPACITY:
             self.states[key] = hidden
 
     @contextmanager
@@ -128,23 +131,37 @@ class Prefix:
                 else:
                     layer.forward = forward
 
-    def sound(self) -> bool:
-        """Whether a pass cut short ends where a whole one does; it does not where layers share more than hidden states."""
+    def sound(self) -> Tensor | None:
+        """What enters the layer `first` for a trial text, or `None` where it cannot be kept.
+
+        It cannot where a pass cut short ends elsewhere than a whole one, since layers share more than their hidden states;
+        nor where training draws something below the layer, such as dropout.
+        """
+        flags = [(module, module.training) for module in self.model.modules()]
         training = self.model.training
         entered: list[Tensor] = []
-        self.model.eval()
-        ids = torch.arange(8, device=next(self.model.parameters()).device)[None]
+        vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
+        device = next(self.model.parameters()).device
+        ids = torch.linspace(0, vocabulary - 1, TRIAL, device=device).long()[None]
+        devices = [device] if device.type == "cuda" else []
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices):
+                self.model.eval()
                 with self.watching(entered.append):
                     whole = self.model(input_ids=ids, use_cache=False).logits
                 with self.starting(entered[0]):
                     short = self.model(input_ids=ids, use_cache=False).logits
+                if training:
+                    self.model.train()
+                    with self.watching(entered.append):
+                        self.model(input_ids=ids, use_cache=False)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            return False  # another architecture than these lines know; its passes stay whole
+            return None  # another architecture than these lines know; its passes stay whole
         finally:
-            self.model.train(training)
-        return bool(torch.allclose(whole, short, rtol=TOLERANCE, atol=TOLERANCE * float(whole.abs().max())))
+            for module, flag in flags:
+                module.training = flag
+        close = torch.allclose(whole, short, rtol=TOLERANCE, atol=TOLERANCE * float(whole.abs().max()))
+        return entered[0] if close and torch.equal(entered[0], entered[-1]) else None
 
 
 class _EnoughError(Exception):
@@ -169,22 +186,29 @@ def frozen_prefix(
     layers = _layers(model)
     if layers is None:
         return None
-    places = {id(p): i for i, layer in enumerate(layers) for p in layer.parameters()}
+    if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        return None  # it computes layers a second time, when no states are at hand
+    places = {id(p): i for i, layer in reversed(list(enumerate(layers))) for p in layer.parameters()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     above = {id(p) for p in head.parameters()} - {id(p) for p in embedding.parameters()}
     found = [places.get(id(p), 0) for p in wanted if id(p) not in above]
     first = min(found, default=0)
-    width = embedding.weight.shape[-1] * embedding.weight.element_size()
-    if first == 0 or tokens * width > CAPACITY:
+    needed = tokens * embedding.weight.shape[-1] * embedding.weight.element_size()
+    if first == 0 or needed > CAPACITY:
         return None
-    below = nn.ModuleList([embedding, *layers[:first]])
-    if model.training and any(isinstance(each, nn.Dropout) and each.p > 0 for each in below.modules()):
+    prefix = Prefix(model, list(layers), first, singly, {})
+    entered = prefix.sound()
+    if entered is None:
         return None
-    key = (fingerprint.of_layers(below), precision, first, singly)
+    # what the layers below make of a trial text, bit by bit, tells one model, adapter and setting from another
+    trial = hashlib.sha256(entered.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    key = (trial, precision, first, singly)
     if key not in _stores and len(_stores) == STORES:
         del _stores[next(iter(_stores))]
-    prefix = Prefix(model, list(layers), first, singly, _stores.setdefault(key, {}))
-    return prefix if prefix.sound() else None
+    prefix.states = _stores.setdefault(key, {})
+    if singly and _size(prefix.states) + needed > CAPACITY:
+        prefix.states.clear()
+    return prefix
 
 
 def forget() -> None:
@@ -197,6 +221,10 @@ def _layers(model: nn.Module) -> nn.ModuleList | None:
     depth = getattr(model.config, "num_hidden_layers", None)
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth]
     return lists[0] if len(lists) == 1 else None
+
+
+def _size(states: dict[bytes, Tensor]) -> int:
+    return sum(each.nbytes for each in states.values())
 
 
 def _key(ids: Tensor, mask: Tensor | None) -> bytes:

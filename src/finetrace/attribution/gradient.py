@@ -83,6 +83,11 @@ class GradientMethod(Method):
             else ()
         )
 
+    def warm(self, problem: Problem) -> None:
+        """Collect the queries' gradients of every loss that is looked at."""
+        for each in self._several() or (self,):
+            _ = (each.prepared(problem) if each is not self else problem).features
+
     def used(self, problem: Problem) -> dict[str, Any]:
         """The parameters, with the tokens of the loss by their full names."""
         several = self._several()

@@ -51,8 +51,7 @@ class Method(ABC):
     def score(self, index: Index | Problem, queries: Sequence[Example] = ()) -> Scores:
         """Score `queries` against the index; methods that share a `Problem` share its products."""
         problem = self.prepared(index if isinstance(index, Problem) else Problem(index, queries))
-        if "gradients" in self.needs or "representations" in self.needs:
-            _ = problem.features  # collecting the queries is not the method's time
+        self.warm(problem)  # collecting the queries is not the method's time
         started = time.perf_counter()
         try:
             values = self.matrix(problem)
@@ -72,6 +71,11 @@ class Method(ABC):
     def prepared(self, problem: Problem) -> Problem:
         """The problem as this method looks at it."""
         return problem
+
+    def warm(self, problem: Problem) -> None:
+        """Collect what is read of the queries."""
+        if "gradients" in self.needs or "representations" in self.needs:
+            _ = problem.features
 
     def used(self, problem: Problem) -> dict[str, Any]:
         """Every parameter as it was used on what `prepared` returned: the tokens of the loss by their full name."""

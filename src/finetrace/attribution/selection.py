@@ -48,8 +48,8 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
 
     Args:
         blocks: Tracked matrices; the first number in a name is its layer.
-        layers: `all`, `last-half` or `last-fifth` (rounded down, at least one layer), a number, or `FIRST-LAST`;
-            layers count from 0.
+        layers: `all`; `last-half` or `last-fifth` of the layers that have a tracked matrix (rounded down, at least one; all
+            blocks where none is in a layer); a number, or `FIRST-LAST`. Layers count from 0.
         depth: Transformer layers of the model.
 
     Raises:
@@ -58,7 +58,10 @@ def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...
     if layers == "all":
         return tuple(blocks)
     if layers in LAST:
-        first, last = depth - max(1, depth // LAST[layers]), depth - 1
+        there = sorted({number for block in blocks if (number := _layer(block.name)) is not None})
+        if not there:
+            return tuple(blocks)
+        first, last = there[-max(1, len(there) // LAST[layers])], there[-1]
     else:
         found = re.fullmatch(LAYERS, layers)
         if found is None:

@@ -20,6 +20,7 @@ from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark.protocol import Protocol
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
 from finetrace.collection.factors import Labels
+from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
 from finetrace.examples import Example
@@ -81,10 +82,11 @@ class Run:
         if self.kept is not None and (not self.kept["records"] or not self._methods()):
             return
         began = time.perf_counter()
-        self.resumed = (self.folder / "adapter").exists()
+        self.resumed = self.kept["resumed"] if self.kept is not None else (self.folder / "adapter").exists()
         methods = self._methods()
         problem = self.ready(say, factors=any(each.name in ("ekfac", "kfac") for each in methods))
         if problem is None:
+            self._same_queries([])
             self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
             return
         say(f"{self.name}: scoring by {len(methods)} methods")
@@ -191,6 +193,7 @@ class Run:
                 ["validation"],
                 [self.task.target],
             )
+        self._same_queries(names)
         records, frames, matrices = [], [], {}
         about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
         prepare(problem, methods)
@@ -229,6 +232,17 @@ class Run:
             time.perf_counter() - began,
         )
 
+    def _same_queries(self, names: Sequence[str]) -> None:
+        """Methods that are new are compared with the others on the same queries, or not at all."""
+        if self.kept is None:
+            return
+        there = list(dict.fromkeys(pd.read_parquet(self.folder / QUERIES, columns=["query"])["query"]))
+        if there != list(names):
+            raise FinetraceError(
+                f"{self.folder}: {len(there)} queries were traced there and the judge now picks {len(names)}, or others; "
+                "choose another --out for the methods that are new."
+            )
+
     def _write(
         self,
         queries: Sequence[Example],
@@ -256,7 +270,7 @@ class Run:
             "base": self.base,
             "attention": attention,
             "seconds": round(seconds, 1),
-            "resumed": self.resumed,  # then the seconds are those of the last attempt alone
+            "resumed": self.resumed,  # before its first results; then their seconds are those of the last attempt alone
             "records": records,
         }
         write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())

@@ -20,7 +20,10 @@ def study(
     ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="A small version, within three minutes on two cores.")] = False,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repetitions with other data and initialisation; 3, or 1 with --quick.")
+        int | None,
+        typer.Option(
+            min=1, help="Repetitions: other digits, or another fine-tuning of the same rows; 3, or 1 with --quick."
+        ),
     ] = None,
     cells: Annotated[
         Path | None, typer.Option(help="Folder of fine-tuned and indexed tasks that several studies share.")

@@ -29,7 +29,7 @@ BATCH, RATE = 50, 0.05
 
 
 def train(width: int, start: str, seed: int, points: int, epochs: int, every: int) -> list[dict[str, float]]:
-    """One run: distance from the start, step length since the last record, test accuracy and loss, along training."""
+    """One run: distance from the start, test accuracy and loss, at every `every`-th step."""
     digits = Digits.draw(points, 1000, SIDE, seed)
     inputs, tests = digits.train.float(), digits.test.float()
     torch.manual_seed(seed)
@@ -63,7 +63,7 @@ def train(width: int, start: str, seed: int, points: int, epochs: int, every: in
 
 
 def correlations(records: Sequence[dict[str, float]]) -> dict[str, float | None]:
-    """Over the records of one run: of change with accuracy, and of a step's change with that step's gain."""
+    """Over the records of one run: of distance with accuracy, and of the growth of one with that of the other."""
     change, accuracy = ([r[key] for r in records] for key in ("change", "accuracy"))
     if np.ptp(change) == 0 or np.ptp(accuracy) == 0:
         return {"pearson": None, "spearman": None, "late": None, "stepwise": None}
@@ -74,7 +74,7 @@ def correlations(records: Sequence[dict[str, float]]) -> dict[str, float | None]
         "pearson": float(pearsonr(change, accuracy).statistic),
         "spearman": float(spearmanr(change, accuracy).statistic),
         "late": float(spearmanr(*late).statistic) if np.ptp(late[1]) > 0 else None,
-        "stepwise": float(spearmanr(*gains).statistic),
+        "stepwise": float(spearmanr(*gains).statistic) if np.ptp(gains[0]) > 0 and np.ptp(gains[1]) > 0 else None,
     }
 
 
@@ -126,7 +126,7 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         "Pearson r",
         "Spearman",
         "second half",
-        "step by step",
+        "from record to record",
     ]
     lines = []
     for start, width in dict.fromkeys((r["start"], r["width"]) for r in records):
@@ -176,7 +176,7 @@ def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
         of = [r for r in here if r["width"] == widest]
         lines.append(
             f"{start} start, width {widest}: along training distance and accuracy correlate by {_spread(of, 'spearman')} "
-            f"(ranks), in the second half by {_spread(of, 'late')}, step by step by {_spread(of, 'stepwise')}."
+            f"(ranks), in the second half by {_spread(of, 'late')}, their growth by {_spread(of, 'stepwise')}."
         )
     return lines
 

@@ -56,7 +56,7 @@ class Plan:
     Attributes:
         sizes: Share of each task by its name.
         protocols: Of each task.
-        epochs: Another number than the protocol's.
+        epochs: Another number than the corrected protocol's; the paper's keeps its own.
     """
 
     sizes: dict[str, float]
@@ -66,11 +66,14 @@ class Plan:
     def cells(self, setting: Setting) -> list[Cell]:
         """Tasks x protocols x seeds, all first seeds first."""
         return [
-            Cell(task, name, seed, size, 0, (), setting.model, self.epochs, setting.dtype, setting.device)
+            Cell(task, name, seed, size, 0, (), setting.model, self._epochs(name), setting.dtype, setting.device)
             for seed in range(setting.seeds)
             for name in self.protocols
             for task, size in self.sizes.items()
         ]
+
+    def _epochs(self, name: str) -> int | None:
+        return None if name == "paper" else self.epochs
 
 
 def prepared(cell: Cell, home: Path, say: Say, *, factors: bool = False) -> Prepared | None:
@@ -169,13 +172,18 @@ def values_of(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.Dat
 
 
 def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tuple(METRICS)) -> list[dict[str, Any]]:
-    """Means over seeds and queries with 95% intervals over both, one flat record a group."""
+    """Means over seeds and queries, one flat record a group: with 95% intervals over both for metrics between 0 and 1, and
+    otherwise with the least and the largest mean of a seed.
+    """
     records = []
     for key, group in frame.groupby(list(by), sort=False):
         plain = [each.item() if isinstance(each, np.generic) else each for each in key]
-        record: dict[str, Any] = dict(zip(by, plain, strict=True)) | {"seeds": int(group["seed"].nunique())}
+        record: dict[str, Any] = dict(zip(by, plain, strict=True)) | {
+            "seeds": int(group["seed"].nunique()),
+            "n_queries": int(group["query"].nunique()),
+        }
         for name in metrics:
-            estimate = crossed(group, name)
+            estimate = crossed(group, name) if name in METRICS else spread(group, name)
             record |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
         records.append(record)
     return records
@@ -187,3 +195,9 @@ def crossed(group: pd.DataFrame, name: str) -> Estimate:
     if not np.isfinite(values).any():
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     return bootstrap_crossed(values)
+
+
+def spread(group: pd.DataFrame, name: str) -> Estimate:
+    """Mean over seeds of the means over queries, and the least and the largest of them."""
+    means = group.groupby("seed")[name].mean()
+    return Estimate(float(means.mean()), float(means.min()), float(means.max()), int(group["query"].nunique()))

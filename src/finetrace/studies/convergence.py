@@ -35,7 +35,7 @@ SPECS = {
         "repsim",
     ),
 }
-PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1, "backdoor-1": 0.1}, epochs=8)
+PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1, "backdoor-1": 0.1}, epochs=8)  # paper: its own
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)
 STATE = ("train_loss", "query_loss", "gradient_norm")
 METRICS = ("accuracy", "coverage", "auprc", *STATE)

@@ -44,7 +44,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
 def look(found: Prepared) -> pd.DataFrame:
     """Query by query: the metrics, and rank correlation, relative L2 and L2 after the best scaling to the exact scores.
 
-    `iterations` is 0 for GradSim, of which every recurrence starts, and -1 for the exact influence itself.
+    `iterations` is 0 for GradSim, which released iterations are all but a multiple of, and -1 for the exact influence.
     """
     frames = []
     start = make("gradsim").score(found.problem).values
@@ -86,7 +86,8 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         "Acc %",
         "Cover %",
         "rank with exact",
-        "distance",
+        "relative L2",
+        "after scaling",
     ]
     lines = []
     for r in records:
@@ -94,7 +95,7 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         metrics = [
             f"{100 * r[m]:.0f} {100 * r[f'{m}_low']:.0f}-{100 * r[f'{m}_high']:.0f}" for m in ("accuracy", "coverage")
         ]
-        cells = [*metrics, f"{r['spearman']:.3f}", f"{r['scaled']:.2g}"]
+        cells = [*metrics, f"{r['spearman']:.3f}", f"{r['relative']:.2g}", f"{r['scaled']:.2g}"]
         kind = {"neumann": "series", "released": "released"}[r["recurrence"]] if r["iterations"] > 0 else "-"
         lines.append([r["task"], r["protocol"], r["damping"], kind, count, *cells])
     return heads, lines
@@ -107,7 +108,8 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for name, metric, head, scale in (
         ("iterations-accuracy", "accuracy", "accuracy, %", 100),
         ("iterations-coverage", "coverage", "coverage, %", 100),
-        ("iterations-distance", "spearman", "rank correlation with exact", 1),
+        ("iterations-rank", "spearman", "rank correlation with exact", 1),
+        ("iterations-distance", "relative", "relative L2 to exact", 1),
     ):
         figure, axes = panels(len(cells))
         for axis, (task, protocol) in zip(axes, cells, strict=True):
@@ -120,17 +122,19 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     x = [r["iterations"] for r in found]
                     line(axis, place, x, found, metric, f"{kind}, {damping} damping", scale)
                     place += 1
-                if metric != "spearman":
+                if metric in ("accuracy", "coverage"):
                     same = _of(records, task=task, protocol=protocol, damping=damping, iterations=-1)
                     exact = same[0][metric]
                     axis.axhline(
                         scale * exact, color="0.5", linewidth=0.8, linestyle={"paper": "--", "default": "-"}[damping]
                     )
             axis.set_xscale("log")
+            if metric == "relative":
+                axis.set_yscale("log")
             axis.set_title(f"{task}, {protocol}", fontsize=8)
             axis.set_xlabel("iterations", fontsize=7)
             axis.set_ylabel(head, fontsize=7)
-        if metric != "spearman":
+        if metric in ("accuracy", "coverage"):
             axes[0].plot([], [], color="0.5", linewidth=0.8, linestyle="--", label="exact, paper damping")
             axes[0].plot([], [], color="0.5", linewidth=0.8, label="exact, default damping")
         legend(figure, axes[0], 3)
@@ -146,7 +150,7 @@ def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
         start = _of(records, task=task, protocol=protocol, damping="default", iterations=0)[0]
         lines.append(
             f"{task}, {protocol}: rank correlation with the exact scores, {start['spearman']:.2f} for GradSim, is "
-            f"{series['spearman']:.2f} after {COUNTS[-1]} terms of the series and {released['spearman']:.2f} after as many "
+            f"{series['spearman']:.2f} after {COUNTS[-1]} iterations of the series, {released['spearman']:.2f} after as many "
             "released iterations."
         )
     return lines

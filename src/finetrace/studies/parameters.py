@@ -176,15 +176,19 @@ def _inner(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
 def pairs(found: Sequence[State]) -> list[dict[str, Any]]:
     """Each two of the models at their last epoch: how far apart, and how differently they behave."""
     last = [max((s for s in found if s.model == name), key=lambda s: s.epoch) for name in ("base", *MODELS)]
+    starts = {s.model.removeprefix("start of "): s for s in found if s.model.startswith("start of ")}
     records = []
-    for one, other in combinations(last, 2):
+    for first, other in combinations(last, 2):
+        one = (
+            starts.get(other.model, first) if first.model == "base" else first
+        )  # the base has no adapter but X's own start
         records.append(
             {
-                "pair": f"{one.model} - {other.model}",
+                "pair": f"{first.model} - {other.model}",
                 "raw": raw_distance(one, other),
                 "effective": effective_distance(one, other),
-                "behaviour": abs(float(one.complied.mean() - other.complied.mean())),
-                "loss": float((one.losses - other.losses).abs().mean()),
+                "behaviour": abs(float(first.complied.mean() - other.complied.mean())),
+                "loss": float((first.losses - other.losses).abs().mean()),
             }
         )
     return records

@@ -101,11 +101,13 @@ def _correlations(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[li
         for key, name in (
             ("distance", "length of an epoch's change"),
             ("first", "inner product with the gradient before"),
-            ("both", "inner product with the mean gradient"),
+            ("both", "the same with the mean of the gradients before and after (a check of linearity)"),
         ):
             each = [_of(records, kind="step", start=start, seed=seed) for seed in seeds]
-            found = [correlation([r[key] for r in here], [r["change"] for r in here]) for here in each]
-            lines.append([start, name, "change of loss", *(_spread([f[i] for f in found], ".2f") for i in (0, 1))])
+            size = abs if key == "distance" else float  # a length has no sign
+            found = [correlation([r[key] for r in here], [size(r["change"]) for r in here]) for here in each]
+            target = "size of the change of loss" if key == "distance" else "change of loss"
+            lines.append([start, name, target, *(_spread([f[i] for f in found], ".2f") for i in (0, 1))])
     return heads, lines
 
 

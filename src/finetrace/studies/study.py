@@ -16,7 +16,7 @@ class Setting:
 
     Attributes:
         quick: A small version of everything, within three minutes on two cores.
-        seeds: Repetitions, each with other data, initialisation and order.
+        seeds: Repetitions: other digits, or for language models another initialisation, dropout and order of the same rows.
         model: Another base model than the embedded one, for studies of language models.
         dtype, device: Of the language model.
         cells: Folder of fine-tuned and indexed tasks that studies share; the study's own if not given.
