@@ -23,6 +23,7 @@ from finetrace.forward import Batch
 from finetrace.index import build_index, open_index, view
 from finetrace.models import Loaded
 from finetrace.positions import PROBE, Positions
+from finetrace.tracing import BEST
 from tiny import (
     conversation,
     make_encoded,
@@ -375,3 +376,25 @@ def test_queries_in_another_order_are_refused(tmp_path: Path, tiny_loaded: Loade
 def test_a_wrong_choice_is_refused_before_anything_is_computed(spec: str) -> None:
     with pytest.raises(FinetraceError, match="not known"):
         make(spec)
+
+
+def test_the_default_method_takes_parameters_in_place_of_its_own(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    import finetrace as ft
+
+    examples, queries = make_examples(7), make_examples(3, seed=5)
+    build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    index = ft.open_index(tmp_path / "i")
+    assert index.trace(queries).method == BEST
+    found = index.trace(queries, loss_on="response", layers="all")
+    assert found.method == "ekfac:normalise=cosine,loss_on=response"
+    assert np.allclose(found.values, index.trace(queries, "ekfac", normalise="cosine").values)
+    with pytest.raises(FinetraceError, match="there is no parameter 'scope'"):
+        index.trace(queries, scope="joint")
+
+
+def test_queries_of_every_loss_are_collected_before_the_clock_starts(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    index, _ = build_index(tiny_loaded, make_examples(5), tmp_path / "i", Encoder(tiny_loaded.tokenizer, "all"))
+    problem = Problem(index, make_examples(2, seed=5))
+    make("gradcos:loss_on=response+probe").warm(problem)
+    assert problem._features is None  # the index's own loss is not looked at
+    assert all(problem.on(name)._features is not None for name in ("response", "probe"))
