@@ -82,12 +82,12 @@ def test_the_dual_solves_keep_their_digits(size: Size, damping: str) -> None:
         assert close(found, query @ torch.linalg.solve(curvature, train.T))
 
 
-def test_the_hessian_predicts_leaving_a_point_out() -> None:
+def test_the_hessian_predicts_leaving_a_point_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "DECAY", 3.0)  # so that leaving one point of forty out is a small change
     digits = Digits.draw(40, 5, 8, 3)
     at = Trained.of(Size(40, 8), "paper", 3)
     predicted = study.dual_hessian(at)
     before = torch.nn.functional.cross_entropy(digits.test @ at.weights.T, digits.test_classes, reduction="none")
-    ranks = []
     changes = torch.empty_like(predicted)
     for i in range(40):
         keep = torch.arange(40) != i
@@ -95,10 +95,7 @@ def test_the_hessian_predicts_leaving_a_point_out() -> None:
         weights = softmax_regression(digits.train[keep], digits.train_classes[keep], study.DECAY * 40 / 39)
         after = torch.nn.functional.cross_entropy(digits.test @ weights.T, digits.test_classes, reduction="none")
         changes[:, i] = after - before
-    ranks = [study.errors(p[None], c[None])["spearman"] for p, c in zip(predicted, changes, strict=True)]
-    fisher = [study.errors(p[None], c[None])["spearman"] for p, c in zip(study.dual_fisher(at), changes, strict=True)]
-    assert sum(ranks) / 5 > 0.85
-    assert sum(ranks) > sum(fisher)
+    assert study.errors(predicted / 40, changes)["relative"] < 0.02
 
 
 def test_every_size_can_be_drawn() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors import safe_open
 
 from finetrace.collection import Collector, Representation
 from finetrace.encoding import PLAIN_TEMPLATE, Encoder
@@ -362,7 +363,9 @@ from finetrace.index import open_index
 from tiny import make_examples
 index = open_index({folder!r})
 features, _ = index.features(make_examples(3, seed=9))
-torch.save((features.gradients, features.losses, index.gradients(slice(None)), index.rows.ids), {out!r})
+from safetensors.torch import save_file
+tensors = {{"gradients": features.gradients, "losses": features.losses, "rows": index.gradients(slice(None))}}
+save_file(tensors, {out!r}, {{"ids": " ".join(index.rows.ids)}})
 """
 
 
@@ -380,13 +383,15 @@ def test_a_fresh_process_asks_without_data_or_adapter(
     moved = tmp_path / "elsewhere" / "index"
     moved.parent.mkdir()
     (tmp_path / "i").rename(moved)
-    script = ASKER.format(tests=str(Path(__file__).parent), folder=str(moved), out=str(tmp_path / "out.pt"))
+    script = ASKER.format(tests=str(Path(__file__).parent), folder=str(moved), out=str(tmp_path / "out.safetensors"))
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    gradients, losses, rows, ids = torch.load(tmp_path / "out.pt")
+    with safe_open(str(tmp_path / "out.safetensors"), "pt") as file:
+        gradients, losses, rows = (file.get_tensor(name) for name in ("gradients", "losses", "rows"))
+        ids = file.metadata()["ids"].split()
     assert torch.allclose(gradients, expected.gradients, rtol=1e-9, atol=1e-12)
     assert torch.allclose(losses, expected.losses, rtol=1e-9)
     assert rows.shape[0] == ROWS
-    assert ids == tuple(f"e{i}" for i in range(ROWS))
+    assert ids == [f"e{i}" for i in range(ROWS)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
