@@ -123,6 +123,7 @@ def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
             line(axis, place, [r["epoch"] for r in found], found, metric, make(spec).title.split(" damping")[0], 100)
         axis.set_title(f"{task}, {protocol}", fontsize=8)
         axis.set_xlabel("epoch", fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(f"{metric if metric != 'auprc' else 'AUPRC'}, %", fontsize=7)
     legend(figure, axes[0], 3)
     return figure
@@ -140,6 +141,7 @@ def _losses(records: Sequence[dict[str, Any]]) -> Any:
         axis.set_yscale("log")
         axis.set_title(f"{task}, {protocol}", fontsize=8)
         axis.set_xlabel("epoch", fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel("nats, and norm per nat", fontsize=7)
     legend(figure, axes[0], 3)
     return figure

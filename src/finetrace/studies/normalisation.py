@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
-from finetrace.studies.plots import MARKS, panels
+from finetrace.studies.plots import MARKS, legend, panels
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 CURVATURES = ("gradsim", "datainf", "exact", "ekfac")
@@ -106,8 +106,7 @@ def _figure(records: Sequence[dict[str, Any]]) -> Any:
         axis.set_title(f"{task}, {protocol}", fontsize=8)
         axis.set_xlabel("queries for which one example is first, %", fontsize=7)
         axis.set_ylabel("accuracy, %", fontsize=7)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=6)
+    legend(figure, axes[0])
     return figure
 
 

@@ -18,7 +18,7 @@ from finetrace.studies.parameters import (
     states,
     steps,
 )
-from finetrace.studies.plots import MARKS, STYLES, panels
+from finetrace.studies.plots import MARKS, STYLES, legend, panels
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 
@@ -135,9 +135,9 @@ def _epochs(records: Sequence[dict[str, Any]]) -> Any:
                 epochs, [min(v) for v in values], [max(v) for v in values], color=shade, alpha=0.15, linewidth=0
             )
         axis.set_xlabel("epoch", fontsize=7)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel(head, fontsize=7)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
+    legend(figure, axes[0])
     return figure
 
 
@@ -161,8 +161,7 @@ def _steps(records: Sequence[dict[str, Any]]) -> Any:
         axis.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
         axis.set_xlabel(head, fontsize=7)
         axis.set_ylabel("true change of the loss, nats", fontsize=7)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
+    legend(figure, axes[0])
     return figure
 
 

@@ -45,6 +45,7 @@ def line(
 
 
 def legend(figure: Any, axis: Any, columns: int = 4) -> None:
-    """One for all panels, below them."""
+    """One for all panels, below them; a narrow figure has room for two columns."""
     handles, labels = axis.get_legend_handles_labels()
+    columns = columns if figure.get_figwidth() > 5 else min(columns, 2)
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
