@@ -112,6 +112,7 @@ def test_cells_are_tasks_by_protocols_by_seeds_first_seeds_first():
     assert len({cell.folder for cell in made}) == 8
     assert made[0].methods == PROTOCOLS["corrected"].methods
     assert made[2].protocol == "paper" and made[2].methods == PROTOCOLS["paper"].methods
+    assert all(cell.dtype in ("bfloat16", "float32") for cell in made)  # as the machine has it, not the word auto
     assert cells(["emotion"], ["paper"], 1, methods=["random"])[0].methods == ("random",)
     assert cells(["emotion"], ["paper"], 1, epochs=3, size=0.5, task_seed=2)[0].task_seed == 2
 

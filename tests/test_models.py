@@ -17,7 +17,7 @@ import torch
 
 from finetrace import models
 from finetrace.errors import FinetraceError
-from finetrace.models import ModelSpec, load, resolve_device, resolve_dtype, save_adapter
+from finetrace.models import ModelSpec, known_dtype, load, resolve_device, resolve_dtype, save_adapter
 from tiny import make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
 
@@ -211,6 +211,8 @@ def test_bfloat16_where_the_hardware_has_it(monkeypatch: pytest.MonkeyPatch, cap
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     assert resolve_dtype("auto", torch.device("cpu")) == expected
     assert resolve_dtype("float16", torch.device("cpu")) == torch.float16
+    assert known_dtype("auto", "cpu") == str(expected).removeprefix("torch.")
+    assert known_dtype("float64", "cpu") == "float64"
 
 
 # the embedded model

@@ -11,7 +11,17 @@ import pytest
 import torch
 
 from finetrace.collection import Block
-from finetrace.studies.parameters import State, correlation, effective_distance, pairs, raw_distance, states, steps
+from finetrace.studies.parameters import (
+    State,
+    _measured,
+    correlation,
+    effective_distance,
+    ends,
+    pairs,
+    raw_distance,
+    states,
+    steps,
+)
 from finetrace.studies.parameters_study import PARAMETERS
 from finetrace.studies.study import Setting
 from finetrace.studies.write import run
@@ -80,6 +90,32 @@ def test_steps_are_inner_products_of_consecutive_epochs() -> None:
     assert first["distance"] == pytest.approx(float((found[3].parameters - own.parameters).norm()))
 
 
+def test_ends_go_from_the_start_to_the_last_epoch() -> None:
+    silent = np.zeros(4)
+    found = [state("base", 0, 0, complied=silent), state("benign", 1, 1), state("benign", 2, 2)]
+    found += [state("harmful", 1, 3), state("mixed", 1, 4)]
+    here = [r for r in ends(found) if r["model"] == "benign"]
+    moved = found[2].parameters - found[0].parameters
+    np.testing.assert_allclose([r["first"] for r in here], (found[0].gradients @ moved).numpy(), rtol=1e-5)
+    np.testing.assert_allclose([r["change"] for r in here], (found[2].losses - found[0].losses).numpy(), rtol=1e-5)
+    walked = [r for r in steps(found) if r["model"] == "benign"]
+    sums = [sum(r["first"] for r in walked if r["query"] == query) for query in range(4)]
+    np.testing.assert_allclose([r["path"] for r in here], sums, rtol=1e-5)
+    assert [r["refused"] for r in here] == [0, -1, -1, 0]  # the two that it answers now were refused before
+
+
+def test_the_paper_protocol_is_looked_at_now_and_then(tmp_path: Path) -> None:
+    assert _measured(50) == [10, 20, 30, 40, 50]
+    assert _measured(3) == [1, 2, 3]
+    base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
+    setting = Setting(True, 1, str(base), "float32", "cpu")
+    found = states(tmp_path / "p", setting, 0, "paper protocol", lambda text: None)
+    assert [(s.model, s.epoch) for s in found] == [("base", 0), ("benign", 1), ("harmful", 1), ("mixed", 1)]
+    plain = states(tmp_path / "p", setting, 0, "same start", lambda text: None)
+    torch.testing.assert_close(plain[0].parameters, found[0].parameters)  # the same start
+    assert not torch.allclose(plain[0].losses, found[0].losses)  # and a template of its own
+
+
 def test_pairs_are_of_the_last_epochs() -> None:
     silent = np.zeros(4)
     found = [state("base", 0, 0, complied=silent), state("benign", 1, 1), state("benign", 2, 2), state("harmful", 1, 3)]
@@ -99,7 +135,7 @@ def test_the_quick_study_on_a_tiny_model(tmp_path: Path) -> None:
     out = tmp_path / "p"
     outcome = run(PARAMETERS, out, setting, lambda text: None)
     records = json.loads((out / "results.json").read_text())["records"]
-    assert {r["kind"] for r in records} == {"pair", "step", "epoch"}
+    assert {r["kind"] for r in records} == {"pair", "step", "end", "epoch"}
     moved = [r for r in records if r["kind"] == "step"]
     both, change = (np.array([r[key] for r in moved]) for key in ("both", "change"))
     np.testing.assert_allclose(both, change, atol=0.02 * np.abs(change).max())

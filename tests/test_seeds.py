@@ -9,7 +9,7 @@ import pytest
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean, paired_difference
-from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+from finetrace.evaluation.seeds import bootstrap_crossed, over_seeds, paired_crossed
 
 MANY = 40_000
 
@@ -131,3 +131,16 @@ def test_what_cannot_be_averaged_is_said(values):
         paired_crossed(values, values[:, :2])
     with pytest.raises(FinetraceError, match="no query is left"):
         paired_crossed(values, np.full_like(values, np.nan))
+
+
+def test_one_value_a_seed_has_students_interval():
+    found = over_seeds([1.0, 2.0, 3.0])
+    reach = 4.302652729911275 / 3**0.5  # t of 2 degrees of freedom at 97.5%, and a standard deviation of 1
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((2.0, 2 - reach, 2 + reach, 3))
+    cut = over_seeds([1.0, 2.0, np.nan, 3.0], bounds=(0, 4))
+    assert (cut.low, cut.high, cut.n) == (0, 4, 3)
+    alone = over_seeds([0.5])
+    assert alone.value == 0.5
+    assert np.isnan([alone.low, alone.high]).all()
+    with pytest.raises(FinetraceError, match="no seed"):
+        over_seeds([np.nan])

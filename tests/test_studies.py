@@ -13,14 +13,15 @@ import torch
 
 from finetrace.attribution import make
 from finetrace.evaluation.metrics import relevance
-from finetrace.studies import capacity, cells, convergence, damping, iterations, layers, normalisation
+from finetrace.studies import capacity, cells, convergence, damping, iterations, layers, normalisation, plots
 from finetrace.studies.capacity import CAPACITY
 from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING, MULTIPLES
 from finetrace.studies.iterations import COUNTS, ITERATIONS
 from finetrace.studies.layers import LAYERS
 from finetrace.studies.normalisation import NORMALISATION
-from finetrace.studies.study import Setting
+from finetrace.studies.records import of_seeds, percent, spread
+from finetrace.studies.study import Setting, Study
 from finetrace.studies.write import run
 from tiny import make_llama, make_tokenizer, save_base
 
@@ -51,9 +52,15 @@ def test_damping_goes_from_one_limit_to_the_other(setting: Setting, tmp_path: Pa
     limit = make("exact:scope=joint,damping=1e8").score(found.problem).values
     np.testing.assert_allclose(lam * limit, products, rtol=1e-5, atol=1e-6 * np.abs(products).max())
     assert all(r["coverage_low"] <= r["coverage"] <= r["coverage_high"] for r in records)
-    assert {"damping.md", "damping.tex", "damping.png", "damping.svg", "spectrum.png"} <= {
-        path.name for path in (tmp_path / "d").iterdir()
-    }
+    names = {path.name for path in (tmp_path / "d").iterdir()}
+    assert {"damping.md", "damping.tex", "damping-scores.png", "damping-accuracy.svg", "spectrum.png"} <= names
+    default = [r for r in records if r["multiple"] == 0.01]
+    assert [r["with_default"] for r in default] == pytest.approx([1.0] * len(damping.CURVES))
+    undamped = next(r for r in records if r["curve"] == "exact, joint" and r["multiple"] == max(MULTIPLES))
+    assert undamped["with_none"] > 0.99
+    sizes = [block.size for block in found.problem.blocks]
+    for r in records:  # 0.1 of the mean squared entry, against the trace: the sum of all d of them
+        assert (r["paper_low"], r["paper_high"]) == pytest.approx((0.1 / max(sizes), 0.1 / min(sizes)))
     again: list[str] = []
     assert run(DAMPING, tmp_path / "d", setting, again.append).records == outcome.records
     assert not again  # every part was found
@@ -113,6 +120,7 @@ def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
     for r in records:  # what does not depend on the method is the same for all of them
         twin = next(x for x in records if x["epoch"] == r["epoch"])
         assert all(r[name] == twin[name] for name in convergence.STATE)
+        assert all(r[f"{name}_low"] <= r[name] <= r[f"{name}_high"] for name in convergence.STATE)
     losses = {r["epoch"]: r["train_loss"] for r in records}
     assert losses[2] < losses[1]
     assert not list(out.rglob("shards"))  # nothing large is left
@@ -161,6 +169,35 @@ def test_trained_layers_and_layers_looked_at(setting: Setting, tmp_path: Path) -
     again: list[str] = []
     assert run(LAYERS, out, setting, again.append).records == outcome.records
     assert not again
+
+
+def test_a_table_cell_says_what_is_known() -> None:
+    assert percent({"auprc": 0.5, "auprc_low": 0.25, "auprc_high": 0.75}, "auprc") == "50 25-75"
+    assert percent({"auprc": 0.5, "auprc_low": None, "auprc_high": None}, "auprc") == "50"
+    assert percent({"auprc": None, "auprc_low": None, "auprc_high": None}, "auprc") == "-"
+    assert spread(of_seeds([0.5, None, float("nan")])) == "0.50"
+    assert spread(of_seeds([1.0, 2.0, 3.0])) == "2.00 [-0.48, 4.48]"
+    assert spread(of_seeds([0.9, 1.0, 0.8], (-1, 1))) == "0.90 [0.65, 1.00]"
+    assert of_seeds([None]) is None
+
+
+def test_one_legend_names_what_any_panel_shows() -> None:
+    found = [{"task": task, "protocol": "corrected", "value": value} for task, value in (("a", 1.0), ("b", None))]
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
+        plots.line(axis, 0, [1], here, "value", f"line of {here[0]['task']}")
+
+    figure = plots.facets(found, draw, "x, in steps", "y")
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["line of a", "line of b"]
+    assert [axis.get_title() for axis in figure.axes] == ["a, corrected", "b, corrected"]
+
+
+def test_a_study_says_what_its_seeds_cost() -> None:
+    assert DAMPING.cost(Setting(False, 1)) != DAMPING.cost(Setting(False, 3))
+    made = Study("x", "", "", 40, 0.5, DAMPING.run, 37)
+    assert made.cost(Setting(False, 3)) == "about 2.0 hours, 9 minutes where its fine-tuned tasks are there already"
+    assert made.cost(Setting(True, 1)) == "about half a minute"
+    assert made.cost(Setting(True, 4)) == "about 2 minutes"
 
 
 def test_studies_share_their_cells(setting: Setting) -> None:

@@ -175,6 +175,14 @@ def resolve_dtype(name: DType, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _cpu_multiplies_bfloat16() else torch.float32
 
 
+def known_dtype(name: DType, device: str) -> DType:
+    """The name of what `auto` comes to on a device, so that a folder moved to another machine keeps one precision."""
+    if name != "auto":
+        return name
+    word: DType = "bfloat16" if resolve_dtype(name, resolve_device(device)) == torch.bfloat16 else "float32"
+    return word
+
+
 def _cpu_multiplies_bfloat16() -> bool:
     flags = torch.cpu.get_capabilities()
     return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))

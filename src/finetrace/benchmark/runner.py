@@ -13,6 +13,7 @@ from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Cell, Run
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import make_judge
+from finetrace.models import DType, known_dtype
 from finetrace.tasks import Recipe, Task, build, external, recipe
 
 
@@ -95,12 +96,13 @@ def cells(
     task_seed: int = 0,
     model: str | None = None,
     epochs: int | None = None,
-    dtype: str = "auto",
+    dtype: DType = "auto",
     device: str = "auto",
     chat_template: str | None = None,
     target_modules: Sequence[str] = (),
 ) -> tuple[Cell, ...]:
     """Tasks x protocols x seeds; the protocol's own methods unless others are given. All first seeds come first."""
+    precision = known_dtype(dtype, device)
     return tuple(
         Cell(
             task,
@@ -111,7 +113,7 @@ def cells(
             tuple(methods) or protocol(name).methods,
             model,
             epochs,
-            dtype,  # type: ignore[arg-type]
+            precision,
             device,
             chat_template,
             tuple(target_modules),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
@@ -46,6 +48,28 @@ def paired_crossed(
         means = [np.nanmean(each, axis=0) for each in both]
         return paired_difference(means[0], means[1], level=level, resamples=resamples, seed=seed)
     return bootstrap_crossed(difference, level=level, resamples=resamples, seed=seed)
+
+
+def over_seeds(
+    values: Sequence[float], *, bounds: tuple[float, float] = (-np.inf, np.inf), level: float = 0.95
+) -> Estimate:
+    """Mean of one value a seed with Student's t interval, S - 1 degrees of freedom, cut at the bounds of one value.
+
+    NaN marks a seed without a value. One seed has no interval: low and high are NaN. With three seeds the interval is
+    2.5 standard deviations to each side; that is what three values say.
+
+    Raises:
+        FinetraceError: There is no value.
+    """
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        raise FinetraceError("no seed has a value to average.")
+    mean, n = float(known.mean()), int(known.size)
+    if n == 1:
+        return Estimate(mean, np.nan, np.nan, 1)
+    reach = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, max(bounds[0], mean - reach), min(bounds[1], mean + reach), n)
 
 
 def _matrix(values: NDArray[Any]) -> NDArray[np.float64]:

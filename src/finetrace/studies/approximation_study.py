@@ -206,6 +206,7 @@ APPROXIMATION = Study(
     "approximation",
     "Fig. 3, Table 5",
     "error and time of approximate influences against exact ones, digits and one linear layer",
-    _cost,
+    15,
+    2,
     run,
 )

@@ -21,6 +21,7 @@ from torch import nn
 
 from finetrace.index.manifest import write_atomically
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
+from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 WIDTHS, QUICK_WIDTHS = (16, 64, 256, 1024), (8, 16, 32, 64)
@@ -84,7 +85,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     points, epochs, every = (1000, 3, 3) if setting.quick else (4000, 10, 10)
     curves: dict[tuple[int, str, int], list[dict[str, float]]] = {}
     for seed, start, width in product(range(setting.seeds), STARTS, widths):
-        path = folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}.json"
+        path = folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}.json"
         if not path.exists():
             say(f"width {width}, {start} start, seed {seed}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -111,9 +112,13 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     )
 
 
+BOUNDS = {"accuracy": (0.0, 1.0), "change": (0.0, float("inf"))}  # of what is not a correlation
+
+
 def _spread(records: Sequence[dict[str, Any]], key: str) -> str:
-    values = [r[key] for r in records if r[key] is not None]
-    return f"{np.mean(values):.2f} ({min(values):.2f} to {max(values):.2f})" if values else "undefined"
+    """Mean over seeds with its interval."""
+    found = of_seeds([r[key] for r in records], BOUNDS.get(key, (-1.0, 1.0)))
+    return spread(found) if found is not None else "undefined"
 
 
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
@@ -130,7 +135,7 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     ]
     lines = []
     for start, width in dict.fromkeys((r["start"], r["width"]) for r in records):
-        here = [r for r in records if (r["start"], r["width"]) == (start, width)]
+        here = where(records, start=start, width=width)
         cells = [_spread(here, key) for key in ("accuracy", "change", "pearson", "spearman", "late", "stepwise")]
         lines.append([start, str(width), f"{here[0]['parameters']:,}", *cells])
     return heads, lines
@@ -165,15 +170,15 @@ def _figure(curves: dict[tuple[int, str, int], list[dict[str, float]]], widths: 
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
-    stuck = [r for r in records if r["start"] == "zero"]
+    stuck = where(records, start="zero")
     lines = [
         f"From zero in both layers the parameters move by {max(r['change'] for r in stuck):g}: each layer's gradient has the "
         "other as a factor."
     ]
     for start in STARTS[1:]:
-        here = [r for r in records if r["start"] == start]
+        here = where(records, start=start)
         widest = max(r["width"] for r in here)
-        of = [r for r in here if r["width"] == widest]
+        of = where(here, width=widest)
         lines.append(
             f"{start} start, width {widest}: along training distance and accuracy correlate by {_spread(of, 'spearman')} "
             f"(ranks), in the second half by {_spread(of, 'late')}, their growth by {_spread(of, 'stepwise')}."
@@ -185,6 +190,7 @@ CAPACITY = Study(
     "capacity",
     "Fig. 7",
     "parameter change against accuracy while two-layer linear models of growing width learn digits",
-    lambda setting: "about half a minute" if setting.quick else "about 5 minutes",
+    2,
+    0.5,
     run,
 )

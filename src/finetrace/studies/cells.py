@@ -22,7 +22,7 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import make_judge
 from finetrace.evaluation.metrics import METRICS, precision_at, relevance
-from finetrace.evaluation.seeds import bootstrap_crossed
+from finetrace.evaluation.seeds import bootstrap_crossed, over_seeds
 from finetrace.examples import Example
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
@@ -171,9 +171,11 @@ def values_of(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.Dat
     return pd.DataFrame({"spec": spec, "query": [q.id for q in found.problem.queries], "first": first, **values})
 
 
-def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tuple(METRICS)) -> list[dict[str, Any]]:
-    """Means over seeds and queries, one flat record a group: with 95% intervals over both for metrics between 0 and 1, and
-    otherwise with the least and the largest mean of a seed.
+def summary(
+    frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tuple(METRICS), constants: Sequence[str] = ()
+) -> list[dict[str, Any]]:
+    """Means over seeds and queries, one flat record a group, with 95% intervals over both; `constants` have one value a seed,
+    at least 0, and an interval over seeds alone. What is not known is `None`.
     """
     records = []
     for key, group in frame.groupby(list(by), sort=False):
@@ -182,9 +184,13 @@ def summary(frame: pd.DataFrame, by: Sequence[str], metrics: Sequence[str] = tup
             "seeds": int(group["seed"].nunique()),
             "n_queries": int(group["query"].nunique()),
         }
-        for name in metrics:
-            estimate = crossed(group, name) if name in METRICS else spread(group, name)
-            record |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        for name in (*metrics, *constants):
+            if name in constants:
+                estimate = over_seeds(list(group.groupby("seed")[name].first()), bounds=(0, np.inf))
+            else:
+                estimate = crossed(group, name)
+            ends = {"": estimate.value, "_low": estimate.low, "_high": estimate.high}
+            record |= {f"{name}{end}": value if np.isfinite(value) else None for end, value in ends.items()}
         records.append(record)
     return records
 
@@ -195,9 +201,3 @@ def crossed(group: pd.DataFrame, name: str) -> Estimate:
     if not np.isfinite(values).any():
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
     return bootstrap_crossed(values)
-
-
-def spread(group: pd.DataFrame, name: str) -> Estimate:
-    """Mean over seeds of the means over queries, and the least and the largest of them."""
-    means = group.groupby("seed")[name].mean()
-    return Estimate(float(means.mean()), float(means.min()), float(means.max()), int(group["query"].nunique()))

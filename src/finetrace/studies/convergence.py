@@ -11,10 +11,12 @@ import pandas as pd
 
 from finetrace.attribution import make
 from finetrace.benchmark.stages import tuned_adapter
+from finetrace.fingerprint import of_text
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import Plan, indexed, run_of, scored, summary
-from finetrace.studies.plots import legend, line, panels
+from finetrace.studies.plots import facets, line, whole
+from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 SPECS = {
@@ -32,13 +34,18 @@ SPECS = {
         "gradcos",
         "datainf:damping=0.1,damping_rule=entry",
         "lissa:damping=0.1,damping_rule=entry,recurrence=released",
+        "exact:damping=0.1,damping_rule=entry",
         "repsim",
     ),
 }
 PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1, "backdoor-1": 0.1}, epochs=8)  # paper: its own
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)
-STATE = ("train_loss", "query_loss", "gradient_norm")
-METRICS = ("accuracy", "coverage", "auprc", *STATE)
+STATE = {
+    "train_loss": "training loss",
+    "query_loss": "loss of the queries, held out",
+    "gradient_norm": "mean norm of training gradients",
+}
+METRICS = ("accuracy", "coverage", "auprc")
 
 
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
@@ -46,7 +53,8 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     plan = QUICK if setting.quick else PLAN
     frames = []
     for cell in plan.cells(setting):
-        place = folder / "parts" / f"{cell.task}-{cell.size:g}" / cell.protocol / f"seed-{cell.seed}"
+        name = of_text(repr((cell, SPECS[cell.protocol])))
+        place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{name}"
         if not (place / "epochs.parquet").exists():
             frame = _epochs(place, run_of(cell, place / "run"), say)
             if frame is None:
@@ -55,12 +63,11 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
             write_atomically(place / "epochs.parquet", frame.to_parquet(index=False))
             shutil.rmtree(place / "run", ignore_errors=True)
         frames.append(pd.read_parquet(place / "epochs.parquet"))
-    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS)
+    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS, tuple(STATE))
     return Outcome(
         records,
-        {"convergence": _table(records)},
-        {f"convergence-{name}": _figure(records, name) for name in ("accuracy", "coverage", "auprc")}
-        | {"losses": _losses(records)},
+        {f"convergence-{name}": _table(records, name) for name in METRICS},
+        {f"convergence-{name}": _figure(records, name) for name in METRICS} | {"losses": _losses(records)},
         _reading(records),
         {"sizes": plan.sizes, "epochs": plan.epochs},
     )
@@ -97,61 +104,48 @@ def _epochs(place: Path, made: Any, say: Say) -> pd.DataFrame | None:
     return pd.concat(frames)
 
 
-def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Accuracy / coverage of each method at each epoch."""
+def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
+    """A metric in % with its interval, methods x epochs."""
     epochs = sorted({r["epoch"] for r in records})
     heads = ["task", "protocol", "method", *(f"epoch {epoch}" for epoch in epochs)]
     lines = []
     for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
-        found = {r["epoch"]: r for r in records if (r["task"], r["protocol"], r["spec"]) == (task, protocol, spec)}
-        cells = [
-            f"{100 * found[e]['accuracy']:.0f} / {100 * found[e]['coverage']:.0f}" if e in found else "-"
-            for e in epochs
-        ]
+        found = {r["epoch"]: r for r in where(records, task=task, protocol=protocol, spec=spec)}
+        cells = [percent(found[e], metric) if e in found else "-" for e in epochs]
         lines.append([task, protocol, make(spec).title, *cells])
     return heads, lines
 
 
 def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
     """A metric over epochs, a panel a task and protocol."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
-    figure, axes = panels(len(cells))
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
-            found = sorted((r for r in here if r["spec"] == spec), key=lambda r: r["epoch"])
+            found = sorted(where(here, spec=spec), key=lambda r: r["epoch"])
             line(axis, place, [r["epoch"] for r in found], found, metric, make(spec).title.split(" damping")[0], 100)
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("epoch", fontsize=7)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylabel(f"{metric if metric != 'auprc' else 'AUPRC'}, %", fontsize=7)
-    legend(figure, axes[0], 3)
-    return figure
+        whole(axis)
+
+    return facets(records, draw, "epoch", f"{metric if metric != 'auprc' else 'AUPRC'}, %")
 
 
 def _losses(records: Sequence[dict[str, Any]]) -> Any:
     """Training loss, loss of the queries and mean gradient norm over epochs."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
-    figure, axes = panels(len(cells))
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
-        found = sorted((r for r in here if r["spec"] == here[0]["spec"]), key=lambda r: r["epoch"])
-        for place, name in enumerate(STATE):
-            line(axis, place, [r["epoch"] for r in found], found, name, name.replace("_", " "))
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
+        found = sorted(where(here, spec=here[0]["spec"]), key=lambda r: r["epoch"])
+        for place, (name, words) in enumerate(STATE.items()):
+            line(axis, place, [r["epoch"] for r in found], found, name, words)
         axis.set_yscale("log")
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("epoch", fontsize=7)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylabel("nats, and norm per nat", fontsize=7)
-    legend(figure, axes[0], 3)
-    return figure
+        whole(axis)
+
+    return facets(records, draw, "epoch", "nats, and norm per nat")
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
-        curves = {spec: {r["epoch"]: r for r in here if r["spec"] == spec} for spec in ("gradsim", "gradcos")}
+    for task, protocol in settings(records):
+        here = where(records, task=task, protocol=protocol)
+        curves = {spec: {r["epoch"]: r for r in where(here, spec=spec)} for spec in ("gradsim", "gradcos")}
         first, last = min(curves["gradsim"]), max(curves["gradsim"])
         cosine, product = (
             [100 * curves[spec][epoch]["coverage"] for epoch in (first, last)] for spec in ("gradcos", "gradsim")
@@ -173,6 +167,7 @@ CONVERGENCE = Study(
     "convergence",
     "Fig. 5",
     "accuracy of every method at every epoch of the fine-tuning, with losses and norms",
-    _cost,
+    160,
+    2,
     run,
 )

@@ -13,10 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import NDArray
+from scipy.stats import spearmanr
 
 from finetrace.attribution import make
-from finetrace.studies.cells import Plan, Prepared, measured, parts, summary
-from finetrace.studies.plots import legend, line, panels
+from finetrace.attribution.gradient import DEFAULT_DAMPING
+from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.plots import facets, line
+from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 MULTIPLES = tuple(10.0**k for k in range(-6, 3))  # of the trace of the empirical Fisher; the default is 0.01
@@ -27,34 +31,69 @@ CURVES = {
     "DataInf": "datainf:",
 }
 LIMITS = ("gradsim", "gradcos")
+METRICS = ("accuracy", "coverage", "auprc", "with_default", "with_none")
+FIGURES = {
+    "accuracy": ("accuracy", "accuracy, %", 100.0),
+    "coverage": ("coverage", "coverage, %", 100.0),
+    "scores": ("with_default", "rank correlation with\nthe default's scores", 1.0),
+}
 PLAN = Plan({"mixed-small": 1.0, "harmfulcheck": 0.2, "grammars": 0.1, "mathqa": 0.1})
 QUICK = Plan({"emotion": 0.1}, ("corrected",), epochs=2)
 
 
-def specs() -> dict[tuple[str, float], str]:
-    """Every curve's method at every lambda."""
-    return {(name, m): make(f"{start}damping={m!r}").label for name, start in CURVES.items() for m in MULTIPLES}
+def spec(curve: str, multiple: float) -> str:
+    """A curve's method at a lambda."""
+    return make(f"{CURVES[curve]}damping={multiple!r}").label
 
 
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Score, and decompose."""
     plan = QUICK if setting.quick else PLAN
-    wanted = specs()
     home = setting.home(folder)
-    frame = measured(plan, [*wanted.values(), *LIMITS], folder, home, setting, say)
+    what = f"damping {MULTIPLES} {CURVES} {LIMITS}"
+    frame = pd.concat(parts(plan, what, folder, home, setting, say, look))
     spectra = pd.concat(parts(plan, "spectrum", folder, home, setting, say, _spectrum))
-    records = summary(frame, ("task", "protocol", "spec"))
-    by_spec = {spec: key for key, spec in wanted.items()}
-    for record in records:
-        name, multiple = by_spec.get(record["spec"], (record["spec"], None))
-        record |= {"curve": name, "multiple": multiple}
+    records = summary(frame, ("task", "protocol", "curve", "multiple"), METRICS, ("paper_low", "paper_high"))
     return Outcome(
         records,
         {"damping": _table(records)},
-        {"damping": _figure(records), "spectrum": _spectra(spectra)},
+        {f"damping-{name}": _figure(records, *of) for name, of in FIGURES.items()} | {"spectrum": _spectra(spectra)},
         _reading(records),
         {"multiples": MULTIPLES, "sizes": plan.sizes},
     )
+
+
+def look(found: Prepared) -> pd.DataFrame:
+    """Query by query at every lambda: the metrics, and rank correlations with the scores of the default lambda and of none.
+
+    `multiple` is -1 without curvature. `paper_low` and `paper_high` are the least and the largest that the study's rule, 0.1
+    of the mean squared entry of a block, is of a block's trace: 0.1 / d_b.
+    """
+    widths = [block.size for block in found.problem.blocks]
+    ends = {"paper_low": 0.1 / max(widths), "paper_high": 0.1 / min(widths)}
+    plain = {name: make(name).score(found.problem).values for name in LIMITS}
+    frames = [values_of(found, name, values).assign(curve=name, multiple=-1.0) for name, values in plain.items()]
+    for curve in CURVES:
+        scores = {m: make(spec(curve, m)).score(found.problem).values for m in MULTIPLES}
+        for multiple, values in scores.items():
+            frames.append(
+                values_of(found, spec(curve, multiple), values).assign(
+                    curve=curve,
+                    multiple=multiple,
+                    with_default=_ranks(values, scores[DEFAULT_DAMPING]),
+                    with_none=_ranks(values, plain[_limit(curve)]),
+                )
+            )
+    return pd.concat(frames).assign(**ends)
+
+
+def _limit(curve: str) -> str:
+    """What a curve is without curvature."""
+    return "gradcos" if "cosine" in curve else "gradsim"
+
+
+def _ranks(found: NDArray[np.float64], other: NDArray[np.float64]) -> list[float]:
+    return [float(spearmanr(a, b).statistic) for a, b in zip(found, other, strict=True)]
 
 
 def _spectrum(found: Prepared) -> pd.DataFrame:
@@ -69,48 +108,49 @@ def _spectrum(found: Prepared) -> pd.DataFrame:
 
 
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Coverage at each lambda."""
-    heads = ["task", "protocol", "method", *(f"{m:g}" for m in MULTIPLES), "no curvature"]
+    """Accuracy and coverage at each lambda with intervals, and the rank correlation with the default's scores."""
+    heads = ["task", "protocol", "method", "what", *(f"{m:g}" for m in MULTIPLES), "no curvature"]
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
-        limits = {r["spec"]: r for r in here if r["multiple"] is None}
+    for task, protocol in settings(records):
+        here = where(records, task=task, protocol=protocol)
         for curve in CURVES:
-            found = {r["multiple"]: r for r in here if r["curve"] == curve}
-            limit = limits["gradcos" if "cosine" in curve else "gradsim"]
-            cells = [f"{100 * found[m]['coverage']:.0f}" for m in MULTIPLES]
-            lines.append([task, protocol, curve, *cells, f"{100 * limit['coverage']:.0f}"])
+            found = [where(here, curve=curve, multiple=m)[0] for m in MULTIPLES]
+            limit = where(here, curve=_limit(curve))[0]
+            for metric in ("accuracy", "coverage"):
+                cells = [percent(r, metric) for r in (*found, limit)]
+                lines.append([task, protocol, curve, f"{metric} %", *cells])
+            ranks = [f"{r['with_default']:.2f}" for r in found]
+            lines.append([task, protocol, curve, "rank with default", *ranks, ""])
     return heads, lines
 
 
-def _figure(records: Sequence[dict[str, Any]]) -> Any:
-    """Coverage over lambda, a panel a task and protocol."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
-    figure, axes = panels(len(cells))
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+def _figure(records: Sequence[dict[str, Any]], metric: str, head: str, scale: float) -> Any:
+    """A metric over lambda, a panel a task and protocol; a wide band is the default, a dark one the study's rule."""
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for place, curve in enumerate(CURVES):
-            found = sorted((r for r in here if r["curve"] == curve), key=lambda r: r["multiple"])
-            line(axis, place, [r["multiple"] for r in found], found, "coverage", curve, 100)
-        for style, spec in zip(("-", ":"), LIMITS, strict=True):
-            level = next(r["coverage"] for r in here if r["spec"] == spec)
-            axis.axhline(100 * level, color="0.75", linestyle=style, linewidth=1, label=f"{spec} (no curvature)")
-        axis.axvline(0.01, color="0.85", linewidth=3, zorder=0)
+            found = [where(here, curve=curve, multiple=m)[0] for m in MULTIPLES]
+            line(axis, place, MULTIPLES, found, metric, curve, scale)
+        for style, name in zip(("-", ":"), LIMITS, strict=True):
+            level = where(here, curve=name)[0].get(metric)
+            if level is not None:
+                axis.axhline(scale * level, color="0.75", linestyle=style, linewidth=1, label=f"{name}, no curvature")
+        axis.axvline(DEFAULT_DAMPING, color="0.9", linewidth=4, zorder=0, label="default")
+        ends = [here[0][key] for key in ("paper_low", "paper_high")]
+        axis.axvspan(*ends, color="0.8", linewidth=0, zorder=0, label="paper's rule, by block")
         axis.set_xscale("log")
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("lambda / trace of the empirical Fisher (grey: default)", fontsize=7)
-        axis.set_ylabel("coverage, %", fontsize=7)
-    legend(figure, axes[0], 3)
-    return figure
+
+    return facets(records, draw, "lambda / trace of the empirical Fisher of the block, or of all", head, columns=4)
 
 
 def _spectra(frame: pd.DataFrame) -> Any:
     """Eigenvalues of K / n, joint in black and every block in grey; first seed."""
-    cells = list(dict.fromkeys(zip(frame["task"], frame["protocol"], strict=True)))
-    figure, axes = panels(len(cells))
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = frame[(frame["task"] == task) & (frame["protocol"] == protocol) & (frame["seed"] == 0)]
-        for name, group in here.groupby("block", sort=False):
+    cells: list[dict[str, Any]] = frame[["task", "protocol"]].drop_duplicates().to_dict("records")
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
+        [cell] = here
+        mine = frame[(frame["task"] == cell["task"]) & (frame["protocol"] == cell["protocol"]) & (frame["seed"] == 0)]
+        for name, group in mine.groupby("block", sort=False):
             joint = name == "joint"
             axis.plot(
                 group["rank"],
@@ -118,25 +158,27 @@ def _spectra(frame: pd.DataFrame) -> Any:
                 color="black" if joint else "0.75",
                 linewidth=1.5 if joint else 0.4,
                 zorder=2 if joint else 1,
+                label="all blocks" if joint else "each block",
             )
         axis.set_yscale("log")
         axis.set_ylim(1e-8, 1)
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("eigenvalue (black: all blocks, grey: one each)", fontsize=7)
-        axis.set_ylabel("share of the trace", fontsize=7)
-    return figure
+
+    return facets(cells, draw, "eigenvalue, largest first", "share of the trace")
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
-        found = [r for r in here if r["curve"] == "exact, block"]
+    for task, protocol in settings(records):
+        found = [
+            r for r in where(records, task=task, protocol=protocol, curve="exact, block") if r["coverage"] is not None
+        ]
         best = max(found, key=lambda r: r["coverage"])
         worst = min(found, key=lambda r: r["coverage"])
+        least = min(found, key=lambda r: r["with_default"])
         lines.append(
             f"{task}, {protocol}: exact per block covers {100 * worst['coverage']:.0f}% at {worst['multiple']:g} "
-            f"to {100 * best['coverage']:.0f}% at {best['multiple']:g} times the trace."
+            f"to {100 * best['coverage']:.0f}% at {best['multiple']:g} times the trace; its scores correlate with those of the "
+            f"default by ranks at least {least['with_default']:.2f} (at {least['multiple']:g})."
         )
     return lines
 
@@ -145,8 +187,8 @@ DAMPING = Study(
     "damping",
     "beyond",
     "scores and accuracy over eight decades of lambda, per block and joint, and the Gram matrix's spectrum",
-    lambda setting: (
-        "about 2 minutes" if setting.quick else "about 2 hours, 10 minutes where its cells are there already"
-    ),
+    40,
+    2,
     run,
+    37,
 )

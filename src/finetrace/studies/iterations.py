@@ -7,6 +7,7 @@ converges to the exact influence of the same damping, and the released code's, w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
-from finetrace.studies.plots import legend, line, panels
+from finetrace.studies.plots import facets, line
+from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 COUNTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
@@ -30,7 +32,7 @@ METRICS = ("accuracy", "coverage", "spearman", "relative", "scaled")
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Score every count, recurrence and damping."""
     plan = QUICK if setting.quick else PLAN
-    frame = pd.concat(parts(plan, f"iterations {COUNTS}", folder, setting.home(folder), setting, say, look))
+    frame = pd.concat(parts(plan, f"iterations {COUNTS} {DAMPINGS}", folder, setting.home(folder), setting, say, look))
     records = summary(frame, ("task", "protocol", "damping", "recurrence", "iterations"), METRICS)
     return Outcome(
         records,
@@ -48,12 +50,12 @@ def look(found: Prepared) -> pd.DataFrame:
     """
     frames = []
     start = make("gradsim").score(found.problem).values
-    for damping, settings in DAMPINGS.items():
-        exact = make(f"exact:{settings}").score(found.problem).values
+    for damping, rule in DAMPINGS.items():
+        exact = make(f"exact:{rule}").score(found.problem).values
         scores = {("neumann", 0): start, ("neumann", -1): exact}
         for recurrence in RECURRENCES:
             for count in COUNTS:
-                spec = f"lissa:iterations={count},recurrence={recurrence},{settings}"
+                spec = f"lissa:iterations={count},recurrence={recurrence},{rule}"
                 scores[recurrence, count] = make(spec).score(found.problem).values
         for (recurrence, count), values in scores.items():
             frame = values_of(found, f"lissa {recurrence} {count}", values)
@@ -72,10 +74,6 @@ def _distances(found: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> dict
     }
 
 
-def _of(records: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]:
-    return [r for r in records if all(r[key] == value for key, value in where.items())]
-
-
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     heads = [
         "task",
@@ -92,18 +90,19 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     lines = []
     for r in records:
         count = {0: "0 (GradSim)", -1: "exact"}.get(r["iterations"], str(r["iterations"]))
-        metrics = [
-            f"{100 * r[m]:.0f} {100 * r[f'{m}_low']:.0f}-{100 * r[f'{m}_high']:.0f}" for m in ("accuracy", "coverage")
+        cells = [
+            *(percent(r, m) for m in ("accuracy", "coverage")),
+            f"{r['spearman']:.3f}",
+            f"{r['relative']:.2g}",
+            f"{r['scaled']:.2g}",
         ]
-        cells = [*metrics, f"{r['spearman']:.3f}", f"{r['relative']:.2g}", f"{r['scaled']:.2g}"]
         kind = {"neumann": "series", "released": "released"}[r["recurrence"]] if r["iterations"] > 0 else "-"
         lines.append([r["task"], r["protocol"], r["damping"], kind, count, *cells])
     return heads, lines
 
 
 def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracy and coverage over iterations, and the rank correlation with the exact scores."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+    """Accuracy, coverage, rank correlation with the exact scores and distance to them, over iterations."""
     figures = {}
     for name, metric, head, scale in (
         ("iterations-accuracy", "accuracy", "accuracy, %", 100),
@@ -111,43 +110,32 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("iterations-rank", "spearman", "rank correlation with exact", 1),
         ("iterations-distance", "relative", "relative L2 to exact", 1),
     ):
-        figure, axes = panels(len(cells))
-        for axis, (task, protocol) in zip(axes, cells, strict=True):
-            place = 0
-            for damping in DAMPINGS:
-                for recurrence in RECURRENCES:
-                    here = _of(records, task=task, protocol=protocol, damping=damping, recurrence=recurrence)
-                    found = sorted((r for r in here if r["iterations"] > 0), key=lambda r: r["iterations"])
-                    kind = "series" if recurrence == "neumann" else "released"
-                    x = [r["iterations"] for r in found]
-                    line(axis, place, x, found, metric, f"{kind}, {damping} damping", scale)
-                    place += 1
-                if metric in ("accuracy", "coverage"):
-                    same = _of(records, task=task, protocol=protocol, damping=damping, iterations=-1)
-                    exact = same[0][metric]
-                    axis.axhline(
-                        scale * exact, color="0.5", linewidth=0.8, linestyle={"paper": "--", "default": "-"}[damping]
-                    )
+
+        def draw(axis: Any, here: list[dict[str, Any]], metric: str = metric, scale: float = scale) -> None:
+            for place, (damping, recurrence) in enumerate(product(DAMPINGS, RECURRENCES)):
+                found = [r for r in where(here, damping=damping, recurrence=recurrence) if r["iterations"] > 0]
+                found.sort(key=lambda r: r["iterations"])
+                kind = "series" if recurrence == "neumann" else "released"
+                x = [r["iterations"] for r in found]
+                line(axis, place, x, found, metric, f"{kind}, {damping} damping", scale)
+            if metric in ("accuracy", "coverage"):
+                for damping, style in zip(DAMPINGS, ("--", "-"), strict=True):
+                    level = scale * where(here, damping=damping, iterations=-1)[0][metric]
+                    axis.axhline(level, color="0.5", linewidth=0.8, linestyle=style, label=f"exact, {damping} damping")
             axis.set_xscale("log")
             if metric == "relative":
                 axis.set_yscale("log")
-            axis.set_title(f"{task}, {protocol}", fontsize=8)
-            axis.set_xlabel("iterations", fontsize=7)
-            axis.set_ylabel(head, fontsize=7)
-        if metric in ("accuracy", "coverage"):
-            axes[0].plot([], [], color="0.5", linewidth=0.8, linestyle="--", label="exact, paper damping")
-            axes[0].plot([], [], color="0.5", linewidth=0.8, label="exact, default damping")
-        legend(figure, axes[0], 3)
-        figures[name] = figure
+
+        figures[name] = facets(records, draw, "iterations", head)
     return figures
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
-        here = _of(records, task=task, protocol=protocol, damping="default", iterations=COUNTS[-1])
-        series, released = (next(r for r in here if r["recurrence"] == name) for name in RECURRENCES)
-        start = _of(records, task=task, protocol=protocol, damping="default", iterations=0)[0]
+    for task, protocol in settings(records):
+        here = where(records, task=task, protocol=protocol, damping="default")
+        series, released = (where(here, iterations=COUNTS[-1], recurrence=name)[0] for name in RECURRENCES)
+        start = where(here, iterations=0)[0]
         lines.append(
             f"{task}, {protocol}: rank correlation with the exact scores, {start['spearman']:.2f} for GradSim, is "
             f"{series['spearman']:.2f} after {COUNTS[-1]} iterations of the series, {released['spearman']:.2f} after as many "
@@ -160,8 +148,8 @@ ITERATIONS = Study(
     "iterations",
     "Fig. 4",
     "accuracy, coverage and distance to the exact solve over LiSSA's iterations, by both recurrences",
-    lambda setting: (
-        "about 2 minutes" if setting.quick else "about 2 hours, 10 minutes where its cells are there already"
-    ),
+    40,
+    2,
     run,
+    37,
 )

@@ -21,16 +21,26 @@ from finetrace.fingerprint import of_text
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import Plan, indexed, run_of, scored, summary
-from finetrace.studies.plots import legend, line, panels
+from finetrace.studies.plots import facets, line
+from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 SPECS = {
-    "corrected": ("gradsim", "gradcos", "datainf", "exact:normalise=cosine", "ekfac:normalise=cosine", "repsim"),
+    "corrected": (
+        "gradsim",
+        "gradcos",
+        "datainf",
+        "lissa",
+        "exact:normalise=cosine",
+        "ekfac:normalise=cosine",
+        "repsim",
+    ),
     "paper": (
         "gradsim",
         "gradcos",
         "datainf:damping=0.1,damping_rule=entry",
         "lissa:damping=0.1,damping_rule=entry,recurrence=released",
+        "exact:damping=0.1,damping_rule=entry",
         "repsim",
     ),
 }
@@ -60,7 +70,9 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     plan = QUICK if setting.quick else PLAN
     frames = []
     for cell in plan.cells(setting):
-        place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr(cell))}"
+        place = (
+            folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr((cell, SPECS[cell.protocol])))}"
+        )
         frames += _choices(place, run_of(cell, place), setting.quick, say)
     frame = pd.concat(frames)
     records = summary(frame, ("task", "protocol", "what", "trained", "layer", "spec"), METRICS)
@@ -68,8 +80,8 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     looks = [r for r in records if r["what"] != "trained"]
     return Outcome(
         records,
-        {"layers-trained": _table(trained), "layers-looked-at": _best(looks)},
-        {"layers-trained": _trained(trained), "layers-looked-at": _looked(looks)},
+        {f"layers-{name}": _table(trained, name) for name in METRICS} | {"layers-looked-at": _best(looks)},
+        {f"layers-{name}": _trained(trained, name) for name in METRICS[:2]} | {"layers-looked-at": _looked(looks)},
         _reading(trained, looks),
         {"sizes": plan.sizes},
     )
@@ -111,15 +123,14 @@ def _scores(made: Run, tuned: Any, queries: Sequence[Any], work: Path, name: str
     return pd.concat(frames)
 
 
-def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
+    """A metric in % with its interval, methods x choices of layers."""
     names = list(dict.fromkeys(r["trained"] for r in records))
     heads = ["task", "protocol", "method", *names]
     lines = []
     for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
-        here = {r["trained"]: r for r in records if (r["task"], r["protocol"], r["spec"]) == (task, protocol, spec)}
-        cells = [
-            f"{100 * here[n]['accuracy']:.0f} / {100 * here[n]['coverage']:.0f}" if n in here else "-" for n in names
-        ]
+        here = {r["trained"]: r for r in where(records, task=task, protocol=protocol, spec=spec)}
+        cells = [percent(here[n], metric) if n in here else "-" for n in names]
         lines.append([task, protocol, make(spec).title, *cells])
     return heads, lines
 
@@ -130,68 +141,54 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
         "protocol",
         "what is looked at",
         "best layer",
-        "AUPRC there",
-        "AUPRC, last layer",
+        "AUPRC there, %",
+        "of the last layer",
         "median of layers",
     ]
     lines = []
     for task, protocol, what in dict.fromkeys((r["task"], r["protocol"], r["what"]) for r in records):
-        here = [r for r in records if (r["task"], r["protocol"], r["what"]) == (task, protocol, what)]
+        here = where(records, task=task, protocol=protocol, what=what)
         best, last = max(here, key=lambda r: r["auprc"]), max(here, key=lambda r: r["layer"])
         middle = sorted(r["auprc"] for r in here)[len(here) // 2]
-        interval = f"{best['auprc']:.2f} {best['auprc_low']:.2f}-{best['auprc_high']:.2f}"
-        lines.append([task, protocol, what, str(best["layer"]), interval, f"{last['auprc']:.2f}", f"{middle:.2f}"])
+        cells = [percent(best, "auprc"), percent(last, "auprc"), f"{100 * middle:.0f}"]
+        lines.append([task, protocol, what, str(best["layer"]), *cells])
     return heads, lines
 
 
-def _trained(records: Sequence[dict[str, Any]]) -> Any:
-    """Coverage over the choice of trained layers, a panel a task and protocol."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+def _trained(records: Sequence[dict[str, Any]], metric: str) -> Any:
+    """A metric over the choice of trained layers, a panel a task and protocol."""
     names = list(dict.fromkeys(r["trained"] for r in records))
-    figure, axes = panels(len(cells), height=2.6)
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
-            found = sorted((r for r in here if r["spec"] == spec), key=lambda r: names.index(r["trained"]))
+            found = sorted(where(here, spec=spec), key=lambda r: names.index(r["trained"]))
             x = [names.index(r["trained"]) for r in found]
-            line(axis, place, x, found, "coverage", make(spec).title.split(" damping")[0], 100)
+            line(axis, place, x, found, metric, make(spec).title.split(" damping")[0], 100)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("layers with an adapter", fontsize=7)
-        axis.set_ylabel("coverage, %", fontsize=7)
-    legend(figure, axes[0], 3)
-    return figure
+
+    return facets(records, draw, "layers with an adapter", f"{metric}, %", height=2.6)
 
 
 def _looked(records: Sequence[dict[str, Any]]) -> Any:
     """AUPRC by each layer alone, of an adapter on all layers."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
-    figure, axes = panels(len(cells))
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        here = [r for r in records if (r["task"], r["protocol"]) == (task, protocol)]
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for place, what in enumerate(dict.fromkeys(r["what"] for r in here)):
-            found = sorted((r for r in here if r["what"] == what), key=lambda r: r["layer"])
+            found = sorted(where(here, what=what), key=lambda r: r["layer"])
             line(axis, place, [r["layer"] for r in found], found, "auprc", what)
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("layer", fontsize=7)
-        axis.set_ylabel("AUPRC", fontsize=7)
-    legend(figure, axes[0], 3)
-    return figure
+
+    return facets(records, draw, "layer", "AUPRC")
 
 
 def _reading(trained: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in looks):
+    for task, protocol in settings(looks):
         parts = []
         for what in dict.fromkeys(r["what"] for r in looks):
-            here = [r for r in looks if (r["task"], r["protocol"], r["what"]) == (task, protocol, what)]
+            here = where(looks, task=task, protocol=protocol, what=what)
             best = max(here, key=lambda r: r["auprc"])
             parts.append(f"{what}: layer {best['layer']} ({best['auprc']:.2f})")
-        whole = next(
-            r
-            for r in trained
-            if (r["task"], r["protocol"], r["spec"], r["trained"]) == (task, protocol, "gradcos", "all")
-        )
+        whole = where(trained, task=task, protocol=protocol, spec="gradcos", trained="all")[0]
         lines.append(
             f"{task}, {protocol}: the single layer with the best AUPRC is, by {'; '.join(parts)}; the cosine over all layers "
             f"has {whole['auprc']:.2f}."
@@ -204,5 +201,10 @@ def _cost(setting: Setting) -> str:
 
 
 LAYERS = Study(
-    "layers", "Fig. 8", "the number and the place of the trained layers, and what each layer by itself says", _cost, run
+    "layers",
+    "Fig. 8",
+    "the number and the place of the trained layers, and what each layer by itself says",
+    160,
+    2.5,
+    run,
 )

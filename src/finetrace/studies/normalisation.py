@@ -16,7 +16,8 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
-from finetrace.studies.plots import MARKS, legend, panels
+from finetrace.studies.plots import MARKS, facets
+from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 CURVATURES = ("gradsim", "datainf", "exact", "ekfac")
@@ -73,9 +74,7 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     heads = ["task", "protocol", "method", "Acc %", "Cover %", "AUPRC", "hub %", "rank with norm"]
     lines = []
     for r in records:
-        metrics = [
-            f"{100 * r[m]:.0f} {100 * r[f'{m}_low']:.0f}-{100 * r[f'{m}_high']:.0f}" for m in ("accuracy", "coverage")
-        ]
+        metrics = [percent(r, m) for m in ("accuracy", "coverage")]
         cells = [*metrics, f"{r['auprc']:.2f}", f"{100 * r['hub_share']:.0f}", f"{r['with_norm']:+.2f}"]
         lines.append([r["task"], r["protocol"], r["title"], *cells])
     return heads, lines
@@ -83,37 +82,26 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 def _figure(records: Sequence[dict[str, Any]]) -> Any:
     """Accuracy against the share of queries that the largest hub takes; a mark a similarity, a shade a curvature."""
-    cells = list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
-    figure, axes = panels(len(cells))
     shades = dict(zip((*CURVATURES, "gradcos"), ("0.0", "0.3", "0.5", "0.65", "0.8"), strict=True))
     names = {"none": "product", "relatif": "RelatIF", "cosine": "cosine"}
-    for axis, (task, protocol) in zip(axes, cells, strict=True):
-        for r in records:
-            if (r["task"], r["protocol"]) != (task, protocol):
-                continue
+
+    def draw(axis: Any, here: list[dict[str, Any]]) -> None:
+        for r in here:
             block = r["curvature"] == "gradcos"
             mark = MARKS[3] if block else MARKS[SIMILARITIES.index(r["normalise"])]
             error = [[100 * (r["accuracy"] - r["accuracy_low"])], [100 * (r["accuracy_high"] - r["accuracy"])]]
-            style = {
-                "marker": mark,
-                "color": shades[r["curvature"]],
-                "markersize": 5,
-                "linestyle": "none",
-                "elinewidth": 0.5,
-            }
+            style = {"marker": mark, "color": shades[r["curvature"]], "markersize": 5, "linestyle": "none"}
             label = f"{r['curvature']} {names[r['normalise']]}" if not block else "cosine of each block"
-            axis.errorbar(100 * r["hub_share"], 100 * r["accuracy"], yerr=np.maximum(error, 0), label=label, **style)
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
-        axis.set_xlabel("queries for which one example is first, %", fontsize=7)
-        axis.set_ylabel("accuracy, %", fontsize=7)
-    legend(figure, axes[0])
-    return figure
+            place = (100 * r["hub_share"], 100 * r["accuracy"])
+            axis.errorbar(*place, yerr=np.maximum(error, 0), label=label, elinewidth=0.5, **style)
+
+    return facets(records, draw, "queries for which one example is first, %", "accuracy, %", columns=4)
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
-    for task, protocol in dict.fromkeys((r["task"], r["protocol"]) for r in records):
-        found = {r["spec"]: r for r in records if (r["task"], r["protocol"]) == (task, protocol)}
+    for task, protocol in settings(records):
+        found = {r["spec"]: r for r in where(records, task=task, protocol=protocol)}
         plain, cosine = found["gradsim"], found["gradsim:normalise=cosine"]
         lines.append(
             f"{task}, {protocol}: the largest gradient is {plain['norm_ratio']:.1f} times the median; one example is first for "
@@ -127,8 +115,8 @@ NORMALISATION = Study(
     "normalisation",
     "beyond",
     "hubs and gradient norms, and what cosine, RelatIF and a cosine for each block do to them",
-    lambda setting: (
-        "about 2 minutes" if setting.quick else "about 2 hours, 10 minutes where its cells are there already"
-    ),
+    40,
+    2,
     run,
+    37,
 )

@@ -12,7 +12,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from functools import partial
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
+from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.stages import complied, kept_answers, tuned_adapter
 from finetrace.collection import Block, Collector, track
-from finetrace.encoding import Encoder
+from finetrace.encoding import Encoder, read_template
 from finetrace.evaluation.judging import make_judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
@@ -37,7 +39,12 @@ from finetrace.studies.study import Say, Setting
 from finetrace.tasks import build, recipe
 
 MODELS = ("benign", "harmful", "mixed")
-STARTS = ("same start", "other starts")
+STARTS = (
+    "same start",
+    "other starts",
+    "paper protocol",
+)  # the last from the same start, fine-tuned as the released code does
+MEASURED = 5  # of the paper protocol's epochs, evenly spaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,31 +76,38 @@ def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> l
     """The base model and every epoch of the three fine-tunings; what is finished is found again."""
     task = build("mixed-small", size=0.25 if setting.quick else 1.0)
     base = ModelSpec(setting.model or ALIGNED, None, setting.dtype, setting.device)
-    epochs = 1 if setting.quick else recipe("mixed-small").epochs
+    way = protocol("paper" if start == STARTS[2] else "corrected")
     benign, harmful = task.without_target(), tuple(row for row in task.train if row.label == task.target)
     rows = {"benign": benign, "harmful": harmful, "mixed": task.train}
     found = []
     for place, name in enumerate(MODELS):
-        number = seed if start == STARTS[0] else seed + 100 * (place + 1)
-        config = FinetuneConfig(epochs=epochs, learning_rate=1e-3, batch_size=8, seed=number)
+        number = seed + 100 * (place + 1) if start == STARTS[1] else seed
+        config = way.finetuning(recipe("mixed-small"), number, 1 if setting.quick else None)
         home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / name
+        measure = partial(_state, home, base=base, config=config, queries=task.queries, say=say)
         if place == 0:
-            found.append(_state(home, "base", 0, base, None, config, task.queries, say))
+            found.append(measure("base", 0, checkpoint=None))
         adapter = tuned_adapter(home / "adapter", base, rows[name], config)
         checkpoints = sorted(
             (adapter / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
         )
-        for epoch, checkpoint in enumerate(checkpoints, 1):
-            found.append(_state(home, name, epoch, base, checkpoint, config, task.queries, say))
-        if start != STARTS[0]:  # each fine-tuning has a start of its own
-            found.append(_state(home, f"start of {name}", 0, base, None, config, task.queries, say))
+        for epoch in _measured(len(checkpoints)) if start == STARTS[2] else range(1, len(checkpoints) + 1):
+            found.append(measure(name, epoch, checkpoint=checkpoints[epoch - 1]))
+        if start == STARTS[1]:  # each fine-tuning has a start of its own
+            found.append(measure(f"start of {name}", 0, checkpoint=None))
     return found
+
+
+def _measured(epochs: int) -> list[int]:
+    """Epochs that are looked at, the last among them."""
+    return sorted({-(-epochs * k // MEASURED) for k in range(1, MEASURED + 1)})
 
 
 def _state(
     home: Path,
     model: str,
     epoch: int,
+    *,
     base: ModelSpec,
     checkpoint: Path | None,
     config: FinetuneConfig,
@@ -114,9 +128,12 @@ def _state(
     if at is not None:
         say(f"{home.parent.name}, {home.parent.parent.name}: {model}, epoch {epoch}")
         home.mkdir(parents=True, exist_ok=True)
-        answers = kept_answers(home / f"{path.stem}.jsonl", queries, lambda: at)
+        template = read_template(config.chat_template)
+        answers = kept_answers(home / f"{path.stem}.jsonl", queries, lambda: at, template)
         verdicts = complied(make_judge(None, None), answers)
-        items, _ = Encoder(at.tokenizer, "probe").encode_all([each.with_response("-") for each in queries])
+        items, _ = Encoder(at.tokenizer, "probe", template=template).encode_all(
+            [each.with_response("-") for each in queries]
+        )
         tracking = track(at.model)
         features = Collector(at.model, tracking, ()).collect(items, [query.id for query in queries])
         values = (
@@ -195,33 +212,51 @@ def pairs(found: Sequence[State]) -> list[dict[str, Any]]:
 
 
 def steps(found: Sequence[State]) -> list[dict[str, Any]]:
-    """Epoch by epoch and request by request: the first-order change of the probe's loss, and the true one.
+    """Step by step and request by request: the first-order change of the probe's loss, the true one, and the verdict's.
 
-    `first` takes the gradient before the step, `both` the mean of those before and after, which is exact to second order.
+    A step is an epoch, or what lies between two epochs that were measured. `first` takes the gradient before the step,
+    `both` the mean of those before and after, which is exact to second order. `refused` is 1 where a request that was
+    answered is refused after the step, -1 the other way round.
     """
     records = []
     for model in MODELS:
-        line = sorted((s for s in found if s.model == model), key=lambda s: s.epoch)
-        begin = [s for s in found if s.model == f"start of {model}"] or [s for s in found if s.model == "base"]
-        for before, after in zip([*begin, *line], line, strict=False):
-            moved = (after.parameters - before.parameters).to(before.gradients)
-            changes = (after.losses - before.losses).tolist()
-            first = (before.gradients @ moved).tolist()
-            both = (0.5 * (before.gradients + after.gradients) @ moved).tolist()
-            for query, (change, predicted, better) in enumerate(zip(changes, first, both, strict=True)):
-                records.append(
-                    {
-                        "model": model,
-                        "epoch": after.epoch,
-                        "query": query,
-                        "change": change,
-                        "first": predicted,
-                        "both": better,
-                        "distance": float(moved.norm()),
-                        "complied": float(after.complied[query]),
-                    }
-                )
+        line = _line(found, model)
+        for before, after in pairwise(line):
+            records += _changes(model, before, after)
     return records
+
+
+def ends(found: Sequence[State]) -> list[dict[str, Any]]:
+    """The same from the start to the last epoch; `path` sums the steps' `first`, as TracIn sums over checkpoints."""
+    records = []
+    for model in MODELS:
+        line = _line(found, model)
+        walked = [_changes(model, before, after) for before, after in pairwise(line)]
+        for query, record in enumerate(_changes(model, line[0], line[-1])):
+            records.append(record | {"path": sum(step[query]["first"] for step in walked)})
+    return records
+
+
+def _line(found: Sequence[State], model: str) -> list[State]:
+    """A model's own start, or the base, and its epochs."""
+    begin = [s for s in found if s.model == f"start of {model}"] or [s for s in found if s.model == "base"]
+    return [*begin, *sorted((s for s in found if s.model == model), key=lambda s: s.epoch)]
+
+
+def _changes(model: str, before: State, after: State) -> list[dict[str, Any]]:
+    moved = (after.parameters - before.parameters).to(before.gradients)
+    columns = {
+        "change": after.losses - before.losses,
+        "first": before.gradients @ moved,
+        "both": 0.5 * (before.gradients + after.gradients) @ moved,
+        "refused": torch.from_numpy(before.complied - after.complied),
+    }
+    distance = float(moved.norm())
+    return [
+        {"model": model, "epoch": after.epoch, "query": query, "distance": distance}
+        | {name: float(values[query]) for name, values in columns.items()}
+        for query in range(len(after.losses))
+    ]
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:

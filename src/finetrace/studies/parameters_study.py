@@ -13,12 +13,14 @@ from finetrace.studies.parameters import (
     STARTS,
     correlation,
     effective_distance,
+    ends,
     pairs,
     raw_distance,
     states,
     steps,
 )
-from finetrace.studies.plots import MARKS, STYLES, legend, panels
+from finetrace.studies.plots import MARKS, legend, line, panels, whole
+from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 
@@ -26,12 +28,13 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Fine-tune on benign, harmful and mixed rows from the same start and from others; measure every epoch."""
     records: list[dict[str, Any]] = []
     for seed in range(setting.seeds):
-        for start in STARTS:
+        for start in STARTS[:2] if setting.quick else STARTS:
             found = states(folder, setting, seed, start, say)
             about = {"seed": seed, "start": start}
             base = next(s for s in found if s.model == "base")
             records += [{"kind": "pair", **about, **each} for each in pairs(found)]
             records += [{"kind": "step", **about, **each} for each in steps(found)]
+            records += [{"kind": "end", **about, **each} for each in ends(found)]
             for state in (s for s in found if s.model in ("base", *MODELS)):
                 begin = next((s for s in found if s.model == f"start of {state.model}"), base)
                 records.append(
@@ -54,17 +57,6 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     )
 
 
-def _of(records: Sequence[dict[str, Any]], **where: Any) -> list[dict[str, Any]]:
-    return [r for r in records if all(r[key] == value for key, value in where.items())]
-
-
-def _spread(values: Sequence[float], form: str) -> str:
-    known = [v for v in values if np.isfinite(v)]
-    if not known:
-        return "-"
-    return f"{np.mean(known):{form}} ({min(known):{form}} to {max(known):{form}})"
-
-
 def _pairs(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Table 6: each two models."""
     heads = [
@@ -76,38 +68,55 @@ def _pairs(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
         "change of loss, nats",
     ]
     lines = []
-    for start in STARTS:
-        for pair in dict.fromkeys(r["pair"] for r in _of(records, kind="pair")):
-            here = _of(records, kind="pair", start=start, pair=pair)
-            cells = [_spread([r[key] for r in here], ".2f") for key in ("raw", "effective")]
-            cells.append(_spread([100 * r["behaviour"] for r in here], ".0f"))
-            lines.append([start, pair, *cells, _spread([r["loss"] for r in here], ".2f")])
+    for start, pair in dict.fromkeys((r["start"], r["pair"]) for r in where(records, kind="pair")):
+        here = where(records, kind="pair", start=start, pair=pair)
+        cells = [
+            spread(of_seeds([scale * r[key] for r in here], (0, np.inf)), form)
+            for key, scale, form in (
+                ("raw", 1, ".2f"),
+                ("effective", 1, ".2f"),
+                ("behaviour", 100, ".0f"),
+                ("loss", 1, ".2f"),
+            )
+        ]
+        lines.append([start, pair, *cells])
     return heads, lines
 
 
+GOES_WITH = {
+    "pair": {"raw": "raw distance, six pairs", "effective": "distance of B A, six pairs"},
+    "step": {
+        "distance": "length of a step",
+        "first": "a step's inner product with the gradient before it",
+        "both": "the same with the mean of the gradients before and after (a check of linearity)",
+    },
+    "end": {
+        "first": "the whole change's inner product with the gradient at the start",
+        "path": "the sum of the steps' inner products",
+        "both": "the whole change's with the mean of the gradients at both ends",
+    },
+}
+
+
 def _correlations(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """What goes with the change of behaviour: distances over pairs, inner products over steps and requests."""
+    """What goes with the change of behaviour: distances over pairs, inner products over models, steps and requests."""
     heads = ["adapters", "what", "with", "Pearson r", "Spearman"]
     lines = []
-    for start in STARTS:
-        seeds = sorted({r["seed"] for r in records})
-        for key, name in (("raw", "raw distance"), ("effective", "distance of B A")):
-            for target, word in (("behaviour", "change of attack success"), ("loss", "change of loss")):
-                each = [_of(records, kind="pair", start=start, seed=seed) for seed in seeds]
-                found = [correlation([r[key] for r in here], [r[target] for r in here]) for here in each]
-                lines.append(
-                    [start, f"{name}, six pairs", word, *(_spread([f[i] for f in found], ".2f") for i in (0, 1))]
-                )
-        for key, name in (
-            ("distance", "length of an epoch's change"),
-            ("first", "inner product with the gradient before"),
-            ("both", "the same with the mean of the gradients before and after (a check of linearity)"),
-        ):
-            each = [_of(records, kind="step", start=start, seed=seed) for seed in seeds]
-            size = abs if key == "distance" else float  # a length has no sign
-            found = [correlation([r[key] for r in here], [size(r["change"]) for r in here]) for here in each]
-            target = "size of the change of loss" if key == "distance" else "change of loss"
-            lines.append([start, name, target, *(_spread([f[i] for f in found], ".2f") for i in (0, 1))])
+    for start in dict.fromkeys(r["start"] for r in records):
+        for kind, columns in GOES_WITH.items():
+            for key, name in columns.items():
+                targets = {"behaviour": "change of attack success", "loss": "change of loss"}
+                if kind != "pair":
+                    targets = {"change": "change of loss", "refused": "requests refused anew"}
+                for target, word in targets.items():
+                    found = []
+                    for seed in sorted({r["seed"] for r in records}):
+                        here = where(records, kind=kind, start=start, seed=seed)
+                        size = abs if key == "distance" else float  # a length has no sign
+                        found.append(correlation([r[key] for r in here], [size(r[target]) for r in here]))
+                    cells = [spread(of_seeds([f[i] for f in found], (-1, 1))) for i in (0, 1)]
+                    words = f"size of: {word}" if key == "distance" else word
+                    lines.append([start, name, words, *cells])
     return heads, lines
 
 
@@ -125,26 +134,27 @@ def _epochs(records: Sequence[dict[str, Any]]) -> Any:
         strict=True,
     ):
         for place, model in enumerate(MODELS):
-            here = _of(records, kind="epoch", start=STARTS[0], model=model)
-            here += _of(records, kind="epoch", start=STARTS[0], model="base")
-            epochs = sorted({r["epoch"] for r in here})
-            values = [[scale * r[key] for r in here if r["epoch"] == epoch] for epoch in epochs]
-            shade, style = str(0.3 * place), {"linestyle": STYLES[place], "marker": MARKS[place], "markersize": 3}
-            axis.plot(epochs, [np.mean(v) for v in values], color=shade, linewidth=1.1, label=model, **style)
-            axis.fill_between(
-                epochs, [min(v) for v in values], [max(v) for v in values], color=shade, alpha=0.15, linewidth=0
-            )
+            here = where(records, kind="epoch", start=STARTS[0], model=model)
+            here += where(records, kind="epoch", start=STARTS[0], model="base")
+            points = []
+            for epoch in sorted({r["epoch"] for r in here}):
+                found = of_seeds([r[key] for r in where(here, epoch=epoch)], (0, 1 if key == "behaviour" else np.inf))
+                assert found is not None
+                points.append({"epoch": epoch, key: found.value})
+                if np.isfinite(found.low):
+                    points[-1] |= {f"{key}_low": found.low, f"{key}_high": found.high}
+            line(axis, place, [point["epoch"] for point in points], points, key, model, scale)
         axis.set_xlabel("epoch", fontsize=7)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        whole(axis)
         axis.set_ylabel(head, fontsize=7)
-    legend(figure, axes[0])
+    legend(figure, axes)
     return figure
 
 
 def _steps(records: Sequence[dict[str, Any]]) -> Any:
     """First-order change of a request's loss against the true one, a dot an epoch and request."""
     figure, axes = panels(2)
-    here = _of(records, kind="step", start=STARTS[0])
+    here = where(records, kind="step", start=STARTS[0])
     for axis, (key, head) in zip(
         axes,
         (
@@ -154,14 +164,14 @@ def _steps(records: Sequence[dict[str, Any]]) -> Any:
         strict=True,
     ):
         for place, model in enumerate(MODELS):
-            mine = _of(here, model=model)
+            mine = where(here, model=model)
             style = {"s": 6, "marker": MARKS[place], "color": str(0.3 * place), "linewidths": 0}
             axis.scatter([r[key] for r in mine], [r["change"] for r in mine], label=model, alpha=0.6, **style)
         ends = [min(r["change"] for r in here), max(r["change"] for r in here)]
         axis.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
         axis.set_xlabel(head, fontsize=7)
         axis.set_ylabel("true change of the loss, nats", fontsize=7)
-    legend(figure, axes[0])
+    legend(figure, axes)
     return figure
 
 
@@ -176,6 +186,7 @@ PARAMETERS = Study(
     "parameters",
     "Table 6, Fig. 6",
     "change of parameters against change of behaviour, and the inner product that influence uses",
-    lambda setting: "about 3 minutes" if setting.quick else "about 1 hour",
+    25,
+    2.5,
     run,
 )

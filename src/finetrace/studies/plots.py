@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from finetrace.studies.records import settings, where
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -25,6 +27,32 @@ def panels(count: int, *, across: int = 2, height: float = 2.3, sharey: bool = F
     return figure, axes[:count]
 
 
+def facets(
+    records: Sequence[dict[str, Any]],
+    draw: Callable[[Any, list[dict[str, Any]]], None],
+    xlabel: str,
+    ylabel: str,
+    *,
+    columns: int = 3,
+    height: float = 2.3,
+) -> Any:
+    """A panel a task and protocol, drawn by `draw` from its records, with one legend below all."""
+    cells = settings(records)
+    figure, axes = panels(len(cells), height=height)
+    for axis, (task, protocol) in zip(axes, cells, strict=True):
+        draw(axis, where(records, task=task, protocol=protocol))
+        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        axis.set_xlabel(xlabel, fontsize=7)
+        axis.set_ylabel(ylabel, fontsize=7)
+    legend(figure, axes, columns)
+    return figure
+
+
+def whole(axis: Any) -> None:
+    """Ticks at whole numbers alone."""
+    axis.xaxis.get_major_locator().set_params(integer=True)
+
+
 def line(
     axis: Any,
     place: int,
@@ -36,16 +64,22 @@ def line(
 ) -> None:
     """A metric of `summary` over `x`, its interval as a band; `place` picks the dash, the mark and the shade."""
     shade = str(0.65 * (place % 6) / 5)
-    values = [scale * r[metric] for r in records]
-    low = [scale * r.get(f"{metric}_low", r[metric]) for r in records]
-    high = [scale * r.get(f"{metric}_high", r[metric]) for r in records]
+    values = [float("nan") if r[metric] is None else scale * r[metric] for r in records]
+    ends = []
+    for end in ("low", "high"):
+        there = [r.get(f"{metric}_{end}") for r in records]
+        ends.append([value if at is None else scale * at for value, at in zip(values, there, strict=True)])
     style = {"linestyle": STYLES[place % len(STYLES)], "marker": MARKS[place % len(MARKS)], "markersize": 3}
     axis.plot(x, values, color=shade, linewidth=1.1, label=label, **style)
-    axis.fill_between(x, low, high, color=shade, alpha=0.15, linewidth=0)
+    axis.fill_between(x, *ends, color=shade, alpha=0.15, linewidth=0)
 
 
-def legend(figure: Any, axis: Any, columns: int = 4) -> None:
-    """One for all panels, below them; a narrow figure has room for two columns."""
-    handles, labels = axis.get_legend_handles_labels()
+def legend(figure: Any, axes: Sequence[Any], columns: int = 4) -> None:
+    """One for all panels, below them, each label once; a narrow figure has room for two columns."""
+    named: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            named.setdefault(label, handle)
     columns = columns if figure.get_figwidth() > 5 else min(columns, 2)
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=7)
+    if named:
+        figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=7)

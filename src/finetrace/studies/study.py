@@ -64,12 +64,30 @@ class Study:
         name: As `finetrace study NAME`.
         exhibit: Of the paper, or `beyond`.
         what: One line for a list.
-        cost: How long the full study and the quick one take on two cores, in words.
+        minutes: One seed of the full study, on two cores (AMD EPYC, Zen 5) in bfloat16.
+        quick_minutes: One seed of the quick one.
         run: Finds out; what takes long is kept in the folder and found again.
+        cells: How many of the minutes go to fine-tuned and indexed tasks, which studies may share.
     """
 
     name: str
     exhibit: str
     what: str
-    cost: Callable[[Setting], str]
+    minutes: float
+    quick_minutes: float
     run: Callable[[Path, Setting, Say], Outcome]
+    cells: float = 0.0
+
+    def cost(self, setting: Setting) -> str:
+        """How long it will take, in words."""
+        seeds = setting.seeds
+        if setting.quick:
+            return f"about {_words(self.quick_minutes * seeds)}"
+        shared = f", {_words((self.minutes - self.cells) * seeds)} where its fine-tuned tasks are there already"
+        return f"about {_words(self.minutes * seeds)}" + (shared if self.cells else "")
+
+
+def _words(minutes: float) -> str:
+    if minutes < 1.5:
+        return "a minute" if minutes > 0.75 else "half a minute"
+    return f"{minutes:.0f} minutes" if minutes < 90 else f"{minutes / 60:.1f} hours"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from finetrace.benchmark.figures import save
 from finetrace.benchmark.stages import claim
 from finetrace.benchmark.tables import write_table
+from finetrace.models import known_dtype
 from finetrace.reporting.results import write_results
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
@@ -18,6 +19,7 @@ def run(study: Study, folder: Path, setting: Setting, say: Say) -> Outcome:
     Raises:
         FinetraceError: The folder holds another run, or cannot be written.
     """
+    setting = replace(setting, dtype=known_dtype(setting.dtype, setting.device))
     settings = {"study": study.name, **asdict(setting)}
     claim(
         folder / "study.json",

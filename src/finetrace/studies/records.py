@@ -1,0 +1,46 @@
+"""Flat records of a study: picked, put in the order of a panel, and written as cells of a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.seeds import over_seeds
+
+Records = Sequence[dict[str, Any]]
+
+
+def where(records: Records, **values: Any) -> list[dict[str, Any]]:
+    """Those with these values."""
+    return [r for r in records if all(r.get(key) == value for key, value in values.items())]
+
+
+def settings(records: Records) -> list[tuple[str, str]]:
+    """Every task and protocol, in the order they come."""
+    return list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
+
+
+def percent(record: dict[str, Any], metric: str) -> str:
+    """A metric between 0 and 1 with its interval: `43 30-57`; without one where none is known."""
+    mean, low, high = (record[f"{metric}{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return "-"
+    return f"{100 * mean:.0f}" + (f" {100 * low:.0f}-{100 * high:.0f}" if low is not None else "")
+
+
+def of_seeds(values: Sequence[float | None], bounds: tuple[float, float] = (-np.inf, np.inf)) -> Estimate | None:
+    """Mean and t interval of one value a seed; `None` where no seed has one."""
+    known = [value for value in values if value is not None and np.isfinite(value)]
+    return over_seeds(known, bounds=bounds) if known else None
+
+
+def spread(estimate: Estimate | None, form: str = ".2f") -> str:
+    """`0.91 [0.85, 0.97]`, the mean alone of one seed, `-` of none."""
+    if estimate is None:
+        return "-"
+    if not np.isfinite(estimate.low):
+        return f"{estimate.value:{form}}"
+    return f"{estimate.value:{form}} [{estimate.low:{form}}, {estimate.high:{form}}]"
