@@ -13,28 +13,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from commands import run
 from finetrace.attribution import make
-from finetrace.cli import main
 from finetrace.cli.trace import TRACED
 from finetrace.reading import write_examples
 from finetrace.tracing import BEST
 from tiny import make_examples, make_llama, save_base, with_lora
-
-
-def run(capsys, *arguments: object) -> tuple[int, str, str]:
-    """Exit code, standard output and standard error of one command."""
-    before = sys.argv
-    sys.argv = ["finetrace", *map(str, arguments)]
-    capsys.readouterr()
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+import commands
 import finetrace.generation
-from finetrace.cli import main
 from finetrace.examples import Example
 from finetrace.models import ModelSpec, load
 from finetrace.reading import read_examples, write_examples
@@ -23,18 +23,7 @@ EMOTIONS = ("sadness", "joy", "love", "anger", "fear")
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
     """Exit code, standard output and standard error of `finetrace tasks`."""
-    before = sys.argv
-    sys.argv = ["finetrace", "tasks", *map(str, arguments)]
-    capsys.readouterr()
-    try:
-        main()
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    finally:
-        sys.argv = before
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return commands.run(capsys, "tasks", *arguments)
 
 
 def jsonl(path: Path, *rows: dict[str, Any]) -> Path:

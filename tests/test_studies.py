@@ -115,7 +115,7 @@ def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
     out = tmp_path / "c"
     outcome = run(CONVERGENCE, out, setting, quiet)
     records = results(out)
-    specs = {make(spec).label for spec in convergence.SPECS["corrected"]}
+    specs = {make(spec).label for spec in cells.SPECS["corrected"]}
     assert {(r["spec"], r["epoch"]) for r in records} == {(spec, epoch) for spec in specs for epoch in (1, 2)}
     for r in records:  # what does not depend on the method is the same for all of them
         twin = next(x for x in records if x["epoch"] == r["epoch"])

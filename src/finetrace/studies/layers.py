@@ -20,31 +20,12 @@ from finetrace.collection import Representation
 from finetrace.fingerprint import of_text
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import Plan, indexed, run_of, scored, summary
+from finetrace.studies.cells import SPECS, Plan, indexed, run_of, scored, summary
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
-SPECS = {
-    "corrected": (
-        "gradsim",
-        "gradcos",
-        "datainf",
-        "lissa",
-        "exact:normalise=cosine",
-        "ekfac:normalise=cosine",
-        "repsim",
-    ),
-    "paper": (
-        "gradsim",
-        "gradcos",
-        "datainf:damping=0.1,damping_rule=entry",
-        "lissa:damping=0.1,damping_rule=entry,recurrence=released",
-        "exact:damping=0.1,damping_rule=entry",
-        "repsim",
-    ),
-}
-PLAN = Plan({"mixed-small": 1.0, "grammars": 0.1, "mathqa": 0.1})
+PLAN = Plan({"mixed-small": 1.0, "grammars": 0.05, "mathqa": 0.05})
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=1)
 METRICS = ("accuracy", "coverage", "auprc")
 LOOKS = {"gradient, cosine": "gradcos:layers={}", "gradient, product": "gradsim:layers={}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,8 +27,10 @@ def run(study: Study, folder: Path, setting: Setting, say: Say) -> Outcome:
         {key: value for key, value in settings.items() if key not in ("seeds", "cells")},
         "a study",
     )
+    began, resumed = time.perf_counter(), (folder / "parts").exists() or setting.home(folder).exists()
     outcome = study.run(folder, setting, say)
-    write_results(folder, outcome.records, {**settings, **outcome.config, "reading": list(outcome.reading)})
+    spent = {"seconds": round(time.perf_counter() - began, 1), "resumed": resumed}
+    write_results(folder, outcome.records, {**settings, **outcome.config, **spent, "reading": list(outcome.reading)})
     for name, (heads, lines) in outcome.tables.items():
         write_table(folder / name, heads, lines)
     for name, figure in outcome.figures.items():
