@@ -21,6 +21,7 @@ from torch import nn
 
 from finetrace.index.manifest import write_atomically
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
+from finetrace.studies.plots import STYLES, line
 from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
@@ -106,7 +107,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     return Outcome(
         records,
         {"capacity": _table(records)},
-        {"capacity": _figure(curves, widths)},
+        {"capacity": _figure(curves, records, widths)},
         _reading(records),
         {"points": points, "epochs": epochs, "batch": BATCH, "learning_rate": RATE},
     )
@@ -141,14 +142,15 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return heads, lines
 
 
-def _figure(curves: dict[tuple[int, str, int], list[dict[str, float]]], widths: Sequence[int]) -> Any:
-    """Accuracy against distance, one panel a start; a line a seed, a shade a width."""
+def _figure(
+    curves: dict[tuple[int, str, int], list[dict[str, float]]], records: Sequence[dict[str, Any]], widths: Sequence[int]
+) -> Any:
+    """Accuracy against distance, one panel a start, a line a seed and a shade a width; and their correlation by width."""
     from matplotlib.figure import Figure
 
-    starts = [start for start in STARTS if start != "zero"]
-    figure = Figure(figsize=(7.0, 3.0), layout="constrained")
-    styles = ("-", "--", "-.", ":")
-    for axis, start in zip(figure.subplots(1, len(starts), sharey=True), starts, strict=True):
+    figure = Figure(figsize=(7.0, 2.8), layout="constrained")
+    axes = figure.subplots(1, len(STARTS))
+    for axis, start in zip(axes, STARTS[1:], strict=False):
         for i, width in enumerate(widths):
             for seed in range(1 + max(key[2] for key in curves)):
                 curve = curves[width, start, seed]
@@ -156,16 +158,32 @@ def _figure(curves: dict[tuple[int, str, int], list[dict[str, float]]], widths: 
                     [r["change"] for r in curve],
                     [100 * r["accuracy"] for r in curve],
                     color=str(0.6 * i / (len(widths) - 1)),
-                    linestyle=styles[i % len(styles)],
+                    linestyle=STYLES[i],
                     linewidth=1,
                     label=f"width {width}" if seed == 0 else None,
                 )
-        axis.set_title(f"{start} start", fontsize=9)
-        axis.set_xlabel("distance from the start, L2 norm of all weights", fontsize=8)
-        axis.tick_params(labelsize=8)
+        axis.set_title(f"{start} start", fontsize=8)
+        axis.set_xlabel("distance from the start,\nL2 norm of all weights", fontsize=7)
+        axis.set_ylabel("test accuracy, %", fontsize=7)
+    axes[0].legend(fontsize=6, loc="lower right")
+    last = axes[-1]
+    for i, start in enumerate(STARTS[1:]):
+        points = []
+        for width in widths:
+            found = of_seeds([r["pearson"] for r in where(records, start=start, width=width)], (-1, 1))
+            assert found is not None
+            points.append({"r": found.value, "r_low": found.low, "r_high": found.high})
+        line(last, 2 * i, widths, points, "r", f"{start} start")
+    last.set_xscale("log", base=2)
+    last.set_xticks(widths, [str(width) for width in widths])
+    last.set_title("accuracy with distance", fontsize=8)
+    last.set_xlabel("width", fontsize=7)
+    last.set_ylabel("Pearson r along training", fontsize=7)
+    last.set_ylim(None, 1)
+    last.legend(fontsize=6, loc="lower left")
+    for axis in axes:
+        axis.tick_params(labelsize=7)
         axis.grid(color="0.92")
-    figure.axes[0].set_ylabel("test accuracy, %", fontsize=8)
-    figure.axes[-1].legend(fontsize=7, loc="lower right")
     return figure
 
 
@@ -190,7 +208,7 @@ CAPACITY = Study(
     "capacity",
     "Fig. 7",
     "parameter change against accuracy while two-layer linear models of growing width learn digits",
-    2,
-    0.5,
+    0.25,
+    0.25,
     run,
 )

@@ -68,7 +68,7 @@ def line(
     ends = []
     for end in ("low", "high"):
         there = [r.get(f"{metric}_{end}") for r in records]
-        ends.append([value if at is None else scale * at for value, at in zip(values, there, strict=True)])
+        ends.append([value if at is None or at != at else scale * at for value, at in zip(values, there, strict=True)])
     style = {"linestyle": STYLES[place % len(STYLES)], "marker": MARKS[place % len(MARKS)], "markersize": 3}
     axis.plot(x, values, color=shade, linewidth=1.1, label=label, **style)
     axis.fill_between(x, *ends, color=shade, alpha=0.15, linewidth=0)
