@@ -192,6 +192,19 @@ def test_one_legend_names_what_any_panel_shows() -> None:
     assert [axis.get_title() for axis in figure.axes] == ["a, corrected", "b, corrected"]
 
 
+def test_lines_keep_apart_and_their_intervals_within_the_axes() -> None:
+    figure, [axis] = plots.panels(1)
+    for place in (0, 5):
+        plots.line(axis, place, [1, 10], [{"v": 0.5, "v_low": 0.1, "v_high": 0.9}] * 2, "v", str(place), 100)
+    low, high = axis.get_ylim()
+    assert low <= 10
+    assert high >= 90
+    figure.canvas.draw()
+    places = [each.lines[0].get_transform().transform((1, 50)) for each in axis.containers]
+    assert places[0][0] < places[1][0]
+    assert places[0][1] == places[1][1]
+
+
 def test_a_study_says_what_its_seeds_cost() -> None:
     assert DAMPING.cost(Setting(False, 1)) != DAMPING.cost(Setting(False, 3))
     made = Study("x", "", "", 40, 0.5, DAMPING.run, 37)

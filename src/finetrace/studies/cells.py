@@ -220,8 +220,14 @@ def summary(
 
 
 def crossed(group: pd.DataFrame, name: str) -> Estimate:
-    """Of one method on one task: mean over seeds and queries with an interval over both; NaN where none has a value."""
+    """Of one method on one task: mean over seeds and queries with an interval over both; NaN where none has a value.
+
+    What is not a metric, and the same for all, is so by what it is: a method's rank correlation with itself, say.
+    """
     values = np.asarray(group.pivot(index="seed", columns="query", values=name), dtype=np.float64)
     if not np.isfinite(values).any():
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
+    if name not in METRICS and np.nanmax(values) - np.nanmin(values) <= 1e-12:
+        only = float(np.nanmean(values))
+        return Estimate(only, only, only, int(np.isfinite(values).any(0).sum()))
     return bootstrap_crossed(values)

@@ -149,6 +149,6 @@ CONVERGENCE = Study(
     "Fig. 5",
     "accuracy of every method at every epoch of the fine-tuning, with losses and norms",
     160,
-    2,
+    1,
     run,
 )

@@ -188,7 +188,7 @@ DAMPING = Study(
     "beyond",
     "scores and accuracy over eight decades of lambda, per block and joint, and the Gram matrix's spectrum",
     40,
-    2,
+    1,
     run,
     37,
 )

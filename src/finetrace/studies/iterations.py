@@ -149,7 +149,7 @@ ITERATIONS = Study(
     "Fig. 4",
     "accuracy, coverage and distance to the exact solve over LiSSA's iterations, by both recurrences",
     40,
-    2,
+    1,
     run,
     37,
 )

@@ -186,6 +186,6 @@ LAYERS = Study(
     "Fig. 8",
     "the number and the place of the trained layers, and what each layer by itself says",
     160,
-    2.5,
+    1,
     run,
 )

@@ -116,7 +116,7 @@ NORMALISATION = Study(
     "beyond",
     "hubs and gradient norms, and what cosine, RelatIF and a cosine for each block do to them",
     40,
-    2,
+    1,
     run,
     37,
 )

@@ -187,6 +187,6 @@ PARAMETERS = Study(
     "Table 6, Fig. 6",
     "change of parameters against change of behaviour, and the inner product that influence uses",
     25,
-    2.5,
+    1,
     run,
 )
