@@ -486,7 +486,8 @@ def test_text_is_wrapped_to_its_width():
 def test_the_list_names_every_task(capsys):
     code, out, _ = run(capsys, "bench", "--list")
     assert code == 0
-    assert [line.split()[0] for line in out.splitlines()] == [*TASKS, "attack-success"]
+    assert [line.split()[0] for line in out.splitlines() if line[0] != " "] == [*TASKS, "attack-success"]
+    assert max(map(len, out.splitlines())) <= 80
 
 
 @pytest.mark.parametrize(

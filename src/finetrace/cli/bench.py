@@ -58,9 +58,8 @@ def bench(
     if list_:
         from finetrace.tasks import TASKS
 
-        for name, made in TASKS.items():
-            typer.echo(f"{name:16s} {made.what}")
-        typer.echo(f"{ATTACK_SUCCESS:16s} how often models answer 30 unsafe requests, by what they were fine-tuned on")
+        rates = "how often models answer 30 unsafe requests, by what they were fine-tuned on"
+        options.listing([*((name, made.what) for name, made in TASKS.items()), (ATTACK_SUCCESS, rates)])
         return
     if ATTACK_SUCCESS in (tasks or ()):
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}

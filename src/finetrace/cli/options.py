@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast, get_args
 
@@ -67,6 +67,21 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 def say(text: str = "") -> None:
     """A line for the person, on standard error: standard output is for results."""
     typer.echo(text, err=True)
+
+
+def listing(rows: Iterable[Sequence[str]]) -> None:
+    """Columns on standard output, the last one wrapped within the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for row in rows:
+        if not table.columns:
+            for place in range(len(row)):
+                table.add_column(no_wrap=place + 1 < len(row))
+        table.add_row(*map(Text, row))
+    Console().print(table)
 
 
 def say_lengths(report: LengthReport) -> None:

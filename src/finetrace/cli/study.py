@@ -38,8 +38,7 @@ def study(
             raise FinetraceError("which study? Give a name; finetrace study --list shows them.")
         from finetrace.studies.registry import STUDIES
 
-        for each in STUDIES.values():
-            typer.echo(f"{each.name:14s} {each.exhibit:16s} {each.what}")
+        options.listing([(each.name, each.exhibit, each.what) for each in STUDIES.values()])
         return
     with options.quiet_libraries():
         from finetrace.studies.registry import study as find
