@@ -15,7 +15,7 @@ from finetrace.errors import FinetraceError
 from finetrace.studies import approximation as study
 from finetrace.studies import write
 from finetrace.studies.approximation import Size, Trained
-from finetrace.studies.approximation_study import APPROXIMATION, FULL, LARGEST, QUICK
+from finetrace.studies.approximation_study import APPROXIMATION, DENSE, DUAL, FISHER, FULL, LARGEST, QUICK
 from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
 from finetrace.studies.registry import STUDIES
 from finetrace.studies.study import Setting
@@ -30,8 +30,8 @@ def loss(weights: torch.Tensor, at: Trained) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(at.digits.train @ weights.view(CLASSES, -1).T, at.digits.train_classes)
 
 
-def solve(at: Trained, curvature: torch.Tensor) -> torch.Tensor:
-    damped = curvature + at.damping * torch.eye(len(curvature), dtype=torch.float64)
+def solve(at: Trained, curvature: torch.Tensor, truth: study.Truth) -> torch.Tensor:
+    damped = curvature + at.ridge(truth) * torch.eye(len(curvature), dtype=torch.float64)
     return at.query @ torch.linalg.solve(damped, at.train.T)
 
 
@@ -58,12 +58,12 @@ def test_the_layer_is_at_its_minimum() -> None:
 def test_exact_influences_are_those_of_dense_matrices(at: Trained) -> None:
     fisher = at.train.T @ at.train / len(at.train)
     hessian = torch.autograd.functional.hessian(lambda w: loss(w, at), at.weights.flatten())
-    for found in (study.dense_fisher(at), study.dual_fisher(at)):
-        assert close(found, solve(at, fisher))
-    whole = hessian + study.DECAY * torch.eye(len(hessian), dtype=torch.float64)
-    for found in (study.dense_hessian(at), study.dual_hessian(at)):
-        assert close(found, solve(at, whole))
-    assert close(study.conjugate_gradients(at, 2000), solve(at, fisher), 1e-4)
+    assert at.ridge("hessian") == at.ridge("fisher") + study.DECAY
+    for truth, curvature in (("fisher", fisher), ("hessian", hessian)):
+        expected = solve(at, curvature, truth)
+        for found in (study.dense(at, truth), study.dual(at, truth)):
+            assert close(found, expected)
+        assert close(study.conjugate_gradients(at, truth, 2000), expected, 1e-6)
 
 
 @pytest.mark.parametrize("size", [Size(10, 20), Size(20, 40)])
@@ -75,8 +75,8 @@ def test_the_dual_solves_keep_their_digits(size: Size, damping: str) -> None:
     whole = torch.block_diag(*[span] * CLASSES)
     train, query, root = at.train @ whole, at.query @ whole, study.hessian_root(at) @ whole
     for rows, ridge, found in (
-        (train, at.damping, study.dual_fisher(at)),
-        (root, at.damping + study.DECAY, study.dual_hessian(at)),
+        (train, at.damping, study.dual(at, "fisher")),
+        (root, at.damping + study.DECAY, study.dual(at, "hessian")),
     ):
         curvature = rows.T @ rows / size.points + ridge * torch.eye(whole.shape[1], dtype=torch.float64)
         assert close(found, query @ torch.linalg.solve(curvature, train.T))
@@ -86,7 +86,7 @@ def test_the_hessian_predicts_leaving_a_point_out(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(study, "DECAY", 3.0)  # so that leaving one point of forty out is a small change
     digits = Digits.draw(40, 5, 8, 3)
     at = Trained.of(Size(40, 8), "paper", 3)
-    predicted = study.dual_hessian(at)
+    predicted = study.dual(at, "hessian")
     before = torch.nn.functional.cross_entropy(digits.test @ at.weights.T, digits.test_classes, reduction="none")
     changes = torch.empty_like(predicted)
     for i in range(40):
@@ -111,19 +111,38 @@ def test_ekfac_is_that_of_the_whole_basis(at: Trained) -> None:
     basis = torch.kron(torch.linalg.eigh(outputs.T @ outputs)[1], torch.linalg.eigh(inputs.T @ inputs)[1])
     eigenvalues = (at.train @ basis).square().mean(0)
     expected = (at.query @ basis / (eigenvalues + at.damping)) @ (at.train @ basis).T
-    assert close(study.eigenvalue_corrected(at), expected)
+    assert close(study.eigenvalue_corrected(at, "fisher"), expected)
+
+
+def test_ekfac_of_the_models_own_labels(at: Trained) -> None:
+    """Against every label written out with its probability."""
+    inputs, n = at.digits.train, len(at.train)
+    p = torch.softmax(inputs @ at.weights.T, 1)
+    outer, seen = torch.zeros(CLASSES, CLASSES, dtype=p.dtype), 0.0
+    right = torch.linalg.eigh(inputs.T @ inputs)[1]
+    every = [(i, y, p[i] - torch.eye(CLASSES, dtype=p.dtype)[y]) for i in range(n) for y in range(CLASSES)]
+    for i, y, delta in every:
+        outer += p[i, y] * torch.outer(delta, delta)
+    left = torch.linalg.eigh(outer)[1]
+    for i, y, delta in every:
+        seen = seen + p[i, y] * torch.outer(left.T @ delta, right.T @ inputs[i]).square() / n
+    basis = torch.kron(left, right)
+    expected = (at.query @ basis / (seen.flatten() + at.ridge("hessian"))) @ (at.train @ basis).T
+    assert close(study.eigenvalue_corrected(at, "hessian"), expected)
 
 
 def test_products_of_another_library_agree(at: Trained) -> None:
     pytest.importorskip("curvlinops")
-    assert study.residual(at, "fisher") < 1e-6
-    assert study.residual(at, "hessian") < 1e-6
+    for truth in study.TRUTHS:
+        found = study.put_back(at, truth)
+        assert found["residual"] < 1e-6
+        assert found["scores"] < 1e-6
 
 
 def test_long_series_come_to_the_exact_influence() -> None:
     at = Trained.of(Size(12, 4), "default", 1)
-    exact = study.dual_fisher(at)
-    found = [study.errors(study.series(at, count), exact) for count in (1, 10, 100, 3000)]
+    exact = study.dual(at, "fisher")
+    found = [study.errors(study.series(at, "fisher", count), exact) for count in (1, 10, 100, 3000)]
     assert found[0]["relative"] > found[1]["relative"] > found[2]["relative"] > found[3]["relative"]
     assert found[3]["relative"] < 1e-3
     assert study.errors(exact, exact) == pytest.approx({"l2": 0, "relative": 0, "scaled": 0, "spearman": 1}, abs=1e-7)
@@ -153,20 +172,17 @@ def test_the_quick_study_end_to_end(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "times less" in result.output
     records = json.loads((out / "results.json").read_text())["records"]
-    dense = [r for r in records if r["method"] == "exact Fisher, dense" and r["seconds"]]
-    assert len(dense) == 4
-    assert all(r["relative"] < 1e-8 for r in dense)
+    dense = [r for r in records if r["method"] == DENSE and r["seconds"]]
+    assert len(dense) == 2 * 2 * 2  # sizes that fit, dampings, meanings of exact
     for r in dense:
-        same = {key: r[key] for key in ("points", "parameters", "damping")}
-        dual = [
-            d
-            for d in records
-            if d["method"] == "exact Fisher, dual" and same.items() <= d.items() and d["truth"] == "fisher"
-        ]
-        assert r["seconds"] > 100 * dual[0]["seconds"]
-    assert any(
-        r["parameters"] == 100_000 and r["method"] == "exact Fisher, dense" and r["seconds"] is None for r in records
-    )
+        same = {key: r[key] for key in ("points", "parameters", "damping", "truth")}
+        [dual] = [d for d in records if d["method"] == DUAL and same.items() <= d.items()]
+        assert dual["relative"] < 1e-8
+        assert r["seconds"] > 10 * dual["seconds"]
+    wide = [r for r in records if r["parameters"] == 100_000]
+    assert all(r["seconds"] is None for r in wide if r["method"] == DENSE)
+    assert all("relative" not in r and r["residual"] < 1e-3 for r in wide if r["method"] == DUAL)
+    assert {r["method"] for r in wide if r["truth"] == "hessian"} >= {FISHER, "EK-FAC", "CG 50"}
     for suffix in (".png", ".svg"):
         assert (out / f"approximation{suffix}").stat().st_size > 1000
     assert "needs 149 GiB" in (out / "approximation-paper.md").read_text()
@@ -174,6 +190,23 @@ def test_the_quick_study_end_to_end(tmp_path: Path) -> None:
     assert "paper damping" not in again.output
     refused = CliRunner().invoke(app, [*command[:2], *command[3:]])
     assert isinstance(refused.exception, FinetraceError)
+
+
+@pytest.mark.slow
+def test_the_dual_solve_is_exact_and_a_thousand_times_faster() -> None:
+    narrow, wide = (Trained.of(size, "paper", 0) for size in (Size(20, 32), Size(20, 100)))
+    for truth in study.TRUTHS:
+        exact, dense_seconds = study.timed(lambda truth=truth: study.dense(narrow, truth), 1)  # type: ignore[misc]
+        assert close(study.dual(narrow, truth), exact)
+    _, seconds = study.timed(lambda: study.dual(wide, "fisher"))
+    assert dense_seconds > 1000 * seconds  # the dense one of ten times fewer parameters; 100,000 need 149 GiB
+
+
+def test_what_checks_the_solutions_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(FinetraceError, match="curvlinops"):
+        APPROXIMATION.run(tmp_path, Setting(True, 1), lambda text: None)
+    assert not list(tmp_path.iterdir())
 
 
 def test_studies_are_listed_with_their_cost() -> None:
