@@ -12,6 +12,7 @@ import torch
 
 from finetrace.collection import Block
 from finetrace.studies.parameters import (
+    MODELS,
     State,
     _measured,
     correlation,
@@ -22,7 +23,7 @@ from finetrace.studies.parameters import (
     states,
     steps,
 )
-from finetrace.studies.parameters_study import PARAMETERS
+from finetrace.studies.parameters_study import GOES_WITH, PARAMETERS
 from finetrace.studies.study import Setting
 from finetrace.studies.write import run
 from tiny import make_llama, make_tokenizer, save_base
@@ -110,9 +111,17 @@ def test_the_paper_protocol_is_looked_at_now_and_then(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
     setting = Setting(True, 1, str(base), "float32", "cpu")
     found = states(tmp_path / "p", setting, 0, "paper protocol", lambda text: None)
-    assert [(s.model, s.epoch) for s in found] == [("base", 0), ("benign", 1), ("harmful", 1), ("mixed", 1)]
+    assert [(s.model, s.epoch) for s in found] == [
+        ("base", 0),
+        ("benign", 1),
+        ("start of benign", 0),
+        ("harmful", 1),
+        ("start of harmful", 0),
+        ("mixed", 1),
+        ("start of mixed", 0),
+    ]
     plain = states(tmp_path / "p", setting, 0, "same start", lambda text: None)
-    torch.testing.assert_close(plain[0].parameters, found[0].parameters)  # the same start
+    assert raw_distance(found[2], found[4]) > 1  # starts of their own
     assert not torch.allclose(plain[0].losses, found[0].losses)  # and a template of its own
 
 
@@ -144,4 +153,14 @@ def test_the_quick_study_on_a_tiny_model(tmp_path: Path) -> None:
     found = states(out, setting, 0, "other starts", lambda text: pytest.fail("measured again"))
     for each in (s for s in found if s.epoch == 0):  # before training every start computes what the base does
         torch.testing.assert_close(each.losses, found[0].losses)
-    assert list(outcome.figures) == ["epochs", "steps"]
+    assert list(outcome.figures) == ["epochs-same-start", "epochs-other-starts", "steps"]
+    rows = outcome.tables["correlations"][1]
+    assert len(rows) == 2 * len(GOES_WITH)
+    within = [
+        row
+        for row in rows
+        if row[:3] == ["same start", "a request in a step", "inner product with the gradient before"]
+    ]
+    here = [[r for r in moved if (r["start"], r["model"]) == ("same start", model)] for model in MODELS]
+    expected = np.mean([correlation([r["first"] for r in m], [r["change"] for r in m])[0] for m in here])
+    assert float(within[0][6]) == pytest.approx(expected, abs=0.006)

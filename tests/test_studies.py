@@ -59,6 +59,7 @@ def test_damping_goes_from_one_limit_to_the_other(setting: Setting, tmp_path: Pa
     undamped = next(r for r in records if r["curve"] == "exact, joint" and r["multiple"] == max(MULTIPLES))
     assert undamped["with_none"] > 0.99
     sizes = [block.size for block in found.problem.blocks]
+    assert all(r["paper_joint"] == pytest.approx(0.1 / sum(sizes)) for r in records)
     for r in records:  # 0.1 of the mean squared entry, against the trace: the sum of all d of them
         assert (r["paper_low"], r["paper_high"]) == pytest.approx((0.1 / max(sizes), 0.1 / min(sizes)))
     again: list[str] = []
@@ -105,10 +106,13 @@ def test_distances_to_the_exact_scores() -> None:
 def test_norms_and_hubs(setting: Setting, tmp_path: Path) -> None:
     run(NORMALISATION, tmp_path / "n", setting, quiet)
     records = results(tmp_path / "n")
-    assert {r["spec"] for r in records} == {make(spec).label for spec in normalisation.SPECS}
-    assert all(0 < r["hub_share"] <= 1 and r["norm_ratio"] >= 1 and -1 <= r["with_norm"] <= 1 for r in records)
+    assert {r["spec"] for r in records} == {make(spec).label for spec in normalisation.specs("corrected")}
+    known = [r for r in records if r["spec"] != "random"]
+    assert all(0 < r["hub_share"] <= 1 and r["norm_ratio"] >= 1 and -1 <= r["with_norm"] <= 1 for r in known)
     hub = pd.DataFrame({"seed": [0] * 4 + [1] * 4, "first": list("aaab") + list("abcd")})
-    assert normalisation._hub(hub) == pytest.approx((0.75 + 0.25) / 2)
+    assert normalisation._hub(hub) == {"hub_share": 0.5, "hub_share_low": 0, "hub_share_high": 1}
+    assert normalisation._hub(hub[:4])["hub_share_low"] is None
+    assert "datainf:normalise=cosine,damping=0.1,damping_rule=entry" in normalisation.specs("paper")
 
 
 def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
@@ -211,6 +215,38 @@ def test_a_study_says_what_its_seeds_cost() -> None:
     assert made.cost(Setting(False, 3)) == "about 2.0 hours, 9 minutes where its fine-tuned tasks are there already"
     assert made.cost(Setting(True, 1)) == "about half a minute"
     assert made.cost(Setting(True, 4)) == "about 2 minutes"
+
+
+def test_legends_tell_the_released_recurrence_and_the_papers_damping_from_ours() -> None:
+    names = [cells.name_of(spec) for protocol in cells.SPECS.values() for spec in protocol]
+    assert (
+        cells.name_of("lissa:damping=0.1,damping_rule=entry,recurrence=released") == "lissa, released, paper's damping"
+    )
+    assert cells.name_of("datainf:damping=0.1,damping_rule=entry") == "datainf, paper's damping"
+    assert cells.name_of("exact:normalise=cosine") == "exact cosine"
+    assert len(set(names)) == len({make(spec).label for protocol in cells.SPECS.values() for spec in protocol})
+
+
+def test_what_the_paper_protocol_leaves_out_is_said() -> None:
+    assert "mixed-small is left out" in iterations.PLAN.left_out()[0]
+    assert not iterations.QUICK.left_out()
+    kept = {(cell.task, cell.protocol) for cell in iterations.PLAN.cells(Setting(False, 1))}
+    assert ("mixed-small", "corrected") in kept
+    assert ("mixed-small", "paper") not in kept
+
+
+def test_a_method_looks_the_same_in_every_panel() -> None:
+    found = []
+    for protocol, specs in cells.SPECS.items():
+        for spec in specs:
+            about = {"task": "mathqa", "protocol": protocol, "n_train": 5, "n_queries": 4, "epoch": 1}
+            found.append({**about, "spec": make(spec).label, "coverage": 0.5})
+    figure = convergence._figure(found, "coverage")
+    drawn = [{each.get_label(): each.lines[0].get_marker() for each in axis.containers} for axis in figure.axes]
+    shared = drawn[0].keys() & drawn[1].keys()
+    assert {"repsim", "gradsim", "gradcos"} <= shared
+    assert all(drawn[0][name] == drawn[1][name] for name in shared)
+    assert figure.axes[0].get_title() == "mathqa, corrected: 5 rows, 4 queries"
 
 
 def test_studies_share_their_cells(setting: Setting) -> None:

@@ -2,8 +2,9 @@
 
 One linear layer on digits. Exact has two meanings: the damped empirical Fisher that the study's released code inverts, and
 the damped Hessian of its Eq. 2, here of all that was minimised, weight decay included. Each approximation stands against
-each of them with the same ridge: lambda, and for the Hessian lambda + decay. Both are solved densely where a d x d matrix fits, and
-by the identities of `finetrace.curvature.fisher` everywhere, whose solutions are put back into the system by products.
+each of them with the same ridge: lambda, and for the Hessian lambda + decay. Both are solved densely where a d x d matrix
+fits, and by the identities of `finetrace.curvature.fisher` everywhere, whose solutions are put back into the system by
+products.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     points, epochs, every = (1000, 3, 3) if setting.quick else (4000, 10, 10)
     curves: dict[tuple[int, str, int], list[dict[str, float]]] = {}
     for seed, start, width in product(range(setting.seeds), STARTS, widths):
-        path = folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}.json"
+        path = (
+            folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}-{BATCH}-{RATE}.json"
+        )
         if not path.exists():
             say(f"width {width}, {start} start, seed {seed}")
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +164,9 @@ def _figure(
                     linewidth=1,
                     label=f"width {width}" if seed == 0 else None,
                 )
+        stuck = [100 * r["accuracy"] for r in where(records, start=STARTS[0])]
+        label = "zero in both layers: nothing moves"
+        axis.plot([0] * len(stuck), stuck, marker="x", markersize=4, linestyle="none", color="black", label=label)
         axis.set_title(f"{start} start", fontsize=8)
         axis.set_xlabel("distance from the start,\nL2 norm of all weights", fontsize=7)
         axis.set_ylabel("test accuracy, %", fontsize=7)
@@ -172,7 +177,10 @@ def _figure(
         for width in widths:
             found = of_seeds([r["pearson"] for r in where(records, start=start, width=width)], (-1, 1))
             assert found is not None
-            points.append({"r": found.value, "r_low": found.low, "r_high": found.high})
+            known = np.isfinite(found.low)
+            points.append(
+                {"r": found.value, "r_low": found.low if known else None, "r_high": found.high if known else None}
+            )
         line(last, 2 * i, widths, points, "r", f"{start} start")
     last.set_xscale("log", base=2)
     last.set_xticks(widths, [str(width) for width in widths])

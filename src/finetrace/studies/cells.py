@@ -96,6 +96,12 @@ class Plan:
             if name == "corrected" or task not in self.without
         ]
 
+    def left_out(self) -> list[str]:
+        """A sentence where the paper protocol leaves tasks out."""
+        named = [task for task in self.sizes if task in self.without and "paper" in self.protocols]
+        why = "is left out of the paper protocol, after which the model still refuses, so that there is no answer to trace"
+        return [f"{' and '.join(named)} {why} (see the parameters study)."] if named else []
+
     def _epochs(self, name: str) -> int | None:
         return None if name == "paper" else self.epochs
 
@@ -142,22 +148,6 @@ def run_of(cell: Cell, folder: Path) -> Run:
     return Run(folder, cell, task, recipe, protocol(cell.protocol), make_judge(None, None), keep=True)
 
 
-def measured(
-    plan: Plan, specs: Sequence[str], folder: Path, home: Path, setting: Setting, say: Say, *, factors: bool = False
-) -> pd.DataFrame:
-    """Every method on every cell, query by query; a finished cell is found again in `folder`.
-
-    Columns: task, protocol, seed, spec, query, and a metric each: accuracy, coverage, auroc, auprc, and `first`, the training
-    example ranked first.
-    """
-
-    def look(found: Prepared) -> pd.DataFrame:
-        prepare(found.problem, [make(spec) for spec in specs])
-        return scored(found, specs)
-
-    return pd.concat(list(parts(plan, "-".join(specs), folder, home, setting, say, look, factors=factors)))
-
-
 def parts(
     plan: Plan,
     what: str,
@@ -192,7 +182,16 @@ def values_of(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.Dat
         metrics["coverage"] = precision_at(max(1, found.problem.n // classes))
     values: dict[str, Any] = {name: metric(scores, found.relevant) for name, metric in metrics.items()}
     first = [found.problem.rows.ids[i] for i in scores.argmax(1)]
-    return pd.DataFrame({"spec": spec, "query": [q.id for q in found.problem.queries], "first": first, **values})
+    about = {"spec": spec, "query": [q.id for q in found.problem.queries], "first": first, "n_train": found.problem.n}
+    return pd.DataFrame({**about, **values})
+
+
+def name_of(spec: str) -> str:
+    """A method as a legend has it, the released recurrence and the study's damping told from ours."""
+    method = make(spec)
+    marks = {"released": method.parameters.get("recurrence"), "paper's damping": method.parameters.get("damping_rule")}
+    marks = {mark: value for mark, value in marks.items() if value in ("released", "entry")}
+    return ", ".join([method.title.split(" damping")[0].removesuffix(" recurrence=released"), *marks])
 
 
 def summary(
@@ -207,6 +206,7 @@ def summary(
         record: dict[str, Any] = dict(zip(by, plain, strict=True)) | {
             "seeds": int(group["seed"].nunique()),
             "n_queries": int(group["query"].nunique()),
+            "n_train": int(group["n_train"].iloc[0]),
         }
         for name in (*metrics, *constants):
             if name in constants:

@@ -9,23 +9,19 @@ from typing import Any
 
 import pandas as pd
 
-from finetrace.attribution import make
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.fingerprint import of_text
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import SPECS, Plan, indexed, run_of, scored, summary
+from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
 from finetrace.studies.plots import facets, line, whole
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 PLAN = Plan({"mixed-small": 1.0, "grammars": 0.05, "mathqa": 0.05, "backdoor-1": 0.05}, epochs=8)  # paper: its own
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)
-STATE = {
-    "train_loss": "training loss",
-    "query_loss": "loss of the queries, held out",
-    "gradient_norm": "mean norm of training gradients",
-}
+LOSSES = {"train_loss": "training rows", "query_loss": "queries, held out"}
+STATE = (*LOSSES, "gradient_norm")
 METRICS = ("accuracy", "coverage", "auprc")
 
 
@@ -44,12 +40,18 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
             write_atomically(place / "epochs.parquet", frame.to_parquet(index=False))
             shutil.rmtree(place / "run", ignore_errors=True)
         frames.append(pd.read_parquet(place / "epochs.parquet"))
-    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS, tuple(STATE))
+    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS, STATE)
     return Outcome(
         records,
         {f"convergence-{name}": _table(records, name) for name in METRICS},
-        {f"convergence-{name}": _figure(records, name) for name in METRICS} | {"losses": _losses(records)},
-        _reading(records),
+        {f"convergence-{name}": _figure(records, name) for name in METRICS}
+        | {
+            "losses": _state(records, LOSSES, "loss, nats a token"),
+            "gradient-norms": _state(
+                records, {"gradient_norm": "training rows"}, "mean norm, nats per unit of the adapter"
+            ),
+        },
+        [*_reading(records), *plan.left_out()],
         {"sizes": plan.sizes, "epochs": plan.epochs},
     )
 
@@ -93,33 +95,40 @@ def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], l
     for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
         found = {r["epoch"]: r for r in where(records, task=task, protocol=protocol, spec=spec)}
         cells = [percent(found[e], metric) if e in found else "-" for e in epochs]
-        lines.append([task, protocol, make(spec).title, *cells])
+        lines.append([task, protocol, name_of(spec), *cells])
     return heads, lines
 
 
 def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
-    """A metric over epochs, a panel a task and protocol."""
+    """A metric over epochs, a panel a task and protocol; a method looks the same in all of them."""
+    places = {spec: place for place, spec in enumerate(dict.fromkeys(r["spec"] for r in records))}
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
-        for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
+        for spec in dict.fromkeys(r["spec"] for r in here):
             found = sorted(where(here, spec=spec), key=lambda r: r["epoch"])
-            line(axis, place, [r["epoch"] for r in found], found, metric, make(spec).title.split(" damping")[0], 100)
+            line(axis, places[spec], [r["epoch"] for r in found], found, metric, name_of(spec), 100)
         whole(axis)
 
     return facets(records, draw, "epoch", f"{metric if metric != 'auprc' else 'AUPRC'}, %")
 
 
-def _losses(records: Sequence[dict[str, Any]]) -> Any:
-    """Training loss, loss of the queries and mean gradient norm over epochs."""
+def _state(records: Sequence[dict[str, Any]], names: dict[str, str], head: str) -> Any:
+    """Losses, or the mean norm of the training gradients, over epochs.
+
+    The loss is that of the protocol: of the response, or of all 128 positions. Queries of a mixed set have no answer but
+    the one that the model of the last epoch gives.
+    """
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         found = sorted(where(here, spec=here[0]["spec"]), key=lambda r: r["epoch"])
-        for place, (name, words) in enumerate(STATE.items()):
-            line(axis, place, [r["epoch"] for r in found], found, name, words)
+        for place, (name, words) in enumerate(names.items()):
+            mixed = name == "query_loss" and here[0]["task"].startswith("mixed")
+            label = "the last epoch's own answers" if mixed else words
+            line(axis, 3 * place + mixed, [r["epoch"] for r in found], found, name, label)
         axis.set_yscale("log")
         whole(axis)
 
-    return facets(records, draw, "epoch", "nats, and norm per nat")
+    return facets(records, draw, "epoch", head)
 
 
 def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
@@ -138,10 +147,6 @@ def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
             f"{cosine[1]:.0f}%."
         )
     return lines
-
-
-def _cost(setting: Setting) -> str:
-    return "about 2 minutes" if setting.quick else "about 8 hours"
 
 
 CONVERGENCE = Study(

@@ -32,6 +32,7 @@ CURVES = {
 }
 LIMITS = ("gradsim", "gradcos")
 METRICS = ("accuracy", "coverage", "auprc", "with_default", "with_none")
+PAPER = ("paper_low", "paper_high", "paper_joint")
 FIGURES = {
     "accuracy": ("accuracy", "accuracy, %", 100.0),
     "coverage": ("coverage", "coverage, %", 100.0),
@@ -52,13 +53,13 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     home = setting.home(folder)
     what = f"damping {MULTIPLES} {CURVES} {LIMITS}"
     frame = pd.concat(parts(plan, what, folder, home, setting, say, look))
-    spectra = pd.concat(parts(plan, "spectrum", folder, home, setting, say, _spectrum))
-    records = summary(frame, ("task", "protocol", "curve", "multiple"), METRICS, ("paper_low", "paper_high"))
+    spectra = pd.concat(parts(plan, "spectrum of shares", folder, home, setting, say, _spectrum))
+    records = summary(frame, ("task", "protocol", "curve", "multiple"), METRICS, PAPER)
     return Outcome(
         records,
         {"damping": _table(records)},
         {f"damping-{name}": _figure(records, *of) for name, of in FIGURES.items()} | {"spectrum": _spectra(spectra)},
-        _reading(records),
+        [*_reading(records), *plan.left_out()],
         {"multiples": MULTIPLES, "sizes": plan.sizes},
     )
 
@@ -67,10 +68,10 @@ def look(found: Prepared) -> pd.DataFrame:
     """Query by query at every lambda: the metrics, and rank correlations with the scores of the default lambda and of none.
 
     `multiple` is -1 without curvature. `paper_low` and `paper_high` are the least and the largest that the study's rule, 0.1
-    of the mean squared entry of a block, is of a block's trace: 0.1 / d_b.
+    of the mean squared entry of a block, is of a block's trace: 0.1 / d_b. `paper_joint` is the same of all blocks at once.
     """
     widths = [block.size for block in found.problem.blocks]
-    ends = {"paper_low": 0.1 / max(widths), "paper_high": 0.1 / min(widths)}
+    ends = dict(zip(PAPER, (0.1 / max(widths), 0.1 / min(widths), 0.1 / sum(widths)), strict=True))
     plain = {name: make(name).score(found.problem).values for name in LIMITS}
     frames = [values_of(found, name, values).assign(curve=name, multiple=-1.0) for name, values in plain.items()]
     for curve in CURVES:
@@ -109,7 +110,7 @@ def _spectrum(found: Prepared) -> pd.DataFrame:
 
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Accuracy and coverage at each lambda with intervals, and the rank correlation with the default's scores."""
-    heads = ["task", "protocol", "method", "what", *(f"{m:g}" for m in MULTIPLES), "no curvature"]
+    heads = ["task", "protocol", "method", "what", *(f"{m:g}" for m in MULTIPLES), "GradSim, or its cosine"]
     lines = []
     for task, protocol in settings(records):
         here = where(records, task=task, protocol=protocol)
@@ -119,8 +120,11 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
             for metric in ("accuracy", "coverage"):
                 cells = [percent(r, metric) for r in (*found, limit)]
                 lines.append([task, protocol, curve, f"{metric} %", *cells])
-            ranks = [f"{r['with_default']:.2f}" for r in found]
-            lines.append([task, protocol, curve, "rank with default", *ranks, ""])
+            for metric, words in (
+                ("with_default", "rank with default, %"),
+                ("with_none", "rank with the last column, %"),
+            ):
+                lines.append([task, protocol, curve, words, *(percent(r, metric) for r in found), ""])
     return heads, lines
 
 
@@ -134,10 +138,11 @@ def _figure(records: Sequence[dict[str, Any]], metric: str, head: str, scale: fl
         for style, name in zip(("-", ":"), LIMITS, strict=True):
             level = where(here, curve=name)[0].get(metric)
             if level is not None:
-                axis.axhline(scale * level, color="0.75", linestyle=style, linewidth=1, label=f"{name}, no curvature")
+                axis.axhline(scale * level, color="0.75", linestyle=style, linewidth=1, label=name)
         axis.axvline(DEFAULT_DAMPING, color="0.9", linewidth=4, zorder=0, label="default")
-        ends = [here[0][key] for key in ("paper_low", "paper_high")]
-        axis.axvspan(*ends, color="0.8", linewidth=0, zorder=0, label="paper's rule, by block")
+        low, high, joint = (here[0][key] for key in PAPER)
+        axis.axvspan(low, high, color="0.8", linewidth=0, zorder=0, label="paper's rule, by block")
+        axis.axvline(joint, color="0.7", linestyle="--", linewidth=0.8, zorder=0, label="the same, joint")
         axis.set_xscale("log")
 
     return facets(records, draw, "lambda / trace of the empirical Fisher of the block, or of all", head, columns=4)
@@ -160,6 +165,7 @@ def _spectra(frame: pd.DataFrame) -> Any:
                 zorder=2 if joint else 1,
                 label="all blocks" if joint else "each block",
             )
+        axis.axhline(DEFAULT_DAMPING, color="0.5", linestyle="--", linewidth=0.8, label="lambda, default")
         axis.set_yscale("log")
         axis.set_ylim(1e-8, 1)
 

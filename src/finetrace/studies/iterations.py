@@ -32,13 +32,15 @@ METRICS = ("accuracy", "coverage", "spearman", "relative", "scaled")
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Score every count, recurrence and damping."""
     plan = QUICK if setting.quick else PLAN
-    frame = pd.concat(parts(plan, f"iterations {COUNTS} {DAMPINGS}", folder, setting.home(folder), setting, say, look))
+    frame = pd.concat(
+        parts(plan, f"iterations {COUNTS} {DAMPINGS} {RECURRENCES}", folder, setting.home(folder), setting, say, look)
+    )
     records = summary(frame, ("task", "protocol", "damping", "recurrence", "iterations"), METRICS)
     return Outcome(
         records,
         {"iterations": _table(records)},
         _figures(records),
-        _reading(records),
+        [*_reading(records), *plan.left_out()],
         {"counts": COUNTS, "sizes": plan.sizes},
     )
 
@@ -101,6 +103,13 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return heads, lines
 
 
+def _interval(record: dict[str, Any], metric: str) -> str:
+    mean, low, high = (record[f"{metric}{end}"] for end in ("", "_low", "_high"))
+    if mean is None:
+        return "-"
+    return f"{mean:.2g}" + (f" {low:.2g} to {high:.2g}" if low is not None else "")
+
+
 def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy, coverage, rank correlation with the exact scores and distance to them, over iterations."""
     figures = {}
@@ -108,7 +117,7 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         ("iterations-accuracy", "accuracy", "accuracy, %", 100),
         ("iterations-coverage", "coverage", "coverage, %", 100),
         ("iterations-rank", "spearman", "rank correlation with exact", 1),
-        ("iterations-distance", "relative", "relative L2 to exact", 1),
+        ("iterations-distance", "scaled", "L2 to exact, after the best\nscaling, share of its norm", 1),
     ):
 
         def draw(axis: Any, here: list[dict[str, Any]], metric: str = metric, scale: float = scale) -> None:
@@ -123,7 +132,7 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                     level = scale * where(here, damping=damping, iterations=-1)[0][metric]
                     axis.axhline(level, color="0.5", linewidth=0.8, linestyle=style, label=f"exact, {damping} damping")
             axis.set_xscale("log")
-            if metric == "relative":
+            if metric == "scaled":
                 axis.set_yscale("log")
 
         figures[name] = facets(records, draw, "iterations", head)

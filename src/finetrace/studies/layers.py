@@ -13,14 +13,13 @@ from typing import Any
 
 import pandas as pd
 
-from finetrace.attribution import make
 from finetrace.benchmark.run import Run
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.collection import Representation
 from finetrace.fingerprint import of_text
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import SPECS, Plan, indexed, run_of, scored, summary
+from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
@@ -63,7 +62,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
         records,
         {f"layers-{name}": _table(trained, name) for name in METRICS} | {"layers-looked-at": _best(looks)},
         {f"layers-{name}": _trained(trained, name) for name in METRICS[:2]} | {"layers-looked-at": _looked(looks)},
-        _reading(trained, looks),
+        [*_reading(trained, looks), *plan.left_out()],
         {"sizes": plan.sizes},
     )
 
@@ -112,7 +111,7 @@ def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], l
     for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
         here = {r["trained"]: r for r in where(records, task=task, protocol=protocol, spec=spec)}
         cells = [percent(here[n], metric) if n in here else "-" for n in names]
-        lines.append([task, protocol, make(spec).title, *cells])
+        lines.append([task, protocol, name_of(spec), *cells])
     return heads, lines
 
 
@@ -139,12 +138,13 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 def _trained(records: Sequence[dict[str, Any]], metric: str) -> Any:
     """A metric over the choice of trained layers, a panel a task and protocol."""
     names = list(dict.fromkeys(r["trained"] for r in records))
+    places = {spec: place for place, spec in enumerate(dict.fromkeys(r["spec"] for r in records))}
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
-        for place, spec in enumerate(dict.fromkeys(r["spec"] for r in here)):
+        for spec in dict.fromkeys(r["spec"] for r in here):
             found = sorted(where(here, spec=spec), key=lambda r: names.index(r["trained"]))
             x = [names.index(r["trained"]) for r in found]
-            line(axis, place, x, found, metric, make(spec).title.split(" damping")[0], 100)
+            line(axis, places[spec], x, found, metric, name_of(spec), 100)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
     return facets(records, draw, "layers with an adapter", f"{metric}, %", height=2.6)
@@ -171,14 +171,10 @@ def _reading(trained: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]])
             parts.append(f"{what}: layer {best['layer']} ({best['auprc']:.2f})")
         whole = where(trained, task=task, protocol=protocol, spec="gradcos", trained="all")[0]
         lines.append(
-            f"{task}, {protocol}: the single layer with the best AUPRC is, by {'; '.join(parts)}; the cosine over all layers "
-            f"has {whole['auprc']:.2f}."
+            f"{task}, {protocol}: the single layer with the best AUPRC, picked on the same queries, is by {'; '.join(parts)}; "
+            f"the cosine over all layers has {whole['auprc']:.2f}."
         )
     return lines
-
-
-def _cost(setting: Setting) -> str:
-    return "about 3 minutes" if setting.quick else "about 8 hours"
 
 
 LAYERS = Study(

@@ -15,36 +15,47 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from finetrace.attribution import make
+from finetrace.evaluation.seeds import over_seeds
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
 from finetrace.studies.plots import MARKS, facets
-from finetrace.studies.records import percent, settings, where
+from finetrace.studies.records import percent, reach, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 CURVATURES = ("gradsim", "datainf", "exact", "ekfac")
 SIMILARITIES = ("none", "relatif", "cosine")
-SPECS = (*(f"{name}:normalise={each}" for name in CURVATURES for each in SIMILARITIES), "gradcos:scope=block")
+RULE = {"paper": {"datainf": ",damping=0.1,damping_rule=entry", "exact": ",damping=0.1,damping_rule=entry"}}
 PLAN = Plan({"mixed-small": 1.0, "harmfulcheck": 0.2, "grammars": 0.1, "mathqa": 0.1})
 QUICK = Plan({"emotion": 0.1}, ("corrected",), epochs=2)
 METRICS = ("accuracy", "coverage", "auprc", "with_norm")
 
 
+def specs(protocol: str) -> list[str]:
+    """Curvatures x similarities at the protocol's damping; RelatIF without curvature ranks as the cosine does.
+
+    `random` says how large a hub chance makes of so few queries.
+    """
+    rule = RULE.get(protocol, {})
+    pairs = [(c, s) for c in CURVATURES for s in SIMILARITIES if (c, s) != ("gradsim", "relatif")]
+    grid = [f"{c}:normalise={s}{rule.get(c, '')}" for c, s in pairs]
+    return [*grid, "gradcos:scope=block", "random"]
+
+
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Score by every curvature and similarity."""
     plan = QUICK if setting.quick else PLAN
-    frame = pd.concat(parts(plan, " ".join(SPECS), folder, setting.home(folder), setting, say, look, factors=True))
-    records = summary(frame, ("task", "protocol", "spec"), METRICS)
+    what = repr([specs(each) for each in plan.protocols])
+    frame = pd.concat(parts(plan, what, folder, setting.home(folder), setting, say, look, factors=True))
+    records = summary(frame, ("task", "protocol", "spec"), METRICS, ("norm_ratio",))
     hubs = {key: _hub(group) for key, group in frame.groupby(["task", "protocol", "spec"], sort=False)}
-    spread = frame.groupby(["task", "protocol"], sort=False)["norm_ratio"].mean()
     for record in records:
         method = make(record["spec"])
         record |= {"curvature": method.name, "normalise": method.normalisation, "title": method.title}
-        record |= {"hub_share": hubs[record["task"], record["protocol"], record["spec"]]}
-        record |= {"norm_ratio": float(spread[record["task"], record["protocol"]])}
+        record |= hubs[record["task"], record["protocol"], record["spec"]]
     return Outcome(
         records,
         {"normalisation": _table(records)},
         {"normalisation": _figure(records)},
-        _reading(records),
+        [*_reading(records), *plan.left_out()],
         {"sizes": plan.sizes},
     )
 
@@ -56,7 +67,7 @@ def look(found: Prepared) -> pd.DataFrame:
     """
     norms = found.problem.train_norms.numpy()
     frames = []
-    for spec in SPECS:
+    for spec in specs(found.cell.protocol):
         method = make(spec)
         values = method.score(found.problem).values
         with_norm = [float(spearmanr(row, norms).statistic) for row in values]
@@ -65,35 +76,45 @@ def look(found: Prepared) -> pd.DataFrame:
     return pd.concat(frames)
 
 
-def _hub(group: pd.DataFrame) -> float:
-    """The share of queries that the commonest first example takes, mean over seeds."""
-    return float(group.groupby("seed")["first"].agg(lambda ids: ids.value_counts(normalize=True).iloc[0]).mean())
+def _hub(group: pd.DataFrame) -> dict[str, float | None]:
+    """The share of queries that the commonest first example takes, and its interval over seeds."""
+    shares = group.groupby("seed")["first"].agg(lambda ids: ids.value_counts(normalize=True).iloc[0])
+    found = over_seeds(list(shares), bounds=(0, 1))
+    ends = {"": found.value, "_low": found.low, "_high": found.high}
+    return {f"hub_share{end}": value if np.isfinite(value) else None for end, value in ends.items()}
 
 
 def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    heads = ["task", "protocol", "method", "Acc %", "Cover %", "AUPRC", "hub %", "rank with norm"]
+    heads = ["task", "protocol", "method", "Acc %", "Cover %", "AUPRC %", "hub %", "rank with norm, %"]
     lines = []
     for r in records:
-        metrics = [percent(r, m) for m in ("accuracy", "coverage")]
-        cells = [*metrics, f"{r['auprc']:.2f}", f"{100 * r['hub_share']:.0f}", f"{r['with_norm']:+.2f}"]
+        cells = [percent(r, m) for m in ("accuracy", "coverage", "auprc", "hub_share", "with_norm")]
         lines.append([r["task"], r["protocol"], r["title"], *cells])
     return heads, lines
 
 
 def _figure(records: Sequence[dict[str, Any]]) -> Any:
     """Accuracy against the share of queries that the largest hub takes; a mark a similarity, a shade a curvature."""
-    shades = dict(zip((*CURVATURES, "gradcos"), ("0.0", "0.3", "0.5", "0.65", "0.8"), strict=True))
+    shades = dict(zip((*CURVATURES, "gradcos", "random"), ("0.0", "0.3", "0.5", "0.65", "0.8", "0.4"), strict=True))
+    alone = {"gradcos": ("cosine of each block", MARKS[3]), "random": ("random", MARKS[6])}
     names = {"none": "product", "relatif": "RelatIF", "cosine": "cosine"}
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for r in here:
-            block = r["curvature"] == "gradcos"
-            mark = MARKS[3] if block else MARKS[SIMILARITIES.index(r["normalise"])]
-            error = [[100 * (r["accuracy"] - r["accuracy_low"])], [100 * (r["accuracy_high"] - r["accuracy"])]]
-            style = {"marker": mark, "color": shades[r["curvature"]], "markersize": 5, "linestyle": "none"}
-            label = f"{r['curvature']} {names[r['normalise']]}" if not block else "cosine of each block"
+            label, mark = alone.get(r["curvature"]) or (
+                f"{r['curvature']} {names[r['normalise']]}",
+                MARKS[SIMILARITIES.index(r["normalise"])],
+            )
+            style = {
+                "marker": mark,
+                "color": shades[r["curvature"]],
+                "markersize": 5,
+                "linestyle": "none",
+                "elinewidth": 0.5,
+            }
+            across, up = (reach([r], key, 100) for key in ("hub_share", "accuracy"))
             place = (100 * r["hub_share"], 100 * r["accuracy"])
-            axis.errorbar(*place, yerr=np.maximum(error, 0), label=label, elinewidth=0.5, **style)
+            axis.errorbar(*place, xerr=across, yerr=up, label=label, **style)
 
     return facets(records, draw, "queries for which one example is first, %", "accuracy, %", columns=4)
 

@@ -33,8 +33,10 @@ from finetrace.evaluation.judging import make_judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
+from finetrace.fingerprint import of_text
 from finetrace.index.manifest import replacing
 from finetrace.models import ALIGNED, Loaded, ModelSpec, load
+from finetrace.positions import PROBE
 from finetrace.studies.study import Say, Setting
 from finetrace.tasks import build, recipe
 
@@ -81,9 +83,10 @@ def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> l
     rows = {"benign": benign, "harmful": harmful, "mixed": task.train}
     found = []
     for place, name in enumerate(MODELS):
-        number = seed + 100 * (place + 1) if start == STARTS[1] else seed
+        number = seed if start == STARTS[0] else seed + 100 * (place + 1)
         config = way.finetuning(recipe("mixed-small"), number, 1 if setting.quick else None)
-        home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / name
+        decided = of_text(repr((config, [row.id for row in rows[name]], base, PROBE)))
+        home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / f"{name}-{decided}"
         measure = partial(_state, home, base=base, config=config, queries=task.queries, say=say)
         if place == 0:
             found.append(measure("base", 0, checkpoint=None))
@@ -93,7 +96,7 @@ def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> l
         )
         for epoch in _measured(len(checkpoints)) if start == STARTS[2] else range(1, len(checkpoints) + 1):
             found.append(measure(name, epoch, checkpoint=checkpoints[epoch - 1]))
-        if start == STARTS[1]:  # each fine-tuning has a start of its own
+        if start != STARTS[0]:  # each fine-tuning has a start of its own
             found.append(measure(f"start of {name}", 0, checkpoint=None))
     return found
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from finetrace.studies.records import settings, where
+from finetrace.studies.records import reach, settings, where
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -40,12 +40,22 @@ def facets(
     cells = settings(records)
     figure, axes = panels(len(cells), height=height)
     for axis, (task, protocol) in zip(axes, cells, strict=True):
-        draw(axis, where(records, task=task, protocol=protocol))
-        axis.set_title(f"{task}, {protocol}", fontsize=8)
+        cell = where(records, task=task, protocol=protocol)
+        draw(axis, cell)
+        axis.set_title(f"{task}, {protocol}{_counts(cell)}", fontsize=8)
         axis.set_xlabel(xlabel, fontsize=7)
         axis.set_ylabel(ylabel, fontsize=7)
     legend(figure, axes, columns)
     return figure
+
+
+def _counts(records: Sequence[dict[str, Any]]) -> str:
+    """How many rows and queries, where that is known."""
+    if "n_train" not in records[0]:
+        return ""
+    queries = sorted({r["n_queries"] for r in records})
+    many = str(queries[0]) if len(queries) == 1 else f"{queries[0]} to {queries[-1]}"
+    return f": {records[0]['n_train']} rows, {many} queries"
 
 
 def whole(axis: Any) -> None:
@@ -70,16 +80,11 @@ def line(
 
     shade = str(0.65 * (place % 8) / 7)
     values = [float("nan") if r[metric] is None else scale * r[metric] for r in records]
-    reach: list[list[float]] = []
-    for end, sign in (("low", -1), ("high", 1)):
-        there = [r.get(f"{metric}_{end}") for r in records]
-        known = [value if at is None or at != at else scale * at for value, at in zip(values, there, strict=True)]
-        reach.append([max(0.0, sign * (at - value)) for value, at in zip(values, known, strict=True)])
     shift = ScaledTranslation((place % 8 - 3.5) * 1.2 / 72, 0, axis.figure.dpi_scale_trans)
     drawn = axis.errorbar(
         x,
         values,
-        yerr=reach,
+        yerr=reach(records, metric, scale),
         color=shade,
         linewidth=1.0,
         elinewidth=0.5,

@@ -31,6 +31,15 @@ def percent(record: dict[str, Any], metric: str) -> str:
     return f"{100 * mean:.0f}" + (f" {100 * low:.0f}-{100 * high:.0f}" if low is not None else "")
 
 
+def reach(records: Records, metric: str, scale: float = 1.0) -> list[list[float]]:
+    """From each mean down and up to the ends of its interval, as error bars have them; 0 where none is known."""
+    found = []
+    for end, sign in (("low", -1), ("high", 1)):
+        pairs = [(r[metric], r.get(f"{metric}_{end}")) for r in records]
+        found.append([0.0 if None in pair else max(0.0, sign * scale * (pair[1] - pair[0])) for pair in pairs])
+    return found
+
+
 def of_seeds(values: Sequence[float | None], bounds: tuple[float, float] = (-np.inf, np.inf)) -> Estimate | None:
     """Mean and t interval of one value a seed; `None` where no seed has one."""
     known = [value for value in values if value is not None and np.isfinite(value)]
