@@ -14,8 +14,9 @@ from pathlib import Path
 
 from development_tasks import BEHAVIOUR, CLASSES, tasks
 from finetrace.attribution import make
+from finetrace.benchmark.cell import DONE, Cell
 from finetrace.benchmark.protocol import PROTOCOLS
-from finetrace.benchmark.run import DONE, Cell, Run
+from finetrace.benchmark.run import Run
 from finetrace.evaluation.judging import make_judge
 
 LOSSES = ("response", "first:5", "first:20", "probe", "probe:I'm sorry")

@@ -17,14 +17,15 @@ from safetensors.numpy import load_file
 
 from finetrace.attribution import make
 from finetrace.benchmark import behaviour, stages
+from finetrace.benchmark import finished as finished_module
 from finetrace.benchmark import run as run_module
 from finetrace.benchmark.ablation import ABLATION
 from finetrace.benchmark.behaviour import Setting, attack_success
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.example_figure import key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, shown
-from finetrace.benchmark.protocol import PROTOCOLS, protocol
+from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
 from finetrace.benchmark.report import METRICS, Row, report
-from finetrace.benchmark.run import Cell
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
 from finetrace.benchmark.tables import latex, print_summary, write_table
 from finetrace.errors import FinetraceError
@@ -62,7 +63,7 @@ def finished(base, tmp_path_factory) -> tuple[Path, tuple[Cell, ...], list[Row]]
     """A benchmark brought to its end in one process."""
     folder, made = tmp_path_factory.mktemp("bench") / "one", planned(base)
     run_all(folder, Plan(made), silent)
-    return folder, made, report(folder, made)
+    return folder, made, report(folder)
 
 
 def numbers(folder: Path, cell: Cell) -> list[dict]:
@@ -134,14 +135,14 @@ def test_records_have_every_field(finished):
         assert not (folder / cell.folder / "index").exists()
         assert not (folder / cell.folder / "adapter" / "checkpoints").exists()
     assert [row.spec for row in rows] == list(METHODS)
-    assert all(row.seeds == 2 and row.n_train == 15 and row.n_queries == 5 for row in rows)
+    assert all(row.seeds == 2 and row.n_train == 15 and row.n_queries == "5" for row in rows)
     assert {row.spec for row in rows if row.control} == {"random", "bm25", "tfidf"}
 
 
 def test_results_tables_and_figures_are_there(finished):
     folder, made, rows = finished
     document = json.loads((folder / "results.json").read_text())
-    assert document["config"]["cells"] == [cell.folder for cell in made]
+    assert document["config"]["cells"] == {cell.folder: {"size": cell.size} for cell in made}
     assert len(document["records"]) == len(METHODS)
     for record, row in zip(document["records"], rows, strict=True):
         assert record["auprc_low"] <= record["auprc"] <= record["auprc_high"]
@@ -156,6 +157,73 @@ def test_results_tables_and_figures_are_there(finished):
     for name in ("heat-emotion-corrected", "example-emotion-corrected"):
         assert (folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert "</svg>" in (folder / "figures" / f"{name}.svg").read_text()
+
+
+def test_what_sees_the_same_stands_together(finished):
+    lines = (finished[0] / "tables" / "inputs-corrected.md").read_text().splitlines()[2:]
+    found = [line.split(" | ")[:2] for line in lines]
+    assert found == [["| prompt", "repsim"], ["| response", "gradcos"], ["| response", "ekfac cosine"], *found[3:]]
+    assert [each[1] for each in found[3:]] == ["bm25 (control)", "tfidf (control)"]
+    specs = {make(spec).label for each in INPUTS.values() for spec in each}
+    assert specs <= {make(spec).label for spec in PROTOCOLS["corrected"].methods}
+
+
+def test_cells_come_in_the_order_of_the_list(finished, tmp_path):
+    folder, made, _ = finished
+    for task, seed in (("mathqa", 10), ("mathqa", 9), ("other", 0)):
+        home = tmp_path / task / "corrected" / f"seed-{seed}"
+        home.mkdir(parents=True)
+        document = json.loads((folder / made[0].folder / "records.json").read_text())
+        document["config"] |= {"task": task, "seed": seed}
+        (home / "records.json").write_text(json.dumps(document))
+    shutil.copytree(folder / "emotion", tmp_path / "emotion")
+    found = [(cell.task, cell.seed) for cell in finished_module.finished(tmp_path)]
+    assert found == [("mathqa", 9), ("mathqa", 10), ("emotion", 0), ("emotion", 1), ("other", 0)]
+
+
+def test_there_is_a_page_of_the_first_seed(finished):
+    folder, *_ = finished
+    page = (folder / "reports" / "emotion-corrected.html").read_text()
+    assert all(make(spec).title in page for spec in METHODS)
+    assert "emotion: 15 rows, 5 queries" in page
+
+
+def test_every_method_is_compared_with_repsim_query_by_query(finished):
+    folder, _, rows = finished
+    pairs = pd.read_parquet(folder / "paired.parquet")
+    assert set(pairs["against"]) == {"repsim"}  # the default is not among these methods
+    assert set(pairs["spec"]) == {make(spec).label for spec in METHODS} - {"repsim"}
+    by_spec = {row.spec: row for row in rows}
+    for each in pairs.itertuples():
+        gap = by_spec[each.spec].metrics[each.metric].value - by_spec["repsim"].metrics[each.metric].value
+        assert each.difference == pytest.approx(gap)
+    table = (folder / "tables" / "paired-corrected.md").read_text()
+    assert "AUPRC over repsim" in table
+    assert table.count("\n") == 2 + len(METHODS)
+
+
+def test_chance_is_drawn_anew_in_each_seed(finished):
+    folder, made, _ = finished
+    one, other = (load_file(str(folder / cell.folder / "scores.safetensors"))["random"] for cell in made)
+    assert not np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", ["records.json", "queries.parquet", "scores.safetensors"])
+def test_a_damaged_file_is_named(finished, tmp_path, name):
+    folder, made, _ = finished
+    shutil.copytree(folder, tmp_path / "b")
+    broken = tmp_path / "b" / made[0].folder / name
+    broken.write_bytes(b"{")
+    with pytest.raises(FinetraceError, match=f"{name}: cannot be read .* it is run again"):
+        report(tmp_path / "b")
+
+
+def test_a_file_in_the_way_of_the_tables_is_named(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "b")
+    shutil.rmtree(tmp_path / "b" / "tables")
+    (tmp_path / "b" / "tables").write_text("mine")
+    with pytest.raises(FinetraceError, match="tables: cannot be written"):
+        report(tmp_path / "b")
 
 
 def test_the_gap_to_lexical_search_is_to_the_better_one(finished):
@@ -183,7 +251,7 @@ def test_a_finished_cell_is_not_touched(finished, monkeypatch):
     before = {path: path.stat().st_mtime_ns for cell in made for path in (folder / cell.folder).rglob("*")}
     run_all(folder, Plan(made), silent)
     assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert report(folder, made) == rows
+    assert report(folder) == rows
 
 
 def test_a_cell_that_stopped_after_fine_tuning_goes_on(finished, tmp_path, monkeypatch):
@@ -214,8 +282,7 @@ def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monke
         assert numbers(there, cell) == numbers(folder, cell)
         scores, wanted = (load_file(str(root / cell.folder / "scores.safetensors")) for root in (there, folder))
         assert scores.keys() == wanted.keys()
-    assert [row.metrics for row in report(there, made)] == [row.metrics for row in rows]
-    assert [row.spec for row in report(there, first)] == [make(spec).label for spec in METHODS[:3]]
+    assert [row.metrics for row in report(there)] == [row.metrics for row in rows]
 
 
 def test_methods_asked_for_later_are_refused_other_queries(base, tmp_path):
@@ -317,10 +384,10 @@ def test_queries_are_the_answers_that_complied(base, tmp_path, spoken):
 def test_a_seed_that_complied_with_nothing_is_left_out_and_all_of_them_are_an_error(base, tmp_path, spoken):
     silent_cell = run_mixed(tmp_path, base, Nothing())
     with pytest.raises(FinetraceError, match="no cell has anything to report"):
-        report(tmp_path, [silent_cell])
+        report(tmp_path)
     other = run_mixed(tmp_path, base, Everything(), seed=1)
-    rows = report(tmp_path, [silent_cell, other])
-    assert {(row.seeds, row.n_queries) for row in rows} == {(1, 2)}
+    rows = report(tmp_path)
+    assert {(row.seeds, row.n_queries) for row in rows} == {(1, "2")}
     assert drawable(tmp_path, [silent_cell, other]) == [other]
     assert (tmp_path / "figures" / "example-mixed-small-corrected.png").exists()
 
@@ -330,7 +397,7 @@ def test_an_external_set_is_a_task_and_other_rows_are_refused(base, tmp_path):
     source = Source(str(tmp_path / "mine.jsonl"), "label", epochs=1)
     made = cells(["mine"], ["corrected"], 1, methods=["random", "bm25"], model=base, epochs=1, device="cpu")
     run_all(tmp_path / "b", Plan(made, source=source), silent)
-    assert {row.task for row in report(tmp_path / "b", made)} == {"mine"}
+    assert {row.task for row in report(tmp_path / "b")} == {"mine"}
     write_examples(tmp_path / "mine.jsonl", make_examples(30, seed=1), overwrite=True)
     with pytest.raises(FinetraceError, match="other settings"):
         run_all(tmp_path / "b", Plan(made, source=source), silent)
@@ -436,7 +503,9 @@ def test_tables_keep_their_columns(tmp_path):
     lines = (tmp_path / "t.md").read_text().splitlines()
     assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
     made = (tmp_path / "t.tex").read_text()
-    assert made.startswith("\\begin{tabular}{lr}\n\\toprule\na & b \\% \\\\\n\\midrule\n")
+    assert made.startswith(
+        "% needs \\usepackage{booktabs}\n\\begin{tabular}{lr}\n\\toprule\na & b \\% \\\\\n\\midrule\n"
+    )
     assert "2 \\& 3" in made
 
 
@@ -498,6 +567,11 @@ def test_the_list_names_every_task(capsys):
         (["emotion", "--method", "lime"], ["lime", "no such method"]),
         (["emotion", "--data", "rows.jsonl"], ["--data brings its own task"]),
         (["emotion", "--size", "0"], ["--size 0"]),
+        (["emotion", "--ablation", "--method", "random"], ["--ablation has methods of its own"]),
+        (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),
+        (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
+        (["emotion", "--label-column", "kind"], ["go with --data"]),
+        (["attack-success", "--chat-template", "plain", "--label-column", "x"], ["--chat-template --label-column"]),
     ],
 )
 def test_a_mistake_is_one_sentence(capsys, tmp_path, arguments, words):
@@ -509,4 +583,17 @@ def test_a_method_named_twice_runs_once(base, tmp_path, capsys):
     asked = ["bench", "emotion", "--size", 0.05, "--seeds", 1, "--model", base, "--epochs", 1, "--method", "random"]
     code, out, err = run(capsys, *asked, "--method", "random", "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0, err
+    kept = json.loads((tmp_path / "b" / "results.json").read_text())["records"]
+    assert [each["spec"] for each in kept] == ["random", *(spec for spec in LEAST if spec != "random")]
     assert "15 rows, 5 queries, 1 seed\n" in "\n".join(line.rstrip() for line in out.splitlines())
+
+
+def test_a_folder_named_by_a_dot_has_the_name_of_the_folder(base, tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    write_examples(tmp_path / "mine" / "train.jsonl", make_examples(12))
+    write_examples(tmp_path / "mine" / "test.jsonl", make_examples(6, seed=1))
+    monkeypatch.chdir(tmp_path / "mine")
+    asked = ["bench", "--data", ".", "--label-column", "label", "--seeds", 1, "--model", base, "--method", "random"]
+    code, _, err = run(capsys, *asked, "--out", tmp_path / "b", "--device", "cpu")
+    assert code == 0, err
+    assert (tmp_path / "b" / "mine" / "corrected" / "seed-0" / "records.json").exists()

@@ -108,6 +108,8 @@ class Method(ABC):
         words = []
         for setting in _settings(settings):
             key, _, value = setting.partition("=")
+            if key == "loss_on" and value.startswith("all"):  # not to be taken for all layers
+                value = value.replace("all", "all-tokens", 1)
             words.append(
                 value if key in ("scope", "normalise", "text", "pooling", "loss_on", "layers") else f"{key}={value}"
             )

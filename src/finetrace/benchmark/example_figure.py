@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.numpy import load_file
-
+from finetrace.benchmark import finished
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.figures import save, short, shown
-from finetrace.benchmark.run import Cell
 from finetrace.examples import Example
-from finetrace.reading import read_examples
 
 # everything below is in points
 WIDTH, GAP, INSIDE = 720.0, 12.0, 10.0
@@ -59,8 +57,8 @@ def draw_examples(folder: Path, cells: Sequence[Cell], out: Path) -> None:
     words: Words = TfidfVectorizer(stop_words="english").build_analyzer()
     for cell in cells:
         home = folder / cell.folder
-        matrices = load_file(str(home / "scores.safetensors"))
-        train, query = read_examples(home / "train.jsonl"), read_examples(home / "queries.jsonl")[0]
+        matrices = finished.scores(home)
+        train, [query, *_] = finished.rows(home)
         tops: dict[int, list[str]] = {}
         for name in shown(matrices):
             tops.setdefault(int(matrices[name][0].argmax()), []).append(short(name))

@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from scipy.stats import rankdata
 
 from finetrace.attribution import make
-from finetrace.benchmark.run import DONE, Cell
-from finetrace.reading import read_examples
+from finetrace.benchmark import finished
+from finetrace.benchmark.cell import DONE, Cell
 
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
@@ -57,8 +56,8 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
 
     for cell in cells:
         home = folder / cell.folder
-        matrices = load_file(str(home / "scores.safetensors"))
-        train, queries = read_examples(home / "train.jsonl"), read_examples(home / "queries.jsonl")
+        matrices = finished.scores(home)
+        train, queries = finished.rows(home)
         classes, asked = [str(e.label) for e in train], [str(q.label) for q in queries]
         across, down = np.argsort(classes, kind="stable"), np.argsort(asked, kind="stable")
         classes, asked = sorted(classes), sorted(asked)

@@ -21,6 +21,7 @@ RELEASED = (
 )
 # what else the corrected protocol asks: which layers and which tokens carry the attribution
 MORE = (
+    "gradcos:loss_on=all",
     "gradcos:layers=last-fifth",
     "exact:normalise=cosine,layers=last-fifth",
     "exact:normalise=cosine,loss_on=first:5,layers=last-fifth",
@@ -31,6 +32,28 @@ MORE = (
 CONTROLS = tuple(
     spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf")
 )
+
+# what a method sees: the prompt, the response under its prompt, or both texts; a probe is one answer under every prompt
+INPUTS = {
+    "prompt": (
+        "bm25:text=prompt",
+        "tfidf:text=prompt",
+        "repsim",
+        "gradcos:loss_on=probe",
+        "ekfac:normalise=cosine,loss_on=probe",
+    ),
+    "response": (
+        "bm25:text=response",
+        "tfidf:text=response",
+        "repsim:pooling=mean-response",
+        "gradcos",
+        "ekfac:normalise=cosine",
+    ),
+    "both": ("bm25", "tfidf", "repsim:pooling=last-token", "gradcos:loss_on=all"),
+}
+LEAST = tuple(
+    spec for spec in CONTROLS if not spec.startswith("selfinf")
+)  # what every table has, whatever is asked for
 
 
 @dataclass(frozen=True)

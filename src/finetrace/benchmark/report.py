@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from finetrace.attribution import make
+from finetrace.benchmark import finished
 from finetrace.benchmark.example_figure import draw_examples
 from finetrace.benchmark.figures import draw_ablation, draw_heat_maps, drawable
-from finetrace.benchmark.run import DONE, QUERIES, Cell
+from finetrace.benchmark.pages import write_pages
+from finetrace.benchmark.paired import matrix, paired, write_paired
 from finetrace.benchmark.tables import write_tables
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
@@ -35,8 +35,9 @@ class Row:
         metrics: Mean over seeds and queries with its interval over both; empty where there was nothing to trace.
         beats_lexical: Paired difference of AUPRC to the task's best lexical search.
         seconds: Mean over seeds.
-        hub, hub_share: The training example ranked first most often (of the first seed), and its share of queries.
-        seeds, n_train, n_queries: How many.
+        hub, hub_share: The training example ranked first most often in most seeds, and its share of queries, mean over seeds.
+        seeds, n_train: How many.
+        n_queries: How many, or the least and the most where seeds differ: `18 to 20`.
     """
 
     task: str
@@ -51,7 +52,7 @@ class Row:
     hub_share: float
     seeds: int
     n_train: int
-    n_queries: int
+    n_queries: str
 
     def record(self) -> dict[str, Any]:
         """Flat, for results.json."""
@@ -67,28 +68,34 @@ class Row:
         return {**{key: getattr(self, key) for key in about}, **known, "seconds": self.seconds}
 
 
-def report(folder: Path, cells: Sequence[Cell]) -> list[Row]:
-    """Summarise the finished cells of `folder` and write `results.json`, `seeds.parquet`, tables and figures."""
+def report(folder: Path) -> list[Row]:
+    """Summarise every finished cell of `folder`: `results.json`, `seeds.parquet`, `paired.parquet`, tables, figures and pages.
+
+    Raises:
+        FinetraceError: Nothing is finished or could be traced, or a file cannot be read or written.
+    """
     records, frames = [], []
+    cells = finished.finished(folder)
     for cell in cells:
-        document = json.loads((folder / cell.folder / DONE).read_text(encoding="utf-8"))
+        document = finished.document(folder / cell.folder)
         if document["records"]:
-            by_spec = {record["spec"]: record for record in document["records"]}
-            asked = [make(spec).label for spec in cell.methods]  # the cell may hold others, from before
-            records += [by_spec[spec] for spec in asked]
-            values = pd.read_parquet(folder / cell.folder / QUERIES)
-            frames.append(values[values["spec"].isin(asked)])
+            records += document["records"]
+            frames.append(finished.values(folder / cell.folder))
     if not frames:
         raise FinetraceError(f"{folder}: no cell has anything to report; the fine-tuned models complied with nothing.")
     frame = pd.concat(frames, ignore_index=True)
     rows = summarise(records, frame)
-    config = {"command": "bench", "cells": [cell.folder for cell in cells], "size": cells[0].size}
+    config = {"command": "bench", "cells": {cell.folder: {"size": cell.size} for cell in cells}}
     write_results(folder, [row.record() for row in rows], config)
     pd.DataFrame.from_records(records).to_parquet(folder / "seeds.parquet", index=False)
+    pairs = paired(frame)
+    pd.DataFrame.from_records(pairs).to_parquet(folder / "paired.parquet", index=False)
     write_tables(folder / "tables", rows)
+    write_paired(folder / "tables", rows, pairs)
     pictured = drawable(folder, cells)
     draw_heat_maps(folder, pictured, folder / "figures")
     draw_examples(folder, pictured, folder / "figures")
+    write_pages(folder, pictured, folder / "reports")
     if any(row.spec.count("loss_on=") for row in rows) and len({row.spec for row in rows}) > 100:
         draw_ablation(rows, folder / "figures")
     return rows
@@ -101,7 +108,7 @@ def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Ro
     for (task, protocol), here in table.groupby(["task", "protocol"], sort=False):
         values = frame[(frame["task"] == task) & (frame["protocol"] == protocol)]
         matrices = {
-            spec: {name: _matrix(group, name) for name in METRICS if name in group}
+            spec: {name: matrix(group, name) for name in METRICS if name in group}
             for spec, group in values.groupby("spec", sort=False)
         }
         lexical = _best_lexical(here, matrices)
@@ -121,19 +128,14 @@ def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Ro
                     if judged and lexical is not None and lexical != spec
                     else None,
                     float(group["seconds"].mean()),
-                    str(first["hub"]),
+                    str(group["hub"].mode().iloc[0]),
                     float(group["hub_share"].mean()),
                     len(group),
                     int(first["n_train"]),
-                    int(first["n_queries"]),
+                    _counted(group["n_queries"]),
                 )
             )
     return rows
-
-
-def _matrix(group: pd.DataFrame, name: str) -> NDArray[np.float64]:
-    """(seeds, queries) of one metric; NaN where a seed does not have a query."""
-    return np.asarray(group.pivot(index="seed", columns="query", values=name), dtype=np.float64)
 
 
 def _best_lexical(here: pd.DataFrame, matrices: dict[str, dict[str, NDArray[np.float64]]]) -> str | None:
@@ -141,3 +143,8 @@ def _best_lexical(here: pd.DataFrame, matrices: dict[str, dict[str, NDArray[np.f
     known = [s for s in here["spec"].unique() if s.split(":")[0] in ("bm25", "tfidf")]
     known = [s for s in known if np.isfinite(matrices[s]["auprc"]).any()]
     return max(known, key=lambda spec: float(np.nanmean(matrices[spec]["auprc"]))) if known else None
+
+
+def _counted(counts: pd.Series[int]) -> str:
+    least, most = int(counts.min()), int(counts.max())
+    return str(least) if least == most else f"{least} to {most}"

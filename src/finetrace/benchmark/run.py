@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from finetrace.attribution import Method, Problem, make
+from finetrace.benchmark import finished
+from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.protocol import Protocol
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
 from finetrace.collection.factors import Labels
@@ -28,36 +30,11 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
 from finetrace.index.manifest import replacing, write_atomically
-from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.models import ALIGNED, EMBEDDED, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
 from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
-
-DONE, QUERIES, SCORES = "records.json", "queries.parquet", "scores.safetensors"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """What decides one run of the benchmark; kept beside its results, and compared before they are used again."""
-
-    task: str
-    protocol: str
-    seed: int
-    size: float
-    task_seed: int
-    methods: tuple[str, ...]
-    model: str | None = None
-    epochs: int | None = None
-    dtype: DType = "auto"
-    device: str = "auto"
-    chat_template: str | None = None
-    target_modules: tuple[str, ...] = ()
-
-    @property
-    def folder(self) -> str:
-        """Its place in the benchmark's folder."""
-        return f"{self.task}/{self.protocol}/seed-{self.seed}"
 
 
 class Run:
@@ -123,8 +100,7 @@ class Run:
     @cached_property
     def kept(self) -> dict[str, Any] | None:
         """The results that are there already, or `None`."""
-        path = self.folder / DONE
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return finished.document(self.folder) if (self.folder / DONE).exists() else None
 
     def _methods(self) -> list[Method]:
         """Those that have no result yet."""
@@ -198,7 +174,7 @@ class Run:
         about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
         prepare(problem, methods)
         for method in methods:
-            scores = method.score(problem)
+            scores = self._seeded(method).score(problem)
             matrix = _suspicion(method, scores.values) if suspects else scores.values
             values = {name: metric(matrix, relevant) for name, metric in self._metrics().items()}
             hub, share = _hub(matrix)
@@ -232,11 +208,15 @@ class Run:
             time.perf_counter() - began,
         )
 
+    def _seeded(self, method: Method) -> Method:
+        """Random scores are other ones in each seed, unless theirs was chosen."""
+        return make(f"random:seed={self.cell.seed}") if method.label == "random" else method
+
     def _same_queries(self, names: Sequence[str]) -> None:
         """Methods that are new are compared with the others on the same queries, or not at all."""
         if self.kept is None:
             return
-        there = list(dict.fromkeys(pd.read_parquet(self.folder / QUERIES, columns=["query"])["query"]))
+        there = list(dict.fromkeys(finished.values(self.folder)["query"]))
         if there != list(names):
             raise FinetraceError(
                 f"{self.folder}: {len(there)} queries were traced there and the judge now picks {len(names)}, or others; "
@@ -254,9 +234,9 @@ class Run:
         """Scores and values of every query first, the records last: their being there says that all is."""
         if self.kept is not None:
             records = [*self.kept["records"], *records]
-            frame = pd.concat([pd.read_parquet(self.folder / QUERIES), frame], ignore_index=True)
+            frame = pd.concat([finished.values(self.folder), frame], ignore_index=True)
             frame = frame.drop_duplicates(["spec", "query"], keep="last", ignore_index=True)
-            matrices = {**load_file(str(self.folder / SCORES)), **matrices}
+            matrices = {**finished.scores(self.folder), **matrices}
             seconds += self.kept["seconds"]
         with replacing(self.folder / SCORES) as part:
             save_file(matrices or {"empty": np.zeros(1)}, str(part))

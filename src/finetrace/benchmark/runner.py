@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from multiprocessing.context import BaseContext
 from pathlib import Path
 
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
-from finetrace.benchmark.run import Cell, Run
+from finetrace.benchmark.run import Run
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import make_judge
 from finetrace.models import DType, known_dtype

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finetrace.attribution import make
+from finetrace.benchmark.protocol import INPUTS
+from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.index.manifest import write_atomically
 
@@ -29,15 +32,21 @@ PERCENT = ("accuracy", "coverage")
 
 
 def write_tables(folder: Path, rows: Sequence[Row]) -> None:
-    """`summary-PROTOCOL` over tasks and `TASK-PROTOCOL` with every metric, each as .md and .tex."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """`summary-PROTOCOL` over tasks, `inputs-PROTOCOL` by what methods see, `TASK-PROTOCOL` with every metric; .md and .tex."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
     for protocol in dict.fromkeys(row.protocol for row in rows):
         here = [row for row in rows if row.protocol == protocol]
         tasks = list(dict.fromkeys(row.task for row in here))
         write_table(folder / f"summary-{protocol}", ["method", *tasks], _summary(here, tasks))
+        alike = [[seen, *line] for seen, specs in INPUTS.items() for line in _summary(_of(here, specs), tasks)]
+        if alike:
+            write_table(folder / f"inputs-{protocol}", ["input", "method", *tasks], alike)
         for task in tasks:
             mine = [row for row in here if row.task == task]
-            heads = ["method", *HEADS.values(), "AUPRC over lexical", "hub %", "sec"]
+            heads = ["method", *HEADS.values(), "AUPRC over lexical", "hub %", "hub", "sec"]
             write_table(folder / f"{task}-{protocol}", heads, [_cells(row) for row in mine])
 
 
@@ -70,7 +79,7 @@ def _summary(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
     """Accuracy / coverage of every method on every task, as in the study's Tables 2 to 4."""
     found = {(row.spec, row.task): row for row in rows}
     lines = []
-    for spec, title in dict.fromkeys((row.spec, row.title) for row in rows):
+    for spec, title in dict.fromkeys((row.spec, row.title + (" (control)" if row.control else "")) for row in rows):
         cells = []
         for task in tasks:
             row = found.get((spec, task))
@@ -84,6 +93,12 @@ def _summary(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
     return lines
 
 
+def _of(rows: Sequence[Row], specs: Sequence[str]) -> list[Row]:
+    """The rows of some methods, in their order."""
+    order = {make(spec).label: place for place, spec in enumerate(specs)}
+    return sorted((row for row in rows if row.spec in order), key=lambda row: order[row.spec])
+
+
 def _cells(row: Row) -> list[str]:
     name = row.title + (" (control)" if row.control else "")
     return [
@@ -91,6 +106,7 @@ def _cells(row: Row) -> list[str]:
         *(_cell(row, metric) for metric in HEADS),
         _gap(row.beats_lexical),
         f"{100 * row.hub_share:.0f}",
+        row.hub if row.hub_share < 1 or row.n_queries != "1" else "-",
         f"{row.seconds:.2f}",
     ]
 
@@ -136,7 +152,13 @@ def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]
     markdown += ["| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines]
     write_atomically(path.with_name(path.name + ".md"), ("\n".join(markdown) + "\n").encode())
     columns = "l" + "r" * (len(heads) - 1)
-    made = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", " & ".join(map(latex, heads)) + r" \\", r"\midrule"]
+    made = [
+        r"% needs \usepackage{booktabs}",
+        rf"\begin{{tabular}}{{{columns}}}",
+        r"\toprule",
+        " & ".join(map(latex, heads)) + r" \\",
+        r"\midrule",
+    ]
     made += [" & ".join(map(latex, line)) + r" \\" for line in lines]
     made += [r"\bottomrule", r"\end{tabular}"]
     write_atomically(path.with_name(path.name + ".tex"), ("\n".join(made) + "\n").encode())

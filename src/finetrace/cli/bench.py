@@ -42,7 +42,9 @@ def bench(
         list[str] | None, typer.Option(help="Layers that get an adapter; q_proj and v_proj if not given; may repeat.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="An external labelled set: file, folder or Hub id.")] = None,
-    label_column: Annotated[str, typer.Option(help="Column of the class in --data.")] = "variation",
+    label_column: Annotated[
+        str | None, typer.Option(help="Column of the class in --data; `variation` if not given.")
+    ] = None,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
     judge: Annotated[str | None, typer.Option(help="A text-classification model; refusal phrases by default.")] = None,
@@ -63,7 +65,9 @@ def bench(
         return
     if ATTACK_SUCCESS in (tasks or ()):
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
-        others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep}
+        others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep, "--chat-template": chat_template}
+        others |= {"--target-modules": target_modules, "--label-column": label_column}
+        others |= {"--prompt-column": prompt_column, "--response-column": response_column}
         unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
         if unused:
             raise FinetraceError(
@@ -72,21 +76,36 @@ def bench(
         folder = out or Path(ATTACK_SUCCESS)
         _attack_success(folder, seeds, size, model, epochs, options.dtype(dtype), device, (judge, judge_label))
         return
+    if ablation and method:
+        raise FinetraceError("--ablation has methods of its own; leave --method out.")
+    if judge_label is not None and judge is None:
+        raise FinetraceError(f"--judge-label {judge_label}: that goes with --judge; give the model, or leave it out.")
+    if chat_template is not None and "paper" in (protocol or ()):
+        raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
+    if data is None and (label_column or prompt_column or response_column):
+        raise FinetraceError("--label-column, --prompt-column and --response-column go with --data.")
     if data is not None and tasks:
         raise FinetraceError(f"{' '.join(tasks)}: --data brings its own task; leave the names out.")
     folder = out or Path("bench")
     with options.quiet_libraries():
         from finetrace.attribution import make
         from finetrace.benchmark.ablation import ABLATION
+        from finetrace.benchmark.protocol import LEAST
         from finetrace.benchmark.report import report
         from finetrace.benchmark.runner import Plan, Source, cells, run_all
         from finetrace.tasks import TASKS, recipe
 
-        source = Source(data, label_column, prompt_column, response_column) if data is not None else None
-        names = [Path(data).stem] if data is not None else list(dict.fromkeys(tasks or TASKS))
+        source = None
+        names = list(dict.fromkeys(tasks or TASKS))
+        if data is not None:
+            source = Source(data, label_column or "variation", prompt_column, response_column)
+            names = [source.task(task_seed, 1.0).name]
+            if not names[0]:
+                raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
         for name in names if source is None else ():
             recipe(name)
-        specs = list(dict.fromkeys(make(spec).label for spec in (ABLATION if ablation else method or ())))
+        given = [*ABLATION, "repsim"] if ablation else method or []
+        specs = list(dict.fromkeys(make(spec).label for spec in [*given, *(LEAST if given else ())]))
         planned = cells(
             names,
             list(dict.fromkeys(protocol or ["corrected"])),
@@ -102,11 +121,13 @@ def bench(
             target_modules=target_modules or (),
         )
         run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
-        written = report(folder, planned)
+        asked = {(cell.task, cell.protocol) for cell in planned}
+        written = [row for row in report(folder) if (row.task, row.protocol) in asked]
     from finetrace.benchmark.tables import print_summary
 
     print_summary(written, Console())
     typer.echo(f"results: {folder / 'results.json'}   tables: {folder / 'tables'}   figures: {folder / 'figures'}")
+    typer.echo(f"pages: {folder / 'reports'}")
 
 
 def _attack_success(

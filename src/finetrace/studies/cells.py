@@ -13,8 +13,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from finetrace.attribution import Problem, make
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
-from finetrace.benchmark.run import Cell, Run
+from finetrace.benchmark.run import Run
 from finetrace.benchmark.runner import task_of
 from finetrace.collection import Representation
 from finetrace.collection.factors import Labels

@@ -1,0 +1,68 @@
+"""Finished cells as they lie in a benchmark's folder, read with one sentence where one is damaged."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.reading import read_examples
+from finetrace.tasks import TASKS
+
+T = TypeVar("T")
+
+
+def document(folder: Path) -> dict[str, Any]:
+    """`config`, `records` and the rest of a cell's results."""
+    found = _read(folder / DONE, lambda path: json.loads(path.read_text(encoding="utf-8")))
+    if not isinstance(found, dict) or not {"config", "records"} <= set(found):
+        raise _damaged(folder / DONE, "it holds no results")
+    return found
+
+
+def values(folder: Path) -> pd.DataFrame:
+    """Every metric, method by method and query by query."""
+    return _read(folder / QUERIES, pd.read_parquet)
+
+
+def scores(folder: Path) -> dict[str, NDArray[Any]]:
+    """(m, n) of each method by its label."""
+    return _read(folder / SCORES, lambda path: load_file(str(path)))
+
+
+def rows(folder: Path) -> tuple[list[Example], list[Example]]:
+    """The training rows and the queries."""
+    return read_examples(folder / "train.jsonl"), read_examples(folder / "queries.jsonl")
+
+
+def finished(folder: Path) -> list[Cell]:
+    """Every finished cell of a benchmark's folder: tasks as they are listed, others after them; protocols; seeds."""
+    names = {field.name for field in fields(Cell)}
+    found = []
+    for path in sorted(folder.glob(f"*/*/seed-*/{DONE}")):
+        config = {key: value for key, value in document(path.parent)["config"].items() if key in names}
+        config |= {key: tuple(config[key]) for key in ("methods", "target_modules") if key in config}
+        found.append(Cell(**config))
+    order = {task: place for place, task in enumerate(TASKS)}
+    return sorted(found, key=lambda cell: (order.get(cell.task, len(order)), cell.task, cell.protocol, cell.seed))
+
+
+def _read(path: Path, reader: Callable[[Path], T]) -> T:
+    try:
+        return reader(path)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _damaged(path, " ".join(str(error).split())[:120]) from error
+
+
+def _damaged(path: Path, why: str) -> FinetraceError:
+    return FinetraceError(f"{path}: cannot be read ({why}); remove {path.parent} and it is run again.")

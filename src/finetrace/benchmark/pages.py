@@ -1,0 +1,66 @@
+"""A report page a task and protocol: the first seed's scores, query by query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from finetrace.attribution import Scores, make
+from finetrace.benchmark import finished
+from finetrace.benchmark.cell import Cell
+from finetrace.benchmark.figures import shown
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import bootstrap_mean
+from finetrace.reporting.compose import compose
+from finetrace.reporting.page import write_report
+from finetrace.tasks import TASKS
+from finetrace.tracing import TABLE, Result
+
+MOST = 60  # methods on a page; of an ablation's hundreds the figures' choice is enough
+
+
+def write_pages(folder: Path, cells: Sequence[Cell], out: Path) -> list[Path]:
+    """`TASK-PROTOCOL.html` for each cell, which has queries of its own."""
+    return [_page(folder / cell.folder, cell, out / f"{cell.task}-{cell.protocol}.html") for cell in cells]
+
+
+def _page(home: Path, cell: Cell, path: Path) -> Path:
+    document = finished.document(home)
+    records = {record["spec"]: record for record in document["records"]}
+    train, queries = finished.rows(home)
+    values, matrices = finished.values(home), finished.scores(home)
+    specs = [spec for spec in records if spec in matrices]
+    if len(specs) > MOST:
+        controls = [spec for spec in specs if records[spec]["control"]]
+        specs = list(dict.fromkeys([*shown(specs), *controls]))
+    results = []
+    for spec in specs:
+        about = records[spec]
+        settings = {
+            key.removeprefix("parameter_"): value for key, value in about.items() if key.startswith("parameter_")
+        }
+        given = matrices[spec].astype(np.float64)
+        scored = Scores(given, tuple(queries), tuple(train), spec, about["unit"], settings, about["seconds"])
+        results.append(Result(make(spec), scored, _metrics(values[values["spec"] == spec])))
+    facts: dict[str, str] = {
+        "task": f"{cell.task}: {len(train)} rows, {len(queries)} queries",
+        "protocol": cell.protocol,
+    }
+    facts |= {"model": str(document["base"]), "seed": str(cell.seed), "size": f"{cell.size:g}", "dtype": cell.dtype}
+    target = "unsafe" if cell.task in TASKS and TASKS[cell.task].aligned else None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_report(path, compose(f"{cell.task}, {cell.protocol} protocol", results, facts, target=target))
+
+
+def _metrics(values: pd.DataFrame) -> dict[str, Any]:
+    found = {}
+    for name in TABLE:
+        try:
+            found[name] = bootstrap_mean(values[name].to_numpy())
+        except FinetraceError:  # no query of this task can be judged
+            return {}
+    return found
