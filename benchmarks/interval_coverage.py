@@ -33,7 +33,7 @@ def main() -> None:
     for seeds, queries, seed_sd in ((3, 30, 0.0), (3, 30, 0.1), (3, 30, 1.0), (3, 1, 1.0), (10, 30, 1.0)):
         share = covered(seeds, queries, seed_sd, args.runs)
         print(
-            f"{seeds:2d} seeds, {queries:2d} queries, deviation of a seed {seed_sd:.1f} of a query's: {100 * share:.0f}% covered"
+            f"{seeds:2d} seeds, {queries:2d} queries, a seed deviates {seed_sd:.1f} as a query: {100 * share:.0f}% covered"
         )
 
 

@@ -37,6 +37,12 @@ def main() -> None:
     ]
     for protocol in dict.fromkeys(record["protocol"] for record in records):
         lines += [f"## Summary, {protocol} protocol", "", _table(args.folder, f"summary-{protocol}")]
+        if (args.folder / "tables" / f"inputs-{protocol}.md").exists():
+            lines += [f"## By what a method sees, {protocol} protocol", "", _table(args.folder, f"inputs-{protocol}")]
+        if (args.folder / "tables" / f"paired-{protocol}.md").exists():
+            table = _table(args.folder, f"paired-{protocol}").splitlines()
+            title = f"Paired differences, {protocol} protocol: method minus RepSim, and minus the default"
+            lines += [f'??? note "{title}"', "", *(f"    {line}" for line in table), ""]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
         times = ", ".join(seconds.get((task, protocol), []))

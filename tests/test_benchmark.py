@@ -16,7 +16,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from finetrace.attribution import make
-from finetrace.benchmark import behaviour, stages
+from finetrace.benchmark import behaviour, pages, stages
 from finetrace.benchmark import finished as finished_module
 from finetrace.benchmark import run as run_module
 from finetrace.benchmark.ablation import ABLATION
@@ -186,6 +186,15 @@ def test_there_is_a_page_of_the_first_seed(finished):
     page = (folder / "reports" / "emotion-corrected.html").read_text()
     assert all(make(spec).title in page for spec in METHODS)
     assert "emotion: 15 rows, 5 queries" in page
+
+
+def test_a_page_of_many_scores_shows_what_figures_show(finished, tmp_path, monkeypatch):
+    folder, made, _ = finished
+    monkeypatch.setattr(pages, "MOST", 15 * 5 * 2)
+    [path] = pages.write_pages(folder, made[:1], tmp_path)
+    page = path.read_text()
+    assert "gradcos" in page
+    assert "bm25" not in page
 
 
 def test_every_method_is_compared_with_repsim_query_by_query(finished):
