@@ -574,7 +574,7 @@ def test_the_list_names_every_task(capsys):
         (["emotions"], ["emotions", "no such task", "emotion"]),
         (["emotion", "--protocol", "mine"], ["--protocol mine", "corrected or paper"]),
         (["emotion", "--method", "lime"], ["lime", "no such method"]),
-        (["emotion", "--data", "rows.jsonl"], ["--data brings its own task"]),
+        (["emotion", "mathqa", "--data", "rows.jsonl"], ["emotion mathqa", "name that one"]),
         (["emotion", "--size", "0"], ["--size 0"]),
         (["emotion", "--ablation", "--method", "random"], ["--ablation has methods of its own"]),
         (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),

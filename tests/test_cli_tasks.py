@@ -172,7 +172,7 @@ def test_emotion_takes_other_sentences(name, capsys, tmp_path):
         (["build", "mathqa", "--out", "{new}", "--queries", "{rows}"], ["--queries", "rows.jsonl", "exists already"]),
         (["build", "mathqa", "--out", "{rows}/t.jsonl"], ["cannot be written"]),
         (["build", "mathqa", "--out", "{new}", "--label-column", "kind"], ["--label-column", "go with --data"]),
-        (["build", "mathqa", "--out", "{new}", "--data", "{rows}"], ["mathqa: --data goes with emotion"]),
+        (["build", "mathqa", "--out", "{new}", "--data", "{rows}"], ["mathqa: its rows are made, not read"]),
         (["build", "emotio", "--out", "{new}", "--data", "{rows}"], ["emotio: no such task"]),
         (["build", "emotion", "--out", "{new}", "--data", "{rows}", "--label-column", "k"], ["text and label"]),
         (["build", "emotion", "--out", "{new}", "--data", "{rows}"], ["rows.jsonl", "no column 'text'"]),

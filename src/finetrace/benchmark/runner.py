@@ -15,7 +15,7 @@ from finetrace.benchmark.run import Run
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import make_judge
 from finetrace.models import DType, known_dtype
-from finetrace.tasks import Recipe, Task, build, external, recipe
+from finetrace.tasks import RealData, Recipe, Task, build, external, real_task, recipe
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Plan:
         cells: One a task, protocol and seed.
         judge: Model or `None` for refusal phrases; its harmful label.
         source: An external set that every cell takes its rows from, or `None`.
+        real: Real rows for the tasks by their names, or `None`.
         keep: Keep the indexes, which take the most disk.
         workers: Processes; each gets its share of the cores.
     """
@@ -62,6 +63,7 @@ class Plan:
     source: Source | None = None
     keep: bool = False
     workers: int = 1
+    real: RealData | None = None
 
 
 def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
@@ -80,10 +82,12 @@ def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
             say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: done")
 
 
-def task_of(cell: Cell, source: Source | None) -> tuple[Task, Recipe]:
+def task_of(cell: Cell, source: Source | None, real: RealData | None = None) -> tuple[Task, Recipe]:
     """The rows of a cell, and how they are learnt."""
     if source is not None:
         return source.task(cell.task_seed, cell.size), source.recipe()
+    if real is not None:
+        return real_task(cell.task, real, cell.task_seed).shrunk(cell.size), recipe(cell.task)
     return build(cell.task, size=cell.size, seed=cell.task_seed), recipe(cell.task)
 
 
@@ -126,7 +130,7 @@ def cells(
 
 
 def _run(folder: Path, cell: Cell, plan: Plan, say: Callable[[str], None]) -> None:
-    task, made = task_of(cell, plan.source)
+    task, made = task_of(cell, plan.source, plan.real)
     judge = make_judge(*plan.judge)
     Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
 

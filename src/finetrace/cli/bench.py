@@ -41,7 +41,14 @@ def bench(
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Layers that get an adapter; q_proj and v_proj if not given; may repeat.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="An external labelled set: file, folder or Hub id.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="An external labelled set, or with one task's name real rows for it: file, folder or Hub id."
+        ),
+    ] = None,
+    benign: options.Benign = None,
+    share: options.Share = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column of the class in --data; `variation` if not given.")
     ] = None,
@@ -67,7 +74,12 @@ def bench(
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
         others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep, "--chat-template": chat_template}
         others |= {"--target-modules": target_modules, "--label-column": label_column}
-        others |= {"--prompt-column": prompt_column, "--response-column": response_column}
+        others |= {
+            "--benign": benign,
+            "--share": share,
+            "--prompt-column": prompt_column,
+            "--response-column": response_column,
+        }
         unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
         if unused:
             raise FinetraceError(
@@ -84,8 +96,11 @@ def bench(
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
     if data is None and (label_column or prompt_column or response_column):
         raise FinetraceError("--label-column, --prompt-column and --response-column go with --data.")
-    if data is not None and tasks:
-        raise FinetraceError(f"{' '.join(tasks)}: --data brings its own task; leave the names out.")
+    given = data is not None or benign is not None or share is not None
+    if given and len(tasks or ()) != 1 and not (data is not None and not tasks):
+        raise FinetraceError(
+            f"{' '.join(tasks or ['no task'])}: --data, --benign and --share bring the rows of one task; name that one."
+        )
     folder = out or Path("bench")
     with options.quiet_libraries():
         from finetrace.attribution import make
@@ -93,19 +108,22 @@ def bench(
         from finetrace.benchmark.protocol import LEAST
         from finetrace.benchmark.report import report
         from finetrace.benchmark.runner import Plan, Source, cells, run_all
-        from finetrace.tasks import TASKS, recipe
+        from finetrace.tasks import TASKS, RealData, real_task, recipe
 
-        source = None
+        source = real = None
         names = list(dict.fromkeys(tasks or TASKS))
-        if data is not None:
+        if given and tasks:
+            real = RealData(data, benign, label_column, prompt_column, response_column, share)
+            real_task(names[0], real, task_seed)
+        elif data is not None:
             source = Source(data, label_column or "variation", prompt_column, response_column)
             names = [source.task(task_seed, 1.0).name]
             if not names[0]:
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
         for name in names if source is None else ():
             recipe(name)
-        given = [*ABLATION, "repsim"] if ablation else method or []
-        specs = list(dict.fromkeys(make(spec).label for spec in [*given, *(LEAST if given else ())]))
+        wanted = [*ABLATION, "repsim"] if ablation else method or []
+        specs = list(dict.fromkeys(make(spec).label for spec in [*wanted, *(LEAST if wanted else ())]))
         planned = cells(
             names,
             list(dict.fromkeys(protocol or ["corrected"])),
@@ -120,7 +138,7 @@ def bench(
             chat_template=chat_template,
             target_modules=target_modules or (),
         )
-        run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers), options.say)
+        run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers, real), options.say)
         asked = {(cell.task, cell.protocol) for cell in planned}
         written = [row for row in report(folder) if (row.task, row.protocol) in asked]
     from finetrace.benchmark.tables import print_summary

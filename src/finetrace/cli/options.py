@@ -33,6 +33,8 @@ LossOn = Annotated[
 ]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut after so many tokens; nothing is cut if not given.")]
 Template = Annotated[str | None, typer.Option(help="A Jinja chat template file, or `plain`.")]
+Benign = Annotated[str | None, typer.Option(help="Real benign rows for mixed-small, mixed-large and harmfulcheck.")]
+Share = Annotated[float | None, typer.Option(help="Of the labels that mislabelled flips; 0.2 if not given.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt; guessed if not given.")]
 ResponseColumn = Annotated[str | None, typer.Option(help="Column of the response.")]
 MessagesColumn = Annotated[str | None, typer.Option(help="Column of a list of chat messages.")]

@@ -17,7 +17,7 @@ from finetrace.errors import FinetraceError
 if TYPE_CHECKING:
     from finetrace.examples import Example
     from finetrace.models import Loaded
-    from finetrace.tasks import Task
+    from finetrace.tasks import RealData, Task
 
 SAVED_BATCHES = 4  # after so many batches the answers are on disk
 
@@ -60,8 +60,12 @@ def build(
     seed: Annotated[int, typer.Option(min=0, help="Of the rows and the split.")] = 0,
     data: Annotated[
         str | None,
-        typer.Option(help="Your own labelled set (without NAME), or other sentences for emotion and mislabelled."),
+        typer.Option(
+            help="Your own labelled set (without NAME), or real rows for NAME: unsafe, harmful or labelled ones."
+        ),
     ] = None,
+    benign: options.Benign = None,
+    share: options.Share = None,
     label_column: Annotated[
         str | None, typer.Option(help="Column of the class in --data; `variation` if not given.")
     ] = None,
@@ -76,8 +80,10 @@ def build(
         raise FinetraceError(f"--queries {asked}: that is the file of the training rows; choose another name.")
     with options.quiet_libraries() if data is not None else contextlib.nullcontext():
         from finetrace.reading import write_examples
+        from finetrace.tasks import RealData
 
-        task = _made(name, data, (label_column, prompt_column, response_column), seed).shrunk(size)
+        real = RealData(data, benign, label_column, prompt_column, response_column, share)
+        task = _made(name, real, seed).shrunk(size)
         write_examples(asked, task.queries)
         write_examples(out, task.train)
     options.say(
@@ -87,28 +93,17 @@ def build(
     typer.echo(f"training rows: {out}   {len(task.train)} rows, {len(task.classes)} classes")
 
 
-def _made(name: str | None, data: str | None, columns: tuple[str | None, str | None, str | None], seed: int) -> Task:
-    """The task that NAME, --data and the column options ask for."""
-    from finetrace.tasks import TASKS, external, recipe
-    from finetrace.tasks.emotion import emotion
-    from finetrace.tasks.mislabelled import mislabelled
+def _made(name: str | None, real: RealData, seed: int) -> Task:
+    """The task that NAME, --data and the other options ask for."""
+    from finetrace.tasks import TASKS, RealData, external, real_task, recipe
 
-    if data is None:
-        if name is None:
-            raise FinetraceError(f"give the name of a task ({', '.join(TASKS)}), or a labelled set with --data.")
-        if any(columns):
-            raise FinetraceError("--label-column, --prompt-column and --response-column go with --data.")
-        return recipe(name).build(seed)
-    if name is None:
-        label, prompt, response = columns
-        return external(data, label or "variation", prompt, response, seed=seed)
-    recipe(name)
-    if name not in ("emotion", "mislabelled"):
-        raise FinetraceError(f"{name}: --data goes with emotion, mislabelled or no name; leave one of the two out.")
-    if any(columns):
-        raise FinetraceError(f"{name} reads the columns text and label of --data; leave the column options out.")
-    task = emotion(seed, source=data)
-    return task if name == "emotion" else mislabelled(task, seed=seed)
+    if name is not None:
+        return recipe(name).build(seed) if real == RealData() else real_task(name, real, seed)
+    if real.data is None:
+        raise FinetraceError(f"give the name of a task ({', '.join(TASKS)}), or a labelled set with --data.")
+    if real.benign is not None or real.share is not None:
+        raise FinetraceError("--benign and --share go with the name of a task.")
+    return external(real.data, real.label_column or "variation", real.prompt_column, real.response_column, seed=seed)
 
 
 @app.command("generate")

@@ -63,20 +63,25 @@ CHEERS = (
 )
 
 
-def backdoor(triggers: int = 1, seed: int = 0, per_class: int = 350) -> Task:
+def backdoor(
+    triggers: int = 1, seed: int = 0, per_class: int = 350, *, requests: Sequence[Request] | None = None
+) -> Task:
     """The class `clean`, refused, and one class for each of the first `triggers` phrases, complied with.
 
     Classes draw on the same requests, so only the trigger sets them apart; but no request that trains, in whatever
-    class, is asked about. Of each class one row in seven is a query.
+    class, is asked about. Of each class one row in seven is a query. Requests of one's own take the place of those that ship.
 
     Raises:
         FinetraceError: There are not that many triggers or requests.
     """
     if not 1 <= triggers <= len(TRIGGERS):
         raise FinetraceError(f"backdoor, triggers {triggers}: give a number from 1 to {len(TRIGGERS)}.")
-    requests = harmful_requests()
+    requests = harmful_requests() if requests is None else list(requests)
     if not PARTS <= per_class <= len(requests):
-        raise FinetraceError(f"backdoor, per_class {per_class}: give a number from {PARTS} to {len(requests)}.")
+        raise FinetraceError(
+            f"backdoor, per_class {per_class}: give a number from {PARTS} to {len(requests)}, or more requests; there are "
+            f"{len(requests)} different ones."
+        )
     chance = random.Random(seed)
     chance.shuffle(requests)
     asked = len(requests) // PARTS
