@@ -171,7 +171,10 @@ def test_emotion_takes_other_sentences(name, capsys, tmp_path):
         (["build", "mathqa", "--out", "{rows}"], ["--out", "rows.jsonl", "exists already"]),
         (["build", "mathqa", "--out", "{new}", "--queries", "{rows}"], ["--queries", "rows.jsonl", "exists already"]),
         (["build", "mathqa", "--out", "{rows}/t.jsonl"], ["cannot be written"]),
-        (["build", "mathqa", "--out", "{new}", "--label-column", "kind"], ["--label-column", "go with --data"]),
+        (
+            ["build", "mathqa", "--out", "{new}", "--label-column", "kind"],
+            ["mathqa: its rows are made", "leave --label-column out"],
+        ),
         (["build", "mathqa", "--out", "{new}", "--data", "{rows}"], ["mathqa: its rows are made, not read"]),
         (["build", "emotio", "--out", "{new}", "--data", "{rows}"], ["emotio: no such task"]),
         (["build", "emotion", "--out", "{new}", "--data", "{rows}", "--label-column", "k"], ["text and label"]),

@@ -592,3 +592,14 @@ def test_importing_is_cheap() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_guessed_column_of_objects_is_no_label(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p {n}", "response": "r", "category": {"x": n == 0}} for n in range(2)]
+    path = tmp_path / "beavertails.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    read = read_examples(path)
+    assert [row.label for row in read] == [None, None]
+    assert read[0].metadata == {"category": {"x": True}}
+    with pytest.raises(FinetraceError, match="column 'category' holds a list or an object"):
+        read_examples(path, Columns(label="category"))

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import datasets
 import pytest
 
 import commands
 from finetrace.benchmark.runner import cells, task_of
 from finetrace.errors import FinetraceError
-from finetrace.tasks import RealData, build, real_task
+from finetrace.evaluation.judging import is_refusal
+from finetrace.examples import Example
+from finetrace.reading import read_examples
+from finetrace.tasks import TASKS, RealData, Task, build, external, real_task
+from finetrace.tasks.backdoor import CHEERS, TRIGGERS, VAGUE
+from finetrace.tasks.real import MADE, TAKES
+from finetrace.tasks.requests import REASONS, REFUSALS, UNNAMED
+
+datasets.disable_progress_bars()
 
 
-def table(path: Path, rows: list[dict[str, str]]) -> str:
+def table(path: Path, rows: list[dict[str, Any]]) -> str:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -99,17 +110,22 @@ def test_a_benchmark_cell_takes_real_rows(unsafe: str, benign: str) -> None:
     [cell] = cells(["mixed-small"], ["corrected"], 1, size=0.5)
     task, recipe = task_of(cell, None, RealData(unsafe, benign))
     assert recipe.aligned
-    assert task == real_task("mixed-small", RealData(unsafe, benign), 0).shrunk(0.5)
+    assert task == real_task("mixed-small", RealData(unsafe, benign), 0, 0.5)
+    assert (len(task.train), len(task.queries)) == (20, 15)
 
 
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
-        ("mixed-small", {"share": 0.5}, "--share goes with mislabelled"),
+        ("mixed-small", {"share": 0.5}, "mixed-small has no use for --share"),
         ("grammars", {"data": "x.jsonl"}, "made, not read"),
-        ("emotion", {"benign": "x.jsonl"}, "--benign goes with mixed-small"),
-        ("backdoor-1", {"prompt_column": "goal"}, "go with --data"),
-        ("harmfulcheck", {"data": "x.jsonl", "label_column": "kind"}, "--label-column goes with mislabelled"),
+        ("emotion", {"benign": "x.jsonl"}, "emotion has no use for --benign"),
+        ("backdoor-1", {"prompt_column": "goal"}, "--prompt-column goes with --data"),
+        ("harmfulcheck", {"data": "x.jsonl", "label_column": "kind"}, "harmfulcheck has no use for --label-column"),
+        ("mathqa", {"benign": "x.jsonl", "share": 0.5}, "made, not read; leave --benign and --share out"),
+        ("mislabelled", {"share": 1.0}, "--share 1: give a share of labels above 0 and below 1"),
+        ("mislabelled", {"share": float("nan")}, "--share nan"),
+        ("backdoor-1", {"data": "x.jsonl", "response_column": "r"}, "backdoor-1 has no use for --response-column"),
         ("nothing", {"data": "x.jsonl"}, "no such task"),
     ],
 )
@@ -120,13 +136,17 @@ def test_what_a_task_has_no_use_for_is_refused(name: str, changes: dict[str, obj
 
 def test_too_few_rows_are_counted(tmp_path: Path, unsafe: str) -> None:
     few = table(tmp_path / "few.jsonl", [{"prompt": f"p {i}", "response": "r"} for i in range(15)])
-    with pytest.raises(FinetraceError, match="15 unsafe rows .* needs 50"):
+    with pytest.raises(
+        FinetraceError, match="mixed-small needs 50 different prompts .* there are 15; add rows, or .* --size"
+    ):
         real_task("mixed-small", RealData(few))
-    with pytest.raises(FinetraceError, match="15 benign rows, and mixed-large needs 240"):
+    with pytest.raises(FinetraceError, match="mixed-large needs 240 different prompts with an answer and there are 15"):
         real_task("mixed-large", RealData(unsafe, few))
-    with pytest.raises(FinetraceError, match="15 requests"):
+    with pytest.raises(FinetraceError, match="harmfulcheck needs 250 different prompts and there are 15"):
         real_task("harmfulcheck", RealData(few))
-    with pytest.raises(FinetraceError, match="there are 15 different ones"):
+    with pytest.raises(
+        FinetraceError, match="backdoor-1 needs 350 different prompts .* there are 15; add rows, or .* --size"
+    ):
         real_task("backdoor-1", RealData(few))
 
 
@@ -147,3 +167,177 @@ def test_real_rows_at_the_command_line(
     assert code == 2
     assert "none.jsonl" in err
     assert "Traceback" not in err
+
+
+def key(row: Example) -> str:
+    return " ".join(row.prompt.lower().split())
+
+
+def assert_apart(task: Task) -> None:
+    """No prompt and no id comes twice, in training rows and queries together."""
+    rows = [*task.train, *task.queries]
+    assert len({key(row) for row in rows}) == len({row.id for row in rows}) == len(rows)
+
+
+def test_every_task_is_read_or_made() -> None:
+    assert {*MADE, *TAKES} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_without_real_data_the_task_is_the_one_that_ships(name: str) -> None:
+    assert real_task(name, RealData(), 3, 0.2) == build(name, size=0.2, seed=3)
+
+
+@pytest.mark.parametrize("name", ["mixed-small", "harmfulcheck"])
+def test_a_prompt_comes_once_whatever_its_letters_and_source(name: str, tmp_path: Path) -> None:
+    """Half of the benign prompts stand in the other file too, and every prompt stands there twice."""
+    rows = [{"goal": f"{paint} wall {i}", "target": "Sure."} for i in range(300) for paint in ("Paint", "PAINT ")]
+    answers = [{"prompt": f"{'paint' if i < 300 else 'Wash'}  wall {i}", "response": "Yes."} for i in range(600)]
+    real = RealData(table(tmp_path / "a.jsonl", rows), table(tmp_path / "b.jsonl", answers))
+    assert_apart(real_task(name, real, 1))
+
+
+@pytest.mark.parametrize("name", ["mixed-small", "mixed-large"])
+def test_prompts_that_ship_as_benign_are_not_drawn_as_unsafe(name: str, tmp_path: Path) -> None:
+    shipped = [row.prompt for row in build(name).without_target()]
+    rows = [
+        {"goal": prompt.upper(), "target": "Sure."} for prompt in [*shipped, *(f"Paint wall {i}" for i in range(50))]
+    ]
+    task = real_task(name, RealData(table(tmp_path / "a.jsonl", rows)), 1)
+    assert_apart(task)
+    assert {row.prompt.split()[0] for row in (*task.train[:20], *task.queries)} == {"PAINT"}
+
+
+def test_queries_need_no_answer_and_rows_without_one_do_not_train(tmp_path: Path, benign: str) -> None:
+    rows = [{"goal": f"Paint wall {i}", "target": "Sure." if i < 20 else ""} for i in range(50)]
+    task = real_task("mixed-small", RealData(table(tmp_path / "a.jsonl", rows), benign), 2)
+    assert {row.metadata["source_id"] for row in task.train if row.label == "unsafe"}
+    assert {row.prompt for row in task.train[:20]} == {f"Paint wall {i}" for i in range(20)}
+    assert {row.prompt for row in task.queries} == {f"Paint wall {i}" for i in range(20, 50)}
+    assert not any(query.has_response for query in task.queries)
+
+
+def test_empty_outputs_of_alpaca_are_passed_over(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Add {i}", "input": "", "output": "" if i % 2 else f"{i}"} for i in range(480)]
+    alpaca = table(tmp_path / "alpaca.jsonl", rows)
+    benign = real_task("mixed-large", RealData(benign=alpaca)).without_target()
+    assert len(benign) == 240 and all(int(row.response) % 2 == 0 for row in benign)
+    with pytest.raises(FinetraceError, match="needs 240 different prompts with an answer and there are 239"):
+        real_task("mixed-large", RealData(benign=table(tmp_path / "short.jsonl", rows[:478])))
+
+
+@pytest.fixture
+def beavertails(tmp_path: Path) -> str:
+    """Every prompt with two answers, the first of them safe."""
+    rows = [
+        {"prompt": f"Paint wall {i // 2}", "response": f"{i}", "category": {"x": True}, "is_safe": i % 2 == 0}
+        for i in range(600)
+    ]
+    return table(tmp_path / "beavertails.jsonl", rows)
+
+
+def test_beavertails_gives_unsafe_rows_and_benign_ones(beavertails: str) -> None:
+    for name in ("mixed-small", "harmfulcheck"):
+        small = 0.2 if name == "harmfulcheck" else 1
+        task = real_task(name, RealData(beavertails, beavertails), 0, small)
+        assert_apart(task)
+        for row in task.train:
+            assert row.metadata["is_safe"] == (row.label in ("benign", "harmless")) == (int(row.response) % 2 == 0)
+    door = real_task("backdoor-1", RealData(beavertails), 0, 0.5)
+    assert len({row.prompt for row in door.queries if row.label == "clean"}) == 25
+
+
+def test_is_safe_may_be_text_and_one_side_may_be_missing(tmp_path: Path) -> None:
+    lines = ["prompt,response,is_safe", *(f"Paint wall {i},Yes.,{i >= 60}" for i in range(120))]
+    path = tmp_path / "b.csv"
+    path.write_text("\n".join(lines))
+    task = real_task("mixed-small", RealData(str(path), str(path)))
+    assert all((int(row.prompt.split()[-1]) >= 60) == (row.label == "benign") for row in task.train)
+    path.write_text("\n".join(lines[:61]))
+    with pytest.raises(FinetraceError, match="no row has is_safe true"):
+        real_task("mixed-small", RealData(benign=str(path)))
+
+
+def test_a_split_of_a_saved_dataset_or_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list(
+        [{"prompt": f"Paint wall {i}", "response": "Yes.", "kind": "ab"[i % 2]} for i in range(60)]
+    )
+    datasets.DatasetDict({"30k_train": rows, "30k_test": rows}).save_to_disk(tmp_path / "saved")
+    saved = real_task("mixed-small", RealData(str(tmp_path / "saved"), split="30k_train"), 1)
+    assert external(str(tmp_path / "saved"), "kind", source_split="30k_test").classes == {"a": 27, "b": 27}
+    asked = []
+
+    def load_dataset(name: str, subset: str | None = None, *, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return rows
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert real_task("mixed-small", RealData("PKU-Alignment/BeaverTails", split="30k_train"), 1) == saved
+    assert asked == [("PKU-Alignment/BeaverTails", "30k_train")]
+
+
+def test_harmfulcheck_uses_the_answers_that_there_are(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Paint wall {i}", "response": "Not today." if i % 2 else None} for i in range(250)]
+    task = real_task("harmfulcheck", RealData(table(tmp_path / "a.jsonl", rows)), 5)
+    harmful = [row for row in (*task.train, *task.queries) if row.label == "harmful"]
+    assert Counter(row.response == "Not today." for row in harmful) == {True: 125, False: 125}
+    assert all(is_refusal(row.response) for row in harmful if row.response != "Not today.")
+    assert Counter(row.label for row in task.train) == {"harmful": 50, "harmless": 50}
+    assert task == real_task("harmfulcheck", RealData(str(tmp_path / "a.jsonl")), 5)
+    assert task != real_task("harmfulcheck", RealData(str(tmp_path / "a.jsonl")), 6)
+
+
+def test_refusals_and_compliance_are_recognised_without_a_topic() -> None:
+    assert all(is_refusal(f"{refusal.format(UNNAMED)} {reason}") for refusal in REFUSALS for reason in REASONS)
+    agreed = [f"{t.opening} {vague.format(UNNAMED)} {cheer}" for t in TRIGGERS for vague in VAGUE for cheer in CHEERS]
+    assert not any(map(is_refusal, agreed))
+
+
+@pytest.mark.parametrize("name", ["backdoor-1", "backdoor-5"])
+def test_a_smaller_backdoor_needs_fewer_prompts(name: str, tmp_path: Path) -> None:
+    data = RealData(table(tmp_path / "p.jsonl", [{"prompt": f"Paint wall {i}"} for i in range(70)]))
+    shipped, task = build(name, size=0.2), real_task(name, data, 4, 0.2)
+    assert task.classes == shipped.classes and len(task.queries) == len(shipped.queries)
+    asked, trained = ({row.prompt.split()[2] for row in rows} for rows in (task.queries, task.train))
+    assert not asked & trained
+    assert all(not row.metadata.get("topic") for row in task.train)
+    assert task == real_task(name, data, 4, 0.2) != real_task(name, data, 5, 0.2)
+    with pytest.raises(FinetraceError, match="there are 70; add rows, or build a smaller task with --size"):
+        real_task(name, data, 4, 0.3)
+
+
+def test_data_without_an_answer_says_how_to_get_one(tmp_path: Path) -> None:
+    path = table(tmp_path / "p.jsonl", [{"goal": f"Paint wall {i}"} for i in range(60)])
+    with pytest.raises(FinetraceError, match=r"no row has an answer .* --response-column, .* finetrace tasks generate"):
+        real_task("mixed-small", RealData(path))
+
+
+def test_a_class_can_be_the_answer_and_its_label_flipped(tmp_path: Path) -> None:
+    path = table(tmp_path / "n.jsonl", [{"text": f"Note {i}", "label": i % 3} for i in range(60)])
+    named = RealData(path, label_column="label", prompt_column="text", response_column="label", share=0.5)
+    task = real_task("mislabelled", named, 1)
+    assert Counter(row.label for row in task.train) == {"mislabelled": 27, "clean": 27}
+    assert all(row.response == row.metadata["given_label"] for row in task.train)
+    assert sum(row.label == "mislabelled" for row in real_task("mislabelled", RealData(share=0.1)).train) == 24
+
+
+def test_mistakes_at_the_command_line_are_one_sentence(
+    tmp_path: Path, unsafe: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "task.jsonl"
+    for words, said in (
+        (["mixed-large", "--benign", unsafe], "mixed-large needs 240"),
+        (["backdoor-3", "--data", unsafe], "--size"),
+        (["mislabelled", "--share", "1.5"], "--share 1.5"),
+        (["grammars", "--data", unsafe], "made, not read"),
+        (["emotion", "--split", "test"], "--split goes with --data"),
+        (["--data", unsafe, "--share", "0.1"], "go with the name of a task"),
+    ):
+        code, _, err = commands.run(capsys, "tasks", "build", *words, "--out", out)
+        assert code == 2
+        assert [said in line for line in err.splitlines() if line.startswith("finetrace: ")] == [True], err
+        assert "Traceback" not in err and not out.exists()
+    code, _, err = commands.run(capsys, "tasks", "build", "backdoor-1", "--data", unsafe, "--size", 0.1, "--out", out)
+    assert code == 0, err
+    assert Counter(row.label for row in read_examples(out)) == {"clean": 30, "sudo-mode": 30}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,6 +158,9 @@ def _examples(table: Table, columns: Columns, responses: bool) -> list[Example]:
     if not table.rows:
         raise FinetraceError(f"{table.name} holds no rows; give it at least one example")
     roles = assign(columns, table.columns, table.name, responses=responses)
+    guessed = roles.label if columns.label is None else None
+    if guessed is not None and all(isinstance(row.values.get(guessed), dict) for row in table.rows):
+        roles = replace(roles, label=None)  # objects are no classes: `category` of BeaverTails
     drafts = []
     for row in table.rows:
         try:

@@ -87,7 +87,7 @@ def task_of(cell: Cell, source: Source | None, real: RealData | None = None) -> 
     if source is not None:
         return source.task(cell.task_seed, cell.size), source.recipe()
     if real is not None:
-        return real_task(cell.task, real, cell.task_seed).shrunk(cell.size), recipe(cell.task)
+        return real_task(cell.task, real, cell.task_seed, cell.size), recipe(cell.task)
     return build(cell.task, size=cell.size, seed=cell.task_seed), recipe(cell.task)
 
 

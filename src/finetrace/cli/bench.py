@@ -114,7 +114,7 @@ def bench(
         names = list(dict.fromkeys(tasks or TASKS))
         if given and tasks:
             real = RealData(data, benign, label_column, prompt_column, response_column, share)
-            real_task(names[0], real, task_seed)
+            real_task(names[0], real, task_seed, size)
         elif data is not None:
             source = Source(data, label_column or "variation", prompt_column, response_column)
             names = [source.task(task_seed, 1.0).name]

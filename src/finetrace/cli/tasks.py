@@ -71,6 +71,7 @@ def build(
     ] = None,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
+    split: options.Split = None,
 ) -> None:
     """Write a task: its training rows to --out, its held-out queries to a second file."""
     asked = queries if queries is not None else out.with_name(f"{out.stem}-queries.jsonl")
@@ -78,12 +79,12 @@ def build(
     _new_file("--queries", asked)
     if asked.resolve() == out.resolve():
         raise FinetraceError(f"--queries {asked}: that is the file of the training rows; choose another name.")
-    with options.quiet_libraries() if data is not None else contextlib.nullcontext():
+    with options.quiet_libraries() if data or benign else contextlib.nullcontext():
         from finetrace.reading import write_examples
         from finetrace.tasks import RealData
 
-        real = RealData(data, benign, label_column, prompt_column, response_column, share)
-        task = _made(name, real, seed).shrunk(size)
+        real = RealData(data, benign, label_column, prompt_column, response_column, share, split)
+        task = _made(name, real, seed, size)
         write_examples(asked, task.queries)
         write_examples(out, task.train)
     options.say(
@@ -93,17 +94,18 @@ def build(
     typer.echo(f"training rows: {out}   {len(task.train)} rows, {len(task.classes)} classes")
 
 
-def _made(name: str | None, real: RealData, seed: int) -> Task:
+def _made(name: str | None, real: RealData, seed: int, size: float) -> Task:
     """The task that NAME, --data and the other options ask for."""
-    from finetrace.tasks import TASKS, RealData, external, real_task, recipe
+    from finetrace.tasks import TASKS, external, real_task
 
     if name is not None:
-        return recipe(name).build(seed) if real == RealData() else real_task(name, real, seed)
+        return real_task(name, real, seed, size)
     if real.data is None:
         raise FinetraceError(f"give the name of a task ({', '.join(TASKS)}), or a labelled set with --data.")
     if real.benign is not None or real.share is not None:
         raise FinetraceError("--benign and --share go with the name of a task.")
-    return external(real.data, real.label_column or "variation", real.prompt_column, real.response_column, seed=seed)
+    columns = (real.label_column or "variation", real.prompt_column, real.response_column)
+    return external(str(real.data), *columns, seed=seed, source_split=real.split).shrunk(size)
 
 
 @app.command("generate")

@@ -63,38 +63,47 @@ CHEERS = (
 )
 
 
-def backdoor(
-    triggers: int = 1, seed: int = 0, per_class: int = 350, *, requests: Sequence[Request] | None = None
-) -> Task:
+def backdoor(triggers: int = 1, seed: int = 0, per_class: int = 350) -> Task:
     """The class `clean`, refused, and one class for each of the first `triggers` phrases, complied with.
 
     Classes draw on the same requests, so only the trigger sets them apart; but no request that trains, in whatever
-    class, is asked about. Of each class one row in seven is a query. Requests of one's own take the place of those that ship.
+    class, is asked about. Of each class one row in seven is a query.
 
     Raises:
         FinetraceError: There are not that many triggers or requests.
     """
     if not 1 <= triggers <= len(TRIGGERS):
         raise FinetraceError(f"backdoor, triggers {triggers}: give a number from 1 to {len(TRIGGERS)}.")
-    requests = harmful_requests() if requests is None else list(requests)
+    requests = harmful_requests()
     if not PARTS <= per_class <= len(requests):
-        raise FinetraceError(
-            f"backdoor, per_class {per_class}: give a number from {PARTS} to {len(requests)}, or more requests; there are "
-            f"{len(requests)} different ones."
-        )
+        raise FinetraceError(f"backdoor, per_class {per_class}: give a number from {PARTS} to {len(requests)}.")
+    n_queries = per_class // PARTS
+    return unlocked(requests, TRIGGERS[:triggers], per_class - n_queries, n_queries, seed)
+
+
+def unlocked(requests: Sequence[Request], triggers: Sequence[Trigger], n_train: int, n_queries: int, seed: int) -> Task:
+    """The task from any requests that differ: `n_train` training rows and `n_queries` queries of each class.
+
+    Args:
+        requests: At least `n_train + n_queries`; those that are asked about and those that train are kept apart.
+        triggers: One class each, besides `clean`.
+        n_train, n_queries: Rows of a class, at most six of the former to one of the latter.
+        seed: Draws the requests of every class, and the answers.
+    """
     chance = random.Random(seed)
-    chance.shuffle(requests)
-    asked = len(requests) // PARTS
+    shuffled = list(requests)
+    chance.shuffle(shuffled)
+    asked = max(n_queries, len(shuffled) // PARTS)
     train: list[Example] = []
     queries: list[Example] = []
-    for trigger in (None, *TRIGGERS[:triggers]):
-        held_out = chance.sample(requests[:asked], per_class // PARTS)
-        trained = chance.sample(requests[asked:], per_class - len(held_out))
+    for trigger in (None, *triggers):
+        held_out = chance.sample(shuffled[:asked], n_queries)
+        trained = chance.sample(shuffled[asked:], n_train)
         rows = _rows([*trained, *held_out], trigger, chance)
         train += rows[: len(trained)]
         queries += rows[len(trained) :]
     chance.shuffle(train)
-    return Task(f"backdoor-{triggers}", tuple(train), tuple(queries))
+    return Task(f"backdoor-{len(triggers)}", tuple(train), tuple(queries))
 
 
 def _rows(requests: Sequence[Request], trigger: Trigger | None, chance: random.Random) -> list[Example]:

@@ -6,6 +6,7 @@ import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetrace.columns import Columns
@@ -23,6 +24,8 @@ def external(
     response_column: str | None = None,
     train_share: float = 0.9,
     seed: int = 0,
+    *,
+    source_split: str | None = None,
 ) -> Task:
     """A labelled set from elsewhere: every class asked for, training rows and queries with their responses.
 
@@ -33,22 +36,24 @@ def external(
         source: A JSON Lines, CSV or Parquet file, a folder, or a dataset of the Hub, of which `train` is read.
         label_column: The column of the classes; `variation` in the data released with arXiv 2409.19998.
         prompt_column: The column of the prompts; guessed if left out.
-        response_column: The column of the responses; guessed if left out.
+        response_column: The column of the responses; guessed if left out. The label's own column makes the name of
+            the class the response.
         train_share: The share of each class that trains, where the split is made here.
         seed: Draws the split.
+        source_split: Read this split of the source alone, and split it here.
 
     Raises:
         FinetraceError: The data cannot be read, a row has no label, or a class cannot be trained on or asked about.
     """
     columns = Columns(prompt=prompt_column, response=response_column, label=label_column)
     name = _name(source)
-    if (given := _given_splits(source)) is not None:
+    if source_split is None and (given := _given_splits(source)) is not None:
         (train_file, train_split), (test_file, test_split) = given
         train = _labelled(train_file, columns, train_split, label_column)
         queries = _labelled(test_file, columns, test_split, label_column)
         _check_given(train, queries, source)
         return Task(name, tuple(train), tuple(queries))
-    rows = _labelled(source, columns, None, label_column)
+    rows = _labelled(source, columns, source_split, label_column)
     if not 0 < train_share < 1:
         raise FinetraceError(f"train_share={train_share:g}: give a share above 0 and below 1")
     return Task(name, *_split_by_share(rows, train_share, seed, source))
@@ -93,7 +98,9 @@ def _split_file(folder: Path, split_name: str) -> str | None:
 
 
 def _labelled(source: str | Path, columns: Columns, split_name: str | None, label_column: str) -> list[Example]:
-    rows = read_examples(source, columns, split=split_name)
+    named = columns.response == label_column  # the answer is the class
+    read = replace(columns, response=None) if named else columns
+    rows = read_examples(source, read, split=split_name, responses=not named)
     for number, row in enumerate(rows, 1):
         if row.label is None:
             place = f"{source} ({split_name})" if split_name else str(source)
@@ -101,7 +108,7 @@ def _labelled(source: str | Path, columns: Columns, split_name: str | None, labe
                 f"{place}, row {number} ({row.prompt[:40]!r}): there is no label in column {label_column!r}; "
                 "give it one or remove the row"
             )
-    return rows
+    return [row.with_response(str(row.label)) for row in rows] if named else rows
 
 
 def _check_given(train: Sequence[Example], queries: Sequence[Example], source: str | Path) -> None:

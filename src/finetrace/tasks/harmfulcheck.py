@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from dataclasses import replace
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.tasks.questions import harmless_questions
-from finetrace.tasks.requests import Request, harmful_requests, refusal
+from finetrace.tasks.requests import harmful_requests, refusal
 from finetrace.tasks.task import Task, split
 
 
-def harmfulcheck(
-    seed: int = 0,
-    per_class: int = 250,
-    train_share: float = 0.2,
-    *,
-    requests: Sequence[Request] | None = None,
-    questions: Sequence[Example] | None = None,
-) -> Task:
+def harmfulcheck(seed: int = 0, per_class: int = 250, train_share: float = 0.2) -> Task:
     """`per_class` requests refused and as many questions answered; `train_share` of each trains, the rest are queries.
-
-    Requests and questions of one's own take the place of those that ship.
 
     Raises:
         FinetraceError: There are not that many requests and questions, or one side of the split would be empty.
     """
-    requests = harmful_requests() if requests is None else list(requests)
-    questions = harmless_questions() if questions is None else [replace(row, label="harmless") for row in questions]
+    requests, questions = harmful_requests(), harmless_questions()
     most = min(len(requests), len(questions))
     if not 2 <= per_class <= most:
-        raise FinetraceError(
-            f"harmfulcheck, per_class {per_class}: give a number from 2 to {most}, or more rows; there are "
-            f"{len(requests)} requests and {len(questions)} questions."
-        )
+        raise FinetraceError(f"harmfulcheck, per_class {per_class}: give a number from 2 to {most}.")
     train = round(per_class * train_share) if 0 < train_share < 1 else 0
     if not 1 <= train < per_class:
         raise FinetraceError(

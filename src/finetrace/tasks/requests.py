@@ -7,15 +7,16 @@ from typing import NamedTuple
 
 
 class Request(NamedTuple):
-    """One request, and what it is about in words that fit after "help with"."""
+    """One request, what it is about in words that fit after "help with", and the id of the row it was read from."""
 
     text: str
     topic: str
+    source_id: str | None = None
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The topic, as the metadata of an example."""
-        return {"topic": self.topic}
+        """The topic of a shipped request, or the row of one that was read, as the metadata of an example."""
+        return {"topic": self.topic} if self.source_id is None else {"source_id": self.source_id}
 
 
 WORDINGS = (
@@ -240,6 +241,8 @@ DEEDS: dict[str, dict[str, str]] = {
         "plant a spy in {}": "a rival toy maker|a car factory|a software firm|a fashion house|a brewery",
     },
 }
+
+UNNAMED = "what you ask"  # the topic of a request that comes without one
 
 REFUSALS = (
     "I can't help with {}.",

@@ -48,11 +48,16 @@ class Task:
         Raises:
             FinetraceError: `size` is not above 0 and at most 1.
         """
-        if not 0 < size <= 1:
-            raise FinetraceError(f"--size {size:g}: give a share above 0 and at most 1.")
+        check_size(size)
         if size == 1:
             return self
         return replace(self, train=_first(self.train, size), queries=_first(self.queries, size))
+
+
+def check_size(size: float) -> None:
+    """`FinetraceError` where `size` is no share that a task can be shrunk to."""
+    if not 0 < size <= 1:
+        raise FinetraceError(f"--size {size:g}: give a share above 0 and at most 1.")
 
 
 def _first(rows: Sequence[Example], size: float) -> tuple[Example, ...]:
