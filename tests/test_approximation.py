@@ -134,7 +134,7 @@ def test_ekfac_of_the_models_own_labels(at: Trained) -> None:
 def test_products_of_another_library_agree(at: Trained) -> None:
     pytest.importorskip("curvlinops")
     for truth in study.TRUTHS:
-        found = study.put_back(at, truth)
+        found = study.put_back(at, truth, study.dual(at, truth))
         assert found["residual"] < 1e-6
         assert found["scores"] < 1e-6
 

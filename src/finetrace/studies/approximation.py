@@ -135,17 +135,27 @@ def dual(at: Trained, truth: Truth) -> Tensor:
 
 def hessian_root(at: Trained) -> Tensor:
     """(10 n, d) J with H = J^T J / n: row (i, k) is column k of diag(s_i) (I - s_i s_i^T) times x_i, s = sqrt p."""
+    return torch.einsum("nkc,np->nkcp", _columns(at), at.digits.train).flatten(2).flatten(0, 1)
+
+
+def _columns(at: Trained) -> Tensor:
+    """(n, 10, 10) columns of diag(s_i) (I - s_i s_i^T), a row a column."""
     root = torch.softmax(at.digits.train @ at.weights.T, 1).sqrt()  # (n, 10)
-    columns = torch.diag_embed(root) - root[:, :, None].square() * root[:, None, :]  # (n, 10, 10) [class, k]
-    return torch.einsum("nck,np->nkcp", columns, at.digits.train).flatten(2).flatten(0, 1)
+    return torch.diag_embed(root) - root[:, :, None] * root[:, None, :].square()
 
 
 def _hessian_system(at: Trained) -> tuple[Tensor, Tensor]:
-    """(10 n, 10 n) n ridge I + J J^T and (m, 10 n) n V J^T."""
-    root, n = hessian_root(at), len(at.train)
-    gram = root @ root.T
+    """(10 n, 10 n) n ridge I + J J^T and (m, 10 n) n V J^T.
+
+    Rows of J are Kronecker products, so that their inner products are products of two small ones: no row is written out.
+    """
+    columns, inputs, n = _columns(at), at.digits.train, len(at.train)
+    flat = columns.flatten(0, 1)  # (10 n, 10)
+    gram = (flat @ flat.T).view(n, CLASSES, n, CLASSES) * (inputs @ inputs.T)[:, None, :, None]
+    gram = gram.view(CLASSES * n, CLASSES * n)
     gram.diagonal().add_(n * at.ridge("hessian"))
-    return gram, n * (at.query @ root.T)
+    seen = at.query.view(-1, CLASSES, inputs.shape[1]) @ inputs.T  # (m, 10, n)
+    return gram, n * torch.einsum("mcn,nkc->mnk", seen, columns).flatten(1)
 
 
 def _spread(at: Trained) -> Tensor:
@@ -241,18 +251,20 @@ def errors(found: Tensor, exact: Tensor) -> dict[str, float]:
     }
 
 
-def put_back(at: Trained, truth: Truth) -> dict[str, float]:
+def put_back(at: Trained, truth: Truth, scores: Tensor) -> dict[str, float]:
     """The dual solution X (m, d) put back into the system, products with the curvature by curvlinops.
 
     `residual`: the largest || (ridge + curvature) x - v || / || v || of a query. `scores`: || X G^T - scores || / || scores ||
-    of the dual scores.
+    of the (m, n) dual scores that are given.
     """
     from curvlinops import EFLinearOperator, HessianLinearOperator
 
     n, v, ridge = len(at.train), at.query, at.ridge(truth)
-    rows = at.train if truth == "fisher" else hessian_root(at)
-    gram = rows @ rows.T
-    gram.diagonal().add_(n * ridge)
+    if truth == "fisher":
+        rows, gram = at.train, at.train @ at.train.T
+        gram.diagonal().add_(n * ridge)
+    else:
+        rows, (gram, _) = hessian_root(at), _hessian_system(at)
     x = (v - torch.cholesky_solve(rows @ v.T, torch.linalg.cholesky(gram)).T @ rows) / ridge
     layer = nn.Linear(at.weights.shape[1], CLASSES, bias=False, dtype=torch.float64)
     layer.weight.data.copy_(at.weights)
@@ -260,7 +272,6 @@ def put_back(at: Trained, truth: Truth) -> dict[str, float]:
     data = [(at.digits.train, at.digits.train_classes)]
     operator = kind(layer, nn.CrossEntropyLoss(), list(layer.parameters()), data, check_deterministic=False)
     left = (operator @ x.T).T + ridge * x - v
-    scores = dual(at, truth)
     return {
         "residual": float((left.norm(dim=1) / v.norm(dim=1)).max()),
         "scores": float((x @ at.train.T - scores).norm() / scores.norm()),

@@ -86,7 +86,7 @@ def measure(size: Size, damping: str, seed: int) -> list[dict[str, Any]]:
             records.append(
                 {**here, "method": DUAL, "seconds": seconds, **(errors(found, exact) if exact is not None else {})}
             )
-            records[-1] |= put_back(at, truth)
+            records[-1] |= put_back(at, truth, found)
             exact = found if exact is None else exact
         if exact is None:
             continue
