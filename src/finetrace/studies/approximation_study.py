@@ -31,7 +31,7 @@ from finetrace.studies.approximation import (
     put_back,
     timed,
 )
-from finetrace.studies.plots import MARKS
+from finetrace.studies.plots import COLUMN, MARKS
 from finetrace.studies.records import where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
@@ -158,7 +158,7 @@ def _figure(records: Sequence[dict[str, Any]], sizes: Sequence[Size]) -> Any:
     records = where(records, damping="paper")
     names = dict.fromkeys(r["method"] for r in records if r["method"] not in (DENSE, DUAL, FISHER))
     down = {name: place for place, name in enumerate([*names, FISHER, DUAL, DENSE])}
-    figure = Figure(figsize=(7.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(COLUMN, 4.8), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for number, (size, mark) in enumerate(zip(sizes, MARKS, strict=False)):
         here = where(records, points=size.points, parameters=size.parameters)

@@ -21,7 +21,7 @@ from torch import nn
 
 from finetrace.index.manifest import write_atomically
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
-from finetrace.studies.plots import STYLES, line
+from finetrace.studies.plots import STYLES, legend, line, panels
 from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
@@ -148,10 +148,7 @@ def _figure(
     curves: dict[tuple[int, str, int], list[dict[str, float]]], records: Sequence[dict[str, Any]], widths: Sequence[int]
 ) -> Any:
     """Accuracy against distance, one panel a start, a line a seed and a shade a width; and their correlation by width."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 2.8), layout="constrained")
-    axes = figure.subplots(1, len(STARTS))
+    figure, axes = panels(len(STARTS), across=len(STARTS))
     for axis, start in zip(axes, STARTS[1:], strict=False):
         for i, width in enumerate(widths):
             for seed in range(1 + max(key[2] for key in curves)):
@@ -170,7 +167,6 @@ def _figure(
         axis.set_title(f"{start} start", fontsize=8)
         axis.set_xlabel("distance from the start,\nL2 norm of all weights", fontsize=7)
         axis.set_ylabel("test accuracy, %", fontsize=7)
-    axes[0].legend(fontsize=6, loc="lower right")
     last = axes[-1]
     for i, start in enumerate(STARTS[1:]):
         points = []
@@ -183,15 +179,13 @@ def _figure(
             )
         line(last, 2 * i, widths, points, "r", f"{start} start")
     last.set_xscale("log", base=2)
+    last.margins(x=0.1)
     last.set_xticks(widths, [str(width) for width in widths])
     last.set_title("accuracy with distance", fontsize=8)
     last.set_xlabel("width", fontsize=7)
     last.set_ylabel("Pearson r along training", fontsize=7)
     last.set_ylim(None, 1)
-    last.legend(fontsize=6, loc="lower left")
-    for axis in axes:
-        axis.tick_params(labelsize=7)
-        axis.grid(color="0.92")
+    legend(figure, axes)
     return figure
 
 

@@ -9,18 +9,19 @@ from finetrace.studies.records import reach, settings, where
 
 STYLES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3)))
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "*")
+COLUMN = 5.5  # inches, the column of a one-column paper; no text in a figure is below 6 points there
 
 
 def panels(count: int, *, across: int = 2, height: float = 2.3, sharey: bool = False) -> tuple[Any, list[Any]]:
-    """A figure as wide as a page of two columns, and its axes, those that are left over hidden."""
+    """A figure as wide as a paper's column, and its axes, those that are left over hidden."""
     from matplotlib.figure import Figure
 
     across = min(across, count)
     down = -(-count // across)
-    figure = Figure(figsize=(7.0 if across > 1 else 4.0, height * down + 0.4), layout="constrained")
+    figure = Figure(figsize=(COLUMN if across > 1 else 0.7 * COLUMN, height * down + 0.4), layout="constrained")
     axes = list(figure.subplots(down, across, squeeze=False, sharey=sharey).flat)
     for axis in axes:
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=6.5)
         axis.grid(color="0.92")
     for axis in axes[count:]:
         axis.set_axis_off()
@@ -103,6 +104,6 @@ def legend(figure: Any, axes: Sequence[Any], columns: int = 4) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             named.setdefault(label, handle)
-    columns = columns if figure.get_figwidth() > 5 else min(columns, 2)
+    columns = columns if figure.get_figwidth() >= COLUMN else min(columns, 2)
     if named:
         figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=7)
