@@ -1,8 +1,9 @@
 """Choose a gradient method on development tasks: python benchmarks/choose_method.py [--out choose] [--show 20].
 
-Every curvature x normalisation x loss x layers, and means of two cosines, on six small tasks that share no request,
+Every curvature x normalisation x loss x layers x moment, and means of two cosines, on six small tasks that share no request,
 sentence, rule, problem or trigger with those that the benchmark reports. Methods are ordered by the mean of two means of
-AUPRC: over the tasks that plant a behaviour, and over those that have classes. A run that stopped goes on.
+AUPRC: over the tasks that plant a behaviour, and over those that have classes. A run that stopped goes on; --task runs
+some alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -19,19 +20,20 @@ from finetrace.benchmark.protocol import PROTOCOLS
 from finetrace.benchmark.run import Run
 from finetrace.evaluation.judging import make_judge
 
-LOSSES = ("response", "first:5", "first:20", "probe", "probe:I'm sorry")
+LOSSES = ("response", "first:20", "probe")
+MOMENTS = ("end", "start")
 LAYERS = ("all", "last-half", "last-fifth")
 CURVATURES = ("ekfac", "exact", "lissa", "datainf", "gradsim")  # ekfac first: its factors come with the gradients
 MIXED_LAYERS = (*LAYERS, "all+last-fifth", "all+last-half")
 GRID = [
-    f"{curvature}:normalise={normalise},loss_on={loss},layers={layers}"
-    for curvature, normalise, loss, layers in product(CURVATURES, ("none", "cosine", "relatif"), LOSSES, LAYERS)
+    f"{curvature}:normalise={normalise},loss_on={loss},layers={layers},at={at}"
+    for at, curvature, normalise, loss, layers in product(
+        MOMENTS, CURVATURES, ("none", "cosine", "relatif"), LOSSES, LAYERS
+    )
 ]
 GRID += [
-    f"{curvature}:normalise=cosine,loss_on={first}+{probe},layers={layers}"
-    for curvature, first, probe, layers in product(
-        ("ekfac", "exact", "gradsim"), ("response", "first:20"), LOSSES[3:], MIXED_LAYERS
-    )
+    f"{curvature}:normalise=cosine,loss_on={first}+probe,layers={layers},at={at}"
+    for at, curvature, first, layers in product(MOMENTS, ("ekfac", "exact", "gradsim"), LOSSES[:2], MIXED_LAYERS)
 ]
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
@@ -41,14 +43,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("choose"))
     parser.add_argument("--show", type=int, default=20)
+    parser.add_argument("--task", action="append", help="run these alone, and print nothing")
     args = parser.parse_args()
     table: dict[str, dict[str, float]] = {}
-    for name, (task, recipe) in tasks([*BEHAVIOUR, *CLASSES]).items():
+    for name, (task, recipe) in tasks(args.task or [*BEHAVIOUR, *CLASSES]).items():
         cell = Cell(name, "corrected", 0, 1.0, 7, tuple(GRID + OTHERS))
         run = Run(args.out / name, cell, task, recipe, PROTOCOLS["corrected"], make_judge(None, None), keep=True)
         run(print)
         for record in json.loads((args.out / name / DONE).read_text())["records"]:
             table.setdefault(record["spec"], {})[name] = record["auprc"]
+    if args.task:
+        return
     order = sorted((_mean(values), spec) for spec, values in table.items())[::-1]
     document = {"order": [{"spec": spec, "mean": mean, **table[spec]} for mean, spec in order]}
     (args.out / "order.json").write_text(json.dumps(document, indent=1))

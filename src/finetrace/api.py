@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetrace.collection.factors import Labels
+    from finetrace.moments import Moment
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Example]
 
@@ -80,6 +81,7 @@ def build_index(
     representations: Sequence[str] | None = None,
     batch_tokens: int = 2048,
     kronecker: Labels | None = None,
+    at: Moment = "end",
 ) -> Index:
     """Index training examples under a model in memory.
 
@@ -96,6 +98,7 @@ def build_index(
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
         batch_tokens: Padded tokens a batch holds at most.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
+        at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -112,6 +115,7 @@ def build_index(
         representations=wanted,
         batch_tokens=batch_tokens,
         kronecker=kronecker,
+        at=at,
     )
     return Index(Path(folder), loaded)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import check
+from finetrace.moments import At
 
 
 @register("random")
@@ -73,13 +74,14 @@ class GradNorm(Method):
     control: ClassVar[bool] = True
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def __post_init__(self) -> None:
         check(self.label, self.loss_on, self.layers)
 
     def prepared(self, problem: Problem) -> Problem:
-        """The problem with the loss on `loss_on` and the gradients of `layers`."""
-        return problem.on(self.loss_on, self.layers)
+        """The problem with the loss on `loss_on` and the gradients of `layers`, `at` a moment."""
+        return problem.on(self.loss_on, self.layers, at=self.at)
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n), the same for every query."""

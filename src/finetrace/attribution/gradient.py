@@ -28,6 +28,7 @@ from finetrace.curvature import (
     fisher,
 )
 from finetrace.errors import FinetraceError
+from finetrace.moments import At
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
 Scope = Literal["block", "joint"]
@@ -48,13 +49,15 @@ class GradientMethod(Method):
     `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
     those the index was built with. `layers`: `all`, `last-half`, `last-fifth`, a number or `FIRST-LAST`. Several of either,
     joined by `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-half` looks at the response's
-    loss in all layers and at the probe's in the last half.
+    loss in all layers and at the probe's in the last half. `at`: where along the fine-tuning gradients are taken, at its
+    `end` or at its `start` (`finetrace.moments`); empty for where the index took them.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     normalise: Normalise
     loss_on: str
     layers: str
+    at: At
 
     def __post_init__(self) -> None:
         pairs = views(self.loss_on, self.layers)
@@ -64,7 +67,7 @@ class GradientMethod(Method):
             )
 
     def prepared(self, problem: Problem) -> Problem:
-        """The problem with the loss on `loss_on` and the gradients of `layers`; of several, each is made ready."""
+        """The problem with the loss on `loss_on` and the gradients of `layers`, `at` a moment; several are made ready."""
         several = self._several()
         for each in several:
             each.prepared(problem)
@@ -72,7 +75,7 @@ class GradientMethod(Method):
 
     def _viewed(self, problem: Problem) -> Problem:
         """The problem as one loss and one choice of layers see it."""
-        return problem.on(self.loss_on, self.layers)
+        return problem.on(self.loss_on, self.layers, at=self.at)
 
     def _several(self) -> tuple[GradientMethod, ...]:
         """The methods whose scores are averaged; none where one loss and one choice of layers are looked at."""
@@ -93,8 +96,8 @@ class GradientMethod(Method):
         several = self._several()
         if not several:
             return super().used(problem)
-        names = [each.used(each.prepared(problem))["loss_on"] for each in several]
-        return {**self.parameters, "loss_on": "+".join(names)}
+        used = [each.used(each.prepared(problem)) for each in several]
+        return {**self.parameters, "loss_on": "+".join(each["loss_on"] for each in used), "at": used[0]["at"]}
 
     @abstractmethod
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
@@ -187,6 +190,7 @@ class GradSim(_Spanned):
     normalise: Normalise = "none"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
     _unit: ClassVar[str] = "decrease of the query's mean response loss (nats) per unit step down the example's gradient"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
@@ -205,6 +209,7 @@ class GradCos(_Spanned):
     scope: Scope = "joint"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
     normalise: ClassVar[Normalise] = "cosine"  # type: ignore[misc]
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
@@ -240,6 +245,7 @@ class DataInfMethod(_Spanned):
     damping_rule: DampingRule = "trace"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """DataInf's P."""
@@ -264,6 +270,7 @@ class LiSSAMethod(_Scoped):
     recurrence: Literal["neumann", "released"] = "neumann"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """T terms of the Neumann series."""
@@ -287,6 +294,7 @@ class Exact(_Scoped):
     damping_rule: DampingRule = "trace"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """The exact inverse, by the cheaper route."""

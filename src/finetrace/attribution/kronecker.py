@@ -13,6 +13,7 @@ from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
+from finetrace.moments import At
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
 
@@ -25,7 +26,7 @@ class _KroneckerMethod(GradientMethod):
 
     def _viewed(self, problem: Problem) -> Problem:
         """The same, its factors at hand."""
-        chosen = problem.on(self.loss_on, self.layers, self.labels)
+        chosen = problem.on(self.loss_on, self.layers, self.labels, self.at)
         chosen.kronecker(self.labels)
         return chosen
 
@@ -56,6 +57,7 @@ class KFAC(_KroneckerMethod):
     labels: Labels = "model"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
         """Products of the factors' eigenvalues."""
@@ -76,6 +78,7 @@ class EKFAC(_KroneckerMethod):
     labels: Labels = "model"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
         """Measured."""

@@ -78,8 +78,8 @@ class Method(ABC):
             _ = problem.features
 
     def used(self, problem: Problem) -> dict[str, Any]:
-        """Every parameter as it was used on what `prepared` returned: the tokens of the loss by their full name."""
-        named = {"loss_on": problem.index.manifest.encoding.loss_on}
+        """Every parameter as it was used on what `prepared` returned: tokens of the loss and moment by their full names."""
+        named = {"loss_on": problem.index.manifest.encoding.loss_on, "at": problem.index.manifest.model.at}
         return {name: named.get(name, value) for name, value in self.parameters.items()}
 
     @property
@@ -111,7 +111,9 @@ class Method(ABC):
             if key == "loss_on" and value.startswith("all"):  # not to be taken for all layers
                 value = value.replace("all", "all-tokens", 1)
             words.append(
-                value if key in ("scope", "normalise", "text", "pooling", "loss_on", "layers") else f"{key}={value}"
+                value
+                if key in ("scope", "normalise", "text", "pooling", "loss_on", "layers", "at")
+                else f"{key}={value}"
             )
         return " ".join([name, *words])
 

@@ -20,6 +20,7 @@ from finetrace.examples import Example
 from finetrace.index.rows import Rows
 from finetrace.index.store import Index
 from finetrace.index.views import kronecker_factors, view
+from finetrace.moments import At
 from finetrace.positions import Positions
 
 CACHE_BYTES = 2 << 30
@@ -66,13 +67,14 @@ class Problem:
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
 
-    def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None) -> Problem:
-        """The same problem with the loss taken on other tokens (empty: the index's own) and on some layers alone.
+    def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None, at: At = "") -> Problem:
+        """The same problem with the loss on other tokens, at another moment (empty: the index's own), on some layers alone.
 
-        Features of other tokens are collected now unless the index holds them already, `kronecker` factors with them.
+        Features of other tokens or moments are collected now unless the index holds them already, `kronecker` factors with
+        them.
         """
-        if loss_on:
-            return self._viewed(loss_on, kronecker).on("", layers)
+        if loss_on or at:
+            return self._viewed(loss_on, kronecker, at).on("", layers)
         if layers == "all":
             return self
         if layers not in self._parts:
@@ -84,13 +86,17 @@ class Problem:
             self._parts[layers] = part
         return self._parts[layers]
 
-    def _viewed(self, loss_on: str, kronecker: Labels | None) -> Problem:
-        name = Positions.parse(loss_on).text
-        if name == self.index.manifest.encoding.loss_on:
+    def _viewed(self, loss_on: str, kronecker: Labels | None, at: At) -> Problem:
+        own = self.index.manifest
+        loss = Positions.parse(loss_on or own.encoding.loss_on).text
+        moment = at or own.model.at
+        if (loss, moment) == (own.encoding.loss_on, own.model.at):
             return self
+        name = f"{loss} at {moment}"
         if name not in self._parts:
-            kept = view(self._kept_queries, name) if self._kept_queries is not None else None
-            self._parts[name] = Problem(view(self.index, name, kronecker), self.queries, kept_queries=kept)
+            kept = view(self._kept_queries, loss, at=moment) if self._kept_queries is not None else None
+            viewed = view(self.index, loss, kronecker, moment)
+            self._parts[name] = Problem(viewed, self.queries, kept_queries=kept)
         return self._parts[name]
 
     @property

@@ -12,6 +12,7 @@ from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.method import Method, Need, make, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import check
+from finetrace.moments import At
 
 
 @register("selfinf")
@@ -28,6 +29,7 @@ class SelfInfluence(Method):
     curvature: Literal["gradsim", "datainf", "lissa", "exact", "kfac", "ekfac"] = "exact"
     loss_on: str = ""
     layers: str = "all"
+    at: At = ""
 
     def __post_init__(self) -> None:
         check(self.label, self.loss_on, self.layers)
@@ -41,7 +43,7 @@ class SelfInfluence(Method):
         return np.tile(self._method().train_self(problem).numpy(), (problem.m, 1))
 
     def _method(self) -> GradientMethod:
-        method = make(self.curvature, loss_on=self.loss_on, layers=self.layers)
+        method = make(self.curvature, loss_on=self.loss_on, layers=self.layers, at=self.at)
         assert isinstance(method, GradientMethod)
         return method
 

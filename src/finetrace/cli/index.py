@@ -11,6 +11,7 @@ from finetrace.cli import options
 
 if TYPE_CHECKING:
     from finetrace.collection.factors import Labels
+    from finetrace.moments import Moment
 
 
 def index(
@@ -26,6 +27,7 @@ def index(
         typer.Option(help="POOLING[@LAYER], pooling last-prompt, last-token or mean-response; may repeat."),
     ] = None,
     loss_on: options.LossOn = "response",
+    at: options.At = "end",
     max_length: options.MaxLength = None,
     chat_template: options.Template = None,
     kronecker: Annotated[
@@ -69,6 +71,7 @@ def index(
             representations=wanted,
             batch_tokens=batch_tokens,
             kronecker=cast("Labels | None", labels),
+            at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
         )
     options.say_lengths(lengths)
     for name, reason in list(built.manifest.skipped.items())[:5]:

@@ -31,6 +31,7 @@ TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run 
 LossOn = Annotated[
     str, typer.Option(help="Tokens of the loss: response, last-turn, all, first:K, weights, probe or probe:TEXT.")
 ]
+At = Annotated[str, typer.Option(help="Where gradients are taken: at the `end` of the fine-tuning, or its `start`.")]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut after so many tokens; nothing is cut if not given.")]
 Template = Annotated[str | None, typer.Option(help="A Jinja chat template file, or `plain`.")]
 Benign = Annotated[str | None, typer.Option(help="Real benign rows for mixed-small, mixed-large and harmfulcheck.")]

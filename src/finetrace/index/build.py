@@ -23,6 +23,7 @@ from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.models import Loaded, active_adapter, save_adapter
+from finetrace.moments import Moment, at_moment
 from finetrace.progress import Tracker
 
 SHARD_BYTES = 128 << 20
@@ -39,6 +40,7 @@ def build_index(
     batch_tokens: int = 2048,
     rows_per_shard: int | None = None,
     kronecker: Labels | None = None,
+    at: Moment = "end",
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -57,6 +59,7 @@ def build_index(
         rows_per_shard: Examples a shard; by default as many as fit 128 MB.
         kronecker: Fit the factors of K-FAC and EK-FAC on the way, with labels drawn from the `model` (one more backward
             pass) or those of the `data` (none); without it they are fitted when a method first asks for them.
+        at: Where gradients and hidden states are taken: at the `end` of the fine-tuning, or at its `start` (`moments`).
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -71,11 +74,13 @@ def build_index(
     collector = Collector(loaded.model, tracking, wanted, batch_tokens)
     row_bytes = tracking.width * torch.finfo(collector.dtype).bits // 8
     per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
-    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules)
+    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules, at)
     need = row_bytes * len(examples)
     if kronecker is not None:
         need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), row_bytes // tracking.width)
         need += row_bytes * len(examples) if kronecker == "model" else 0
+    with at_moment(loaded.model, at):
+        pass  # what cannot be taken back to its start is refused before anything is written
     started = _start(folder, plan, loaded, examples, encoded, need)
     collect_shards(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths
@@ -90,6 +95,7 @@ def _plan(
     collector: Collector,
     per_shard: int,
     modules: Sequence[str] | None,
+    at: Moment,
 ) -> Manifest:
     has_adapter = hasattr(loaded.model, "peft_config")
     return Manifest(
@@ -102,6 +108,7 @@ def _plan(
             adapter_fingerprint=fingerprint.of_adapter(loaded.model),
             tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
             layers=int(loaded.model.config.num_hidden_layers),
+            at=at,
         ),
         encoding=EncodingRecord(
             loss_on=encoder.positions.text,
@@ -198,7 +205,8 @@ def collect_shards(
 ) -> None:
     """Collect the shards and factor sums that are missing, one after another, and finish the factors."""
     done = {shard.start: shard for shard in started.shards}
-    with Tracker("collecting gradients", len(examples), "examples") as tracker:
+    tracker = Tracker("collecting gradients", len(examples), "examples")
+    with at_moment(collector.model, started.model.at), tracker:
         for start in range(0, len(examples), started.rows_per_shard):
             stop = min(start + started.rows_per_shard, len(examples))
             fitting = labels is not None and not factors.there(folder, labels)

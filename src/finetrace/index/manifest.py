@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from finetrace.collection.modules import Block
 from finetrace.errors import FinetraceError
+from finetrace.moments import Moment
 
 FORMAT = 1
 NAME = "manifest.json"
@@ -47,7 +48,7 @@ class ShardRecord(_Strict):
 
 
 class ModelRecord(_Strict):
-    """How to load the model again, and the fingerprints that it must show."""
+    """How to load the model again, the fingerprints that it must show, and where along its fine-tuning gradients are taken."""
 
     name: str
     dtype: str
@@ -56,6 +57,7 @@ class ModelRecord(_Strict):
     adapter_fingerprint: str | None
     tokenizer_fingerprint: str
     layers: int
+    at: Moment = "end"
 
 
 class EncodingRecord(_Strict):

@@ -16,6 +16,7 @@ from finetrace.examples import Example
 from finetrace.index import manifest, rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
+from finetrace.moments import at_moment
 
 
 class Index:
@@ -125,7 +126,8 @@ class Index:
             )
         wanted = tuple(Representation.parse(name) for name in self.manifest.representations)
         collector = Collector(loaded.model, tracking, wanted, self.manifest.batch_tokens)
-        return collector.collect(encoded, [query.id for query in queries]), lengths
+        with at_moment(loaded.model, self.manifest.model.at):
+            return collector.collect(encoded, [query.id for query in queries]), lengths
 
     def _inside(self, name: str) -> Path:
         path = (self.folder / name).resolve()

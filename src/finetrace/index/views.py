@@ -1,4 +1,4 @@
-"""What an index comes to hold when it is first asked for: the loss on other tokens, and Kronecker factors."""
+"""What an index comes to hold when it is first asked for: other tokens, the other end of training, Kronecker factors."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from finetrace.index import factors
 from finetrace.index.build import build_index, collect_shards
 from finetrace.index.store import Index
 from finetrace.models import Loaded
+from finetrace.moments import Moment
 from finetrace.positions import Positions
 
 FOLDER = "views"
 
 
-def view(index: Index, loss_on: str, kronecker: Labels | None = None) -> Index:
-    """`index` itself if its loss is taken on `loss_on`, else its view, collected now unless it is there and finished.
+def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment | None = None) -> Index:
+    """`index` itself if it has its loss on `loss_on` and its gradients `at` this moment, else its view that has.
 
-    A view keeps gradients and losses alone; representations do not depend on the loss.
+    The view is collected now unless it is there and finished; it keeps gradients and losses alone.
     """
-    positions = Positions.parse(loss_on)
-    if positions == Positions.parse(index.manifest.encoding.loss_on):
+    positions, own = Positions.parse(loss_on), index.manifest.model.at
+    at = at or own
+    if positions == Positions.parse(index.manifest.encoding.loss_on) and at == own:
         return index
-    folder = index.folder / FOLDER / positions.slug
+    folder = index.folder / FOLDER / (positions.slug if at == own else f"{positions.slug}-at-{at}")
     if not Index.finished(folder):
         try:
             folder.parent.mkdir(exist_ok=True)
         except OSError as error:
             raise FinetraceError(
-                f"{folder}: cannot be written ({error}); a loss on other tokens than the index was built on is kept there."
+                f"{folder}: cannot be written ({error}); what the index was not built with is kept there."
             ) from error
         build_index(
             _loaded(index),
@@ -40,13 +42,15 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None) -> Index:
             representations=(),
             batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
+            at=at,
         )
     made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
-    if (here.dtype, here.base_fingerprint, here.adapter_fingerprint) != (
+    if (here.dtype, here.base_fingerprint, here.adapter_fingerprint, here.at) != (
         there.dtype,
         there.base_fingerprint,
         there.adapter_fingerprint,
+        at,
     ) or len(made) != len(index):
         raise FinetraceError(
             f"{folder}: this view was collected with another model, adapter or dtype than its index; remove the folder and "
