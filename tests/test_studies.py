@@ -120,31 +120,32 @@ def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
     outcome = run(CONVERGENCE, out, setting, quiet)
     records = results(out)
     specs = {make(spec).label for spec in cells.SPECS["corrected"]}
-    assert {(r["spec"], r["epoch"]) for r in records} == {(spec, epoch) for spec in specs for epoch in (1, 2)}
+    assert {(r["spec"], r["epoch"]) for r in records} == {(spec, epoch) for spec in specs for epoch in (0, 1, 2)}
     for r in records:  # what does not depend on the method is the same for all of them
         twin = next(x for x in records if x["epoch"] == r["epoch"])
         assert all(r[name] == twin[name] for name in convergence.STATE)
         assert all(r[f"{name}_low"] <= r[name] <= r[f"{name}_high"] for name in convergence.STATE)
     losses = {r["epoch"]: r["train_loss"] for r in records}
-    assert losses[2] < losses[1]
+    assert losses[2] < losses[1] < losses[0]
     assert not list(out.rglob("shards"))  # nothing large is left
     again: list[str] = []
     assert run(CONVERGENCE, out, setting, again.append).records == outcome.records
     assert not again
 
 
-def test_the_last_epoch_is_the_finished_adapter(setting: Setting, tmp_path: Path) -> None:
+def test_the_first_and_the_last_epoch_are_the_start_and_the_end_of_the_finished_adapter(setting: Setting, tmp_path: Path) -> None:
     cell = convergence.QUICK.cells(setting)[0]
     made = cells.run_of(cell, tmp_path / "run")
     frame = convergence._epochs(tmp_path / "parts", made, quiet)
     problem = made.ready(quiet)
     assert frame is not None
     assert problem is not None
-    values = make("gradcos").score(problem).values
     relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
-    expected = cells.values_of(cells.Prepared(cell, tmp_path, problem, relevant), "gradcos", values)
-    found = frame[(frame["epoch"] == 2) & (frame["spec"] == "gradcos")]
-    np.testing.assert_allclose(found["auprc"], expected["auprc"])
+    for epoch, at in ((0, "start"), (2, "end")):
+        values = make("gradcos", at=at).score(problem).values
+        expected = cells.values_of(cells.Prepared(cell, tmp_path, problem, relevant), "gradcos", values)
+        found = frame[(frame["epoch"] == epoch) & (frame["spec"] == "gradcos")]
+        np.testing.assert_allclose(found["auprc"], expected["auprc"])
     assert found["train_loss"].iloc[0] == pytest.approx(float(problem.index.losses.mean()))
 
 

@@ -10,8 +10,12 @@ CURVATURES = ("ekfac", "exact", "lissa", "datainf", "gradsim")  # ekfac first: i
 SIMILARITIES = ("none", "cosine", "relatif")
 LAYERS = ("all", "last-fifth")
 
-# loss positions x padding x curvature x similarity x layers: 300 methods on ten passes over the rows
+# loss positions x padding x curvature x similarity x layers at the end of the fine-tuning, and without padding at its start:
+# 450 methods on fifteen passes over the rows
 ABLATION = tuple(
-    f"{curvature}:normalise={similarity},loss_on={loss}{padding},layers={layers}"
-    for loss, padding, curvature, similarity, layers in product(LOSSES, PADDINGS, CURVATURES, SIMILARITIES, LAYERS)
+    f"{curvature}:normalise={similarity},loss_on={loss}{padding},layers={layers}{at}"
+    for at, loss, padding, curvature, similarity, layers in product(
+        ("", ",at=start"), LOSSES, PADDINGS, CURVATURES, SIMILARITIES, LAYERS
+    )
+    if not (at and padding)
 )

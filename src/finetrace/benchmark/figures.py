@@ -91,7 +91,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
 
 
 def draw_ablation(rows: Sequence[Row], out: Path) -> None:
-    """AUPRC of curvature and similarity (down) on loss positions, padding and layers (across), one for each task."""
+    """AUPRC of curvature and similarity (down) on loss positions, padding, moment and layers (across), one for each task."""
     from matplotlib.figure import Figure
 
     for task, protocol in dict.fromkeys((row.task, row.protocol) for row in rows):
@@ -102,7 +102,8 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
             method = make(row.spec)
             settings = method.parameters
             down_key = (method.name, str(settings.get("normalise", "cosine")))  # gradcos is a cosine by its name
-            values[down_key, (settings["loss_on"], settings["layers"])] = row.metrics["auprc"].value
+            loss = f"{settings['loss_on']}, start" if settings["at"] == "start" else settings["loss_on"]
+            values[down_key, (loss, settings["layers"])] = row.metrics["auprc"].value
         if not values:
             continue
         down, across = list(dict.fromkeys(k[0] for k in values)), list(dict.fromkeys(k[1] for k in values))
@@ -126,7 +127,7 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
         top = axis.secondary_xaxis("top")
         top.set_xticks(*_names(positions, True), fontsize=7, rotation=30, ha="left", rotation_mode="anchor")
         top.tick_params(length=0)
-        top.set_xlabel("tokens of the loss (@128: padded to 128)", fontsize=8)
+        top.set_xlabel("tokens of the loss (@128: padded to 128; start: before fine-tuning)", fontsize=8)
         axis.set_xlabel("layers", fontsize=8)
         axis.set_ylabel("curvature and similarity", fontsize=8)
         bar = figure.colorbar(image, aspect=30, pad=0.01)

@@ -29,6 +29,7 @@ from finetrace.fingerprint import of_text
 from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded
+from finetrace.moments import Moment
 from finetrace.studies.study import Say, Setting
 from finetrace.tracing import prepare
 
@@ -124,14 +125,18 @@ def indexed(
     work: Path,
     specs: Sequence[str],
     representations: Sequence[Representation] = DEFAULT_REPRESENTATIONS,
+    at: Moment = "end",
 ) -> Prepared:
-    """The rows of a run and some queries under another model than the run's own, in a folder that is emptied first."""
+    """The rows of a run and some queries under another model than the run's own, in a folder that is emptied first.
+
+    `at`: its adapter as it is, or taken back to its start.
+    """
     shutil.rmtree(work, ignore_errors=True)
     encoder = made.protocol.encoder(tuned, made.cell.chat_template)
     fit: Labels | None = "model" if any(make(spec).name in ("ekfac", "kfac") for spec in specs) else None
     kinds = tuple(representations)
-    index, _ = build_index(tuned, made.task.train, work / "index", encoder, representations=kinds, kronecker=fit)
-    kept, _ = build_index(tuned, queries, work / "queries", encoder, representations=kinds)
+    index, _ = build_index(tuned, made.task.train, work / "index", encoder, representations=kinds, kronecker=fit, at=at)
+    kept, _ = build_index(tuned, queries, work / "queries", encoder, representations=kinds, at=at)
     problem = Problem(index, queries, kept_queries=kept)
     prepare(problem, [make(spec) for spec in specs])
     return Prepared(made.cell, work, problem, relevance(index.rows.labels, [query.label for query in queries]))

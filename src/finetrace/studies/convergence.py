@@ -30,7 +30,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     plan = QUICK if setting.quick else PLAN
     frames = []
     for cell in plan.cells(setting):
-        name = of_text(repr((cell, SPECS[cell.protocol])))
+        name = of_text(repr((cell, SPECS[cell.protocol], "from epoch 0")))
         place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{name}"
         if not (place / "epochs.parquet").exists():
             frame = _epochs(place, run_of(cell, place / "run"), say)
@@ -57,7 +57,10 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
 
 
 def _epochs(place: Path, made: Any, say: Say) -> pd.DataFrame | None:
-    """Of one fine-tuning: values query by query, a frame an epoch; queries keep the answers of the last epoch's model."""
+    """Of one fine-tuning: values query by query, a frame an epoch; queries keep the answers of the last epoch's model.
+
+    Epoch 0 is the start of the fine-tuning: the last adapter with its B at zero.
+    """
     cell = made.cell
     base = ModelSpec(made.base, None, cell.dtype, cell.device)
     say(f"{made.name}: fine-tuning on {len(made.task.train)} rows, a checkpoint an epoch")
@@ -68,13 +71,13 @@ def _epochs(place: Path, made: Any, say: Say) -> pd.DataFrame | None:
         return None
     checkpoints = sorted((adapter / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     frames = []
-    for epoch, checkpoint in enumerate(checkpoints, 1):
+    for epoch, checkpoint in enumerate([adapter, *checkpoints]):
         kept = place / f"epoch-{epoch}.parquet"
         if not kept.exists():
             say(f"{made.name}: epoch {epoch} of {len(checkpoints)}")
             tuned = load(ModelSpec(made.base, str(checkpoint), cell.dtype, cell.device))
             specs = SPECS[cell.protocol]
-            found = indexed(made, tuned, queries, place / "work", specs)
+            found = indexed(made, tuned, queries, place / "work", specs, at="end" if epoch else "start")
             frame = scored(found, specs).assign(
                 epoch=epoch,
                 train_loss=float(found.problem.index.losses.mean()),
@@ -135,16 +138,16 @@ def _reading(records: Sequence[dict[str, Any]]) -> list[str]:
     lines = []
     for task, protocol in settings(records):
         here = where(records, task=task, protocol=protocol)
-        curves = {spec: {r["epoch"]: r for r in where(here, spec=spec)} for spec in ("gradsim", "gradcos")}
+        curves = {spec: {r["epoch"]: r for r in where(here, spec=spec)} for spec in SPECS[protocol]}
         first, last = min(curves["gradsim"]), max(curves["gradsim"])
-        cosine, product = (
-            [100 * curves[spec][epoch]["coverage"] for epoch in (first, last)] for spec in ("gradcos", "gradsim")
-        )
         losses = [curves["gradsim"][epoch]["train_loss"] for epoch in (first, last)]
+        moves = [
+            f"of {name_of(spec)} from {100 * curve[first]['coverage']:.0f} to {100 * curve[last]['coverage']:.0f}%"
+            for spec, curve in curves.items()
+        ]
         lines.append(
             f"{task}, {protocol}: from epoch {first} to {last} the training loss goes from {losses[0]:.2f} to {losses[1]:.2f} "
-            f"nats, coverage of GradSim from {product[0]:.0f} to {product[1]:.0f}%, of its cosine from {cosine[0]:.0f} to "
-            f"{cosine[1]:.0f}%."
+            f"nats and coverage {', '.join(moves)}."
         )
     return lines
 

@@ -1,0 +1,180 @@
+"""Gradients where the fine-tuning began: LoRA's B put back to zero while they are taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetrace.attribution import Problem, make
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.fingerprint import of_adapter
+from finetrace.index import build_index, open_index
+from finetrace.index.views import view
+from finetrace.models import Loaded, ModelSpec
+from finetrace.moments import at_moment
+from tiny import make_examples, make_llama, make_tokenizer, with_lora
+
+
+def learnt() -> Loaded:
+    """A trained adapter that began as LoRA does, with B at zero."""
+    model = with_lora(make_llama())
+    model.peft_config["default"].init_lora_weights = True
+    return Loaded(model, make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+
+
+def by_autograd(loaded: Loaded, examples: list[Any]) -> torch.Tensor:
+    """(n, D) one backward pass an example, in the order of an index's blocks: A and B layer by layer."""
+    encoded, _ = Encoder(loaded.tokenizer).encode_all(examples)
+    weights = [p for name, p in loaded.model.named_parameters() if "lora_" in name]
+    rows = []
+    for item in encoded:
+        ids = torch.tensor(item.ids).long()[None]
+        logits = loaded.model(input_ids=ids).logits[0, :-1]
+        mask = torch.tensor(item.weights > 0)[1:]
+        loss = torch.nn.functional.cross_entropy(logits[mask], ids[0, 1:][mask])
+        rows.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]))
+    return torch.stack(rows)
+
+
+def test_gradients_at_the_start_are_those_of_an_adapter_whose_b_is_zero(tmp_path: Path) -> None:
+    loaded, examples = learnt(), make_examples(6)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer), at="start")
+    found = index.gradients(slice(None))
+    for name, weight in loaded.model.named_parameters():
+        if "lora_B" in name:
+            weight.data.zero_()
+        weight.requires_grad_("lora_" in name)
+    expected = by_autograd(loaded, examples)
+    assert float(expected.abs().max()) > 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+    assert index.manifest.model.at == "start"
+
+
+def test_the_adapter_is_put_back_bit_by_bit_even_after_an_error() -> None:
+    model = learnt().model
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    with pytest.raises(KeyError), at_moment(model, "start"):
+        zero = [not weight.any() for name, weight in model.named_parameters() if "lora_B" in name]
+        assert zero
+        assert all(zero)
+        raise KeyError
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    with at_moment(model, "end"):
+        assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+
+
+def test_a_method_at_the_start_equals_one_on_an_index_built_there(tmp_path: Path) -> None:
+    loaded, examples, queries = learnt(), make_examples(9), make_examples(3, seed=5)
+    encoder = Encoder(loaded.tokenizer)
+    index, _ = build_index(loaded, examples, tmp_path / "end", encoder)
+    kept, _ = build_index(loaded, queries, tmp_path / "queries", encoder)
+    there, _ = build_index(loaded, examples, tmp_path / "start", encoder, at="start")
+    for spec in ("gradcos", "exact:normalise=cosine", "ekfac", "datainf", "gradnorm", "selfinf:curvature=gradsim"):
+        mine = make(spec, at="start")
+        expected = make(spec).score(Problem(there, queries))
+        assert expected.parameters["at"] == "start"
+        for problem in (Problem(index, queries), Problem(index, queries, kept_queries=kept)):
+            found = mine.score(problem)
+            assert np.array_equal(found.values, expected.values)
+            assert found.parameters["at"] == "start"
+        assert not np.array_equal(expected.values, make(spec).score(Problem(index, queries)).values)
+    assert np.array_equal(
+        make("gradcos:at=end").score(Problem(there, queries)).values,
+        make("gradcos").score(Problem(index, queries)).values,
+    )
+
+
+def test_several_losses_at_the_start_are_the_mean_of_their_cosines(tmp_path: Path) -> None:
+    loaded, examples, queries = learnt(), make_examples(7), make_examples(2, seed=5)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    problem = Problem(index, queries)
+    both = make("gradcos:at=start").score(problem).values + make("gradcos:loss_on=probe,at=start").score(problem).values
+    found = make("ekfac:normalise=cosine,loss_on=response+probe,at=start").score(problem)
+    assert found.parameters["at"] == "start"
+    mean = make("exact:normalise=cosine,loss_on=response+probe,damping=1e6,scope=joint,at=start").score(problem).values
+    np.testing.assert_allclose(mean, both / 2, rtol=1e-5)  # under a large ridge the metric is the identity's
+
+
+def test_self_influence_at_the_start_is_the_diagonal_of_training_rows_as_queries(tmp_path: Path) -> None:
+    loaded, examples = learnt(), make_examples(6)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    problem = Problem(index, examples)
+    for curvature in ("exact", "ekfac", "gradsim"):
+        scores = make(f"{curvature}:at=start").score(problem).values
+        np.testing.assert_allclose(scores, scores.T, rtol=1e-8, atol=1e-10)
+        own = make(f"selfinf:curvature={curvature},at=start").score(problem).values[0]
+        np.testing.assert_allclose(own, np.diag(scores), rtol=1e-8)
+
+
+def test_a_view_at_the_start_is_kept_and_its_index_keeps_the_trained_adapter(tmp_path: Path) -> None:
+    loaded = learnt()
+    index, _ = build_index(loaded, make_examples(5), tmp_path / "i", Encoder(loaded.tokenizer))
+    start = view(index, "response", at="start")
+    assert start.folder.name == "response-at-start"
+    assert view(index, "response", at="end") is index
+    assert view(start, "response") is start
+    again = view(open_index(tmp_path / "i", loaded), "response", at="start")
+    assert torch.equal(again.gradients(slice(None)), start.gradients(slice(None)))
+    assert (
+        start.manifest.model.adapter_fingerprint == index.manifest.model.adapter_fingerprint == of_adapter(loaded.model)
+    )
+
+
+def test_an_index_of_one_moment_is_not_gone_on_with_at_another(tmp_path: Path) -> None:
+    loaded, examples = learnt(), make_examples(4)
+    build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    with pytest.raises(FinetraceError, match=r"model\.at \(end, not start\)"):
+        build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer), at="start")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"init_lora_weights": False}, "init_lora_weights=False"),
+        ({"modules_to_save": ["lm_head"]}, "lm_head were trained beside"),
+        ({"bias": "all"}, "bias=all"),
+        ({"trainable_token_indices": [1]}, "token embeddings"),
+    ],
+)
+def test_a_start_that_is_not_at_hand_is_refused_before_anything_is_written(
+    settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    loaded = learnt()
+    for name, value in settings.items():
+        setattr(loaded.model.peft_config["default"], name, value)
+    with pytest.raises(FinetraceError, match=reason):
+        build_index(loaded, make_examples(3), tmp_path / "i", Encoder(loaded.tokenizer), at="start")
+    assert not (tmp_path / "i").exists()
+
+
+def test_without_an_adapter_there_is_no_start(tmp_path: Path) -> None:
+    plain = Loaded(make_llama(), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    with pytest.raises(FinetraceError, match="no LoRA adapter"):
+        build_index(
+            plain, make_examples(3), tmp_path / "i", Encoder(plain.tokenizer), modules=["layers.1.mlp"], at="start"
+        )
+
+
+def test_plain_layers_under_an_adapter_are_looked_at_in_the_base_model(tmp_path: Path) -> None:
+    loaded, examples = learnt(), make_examples(4)
+    index, _ = build_index(
+        loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer), modules=["layers.1.mlp.up_proj"], at="start"
+    )
+    plain = Loaded(make_llama(), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    base, _ = build_index(plain, examples, tmp_path / "b", Encoder(plain.tokenizer), modules=["layers.1.mlp.up_proj"])
+    torch.testing.assert_close(index.gradients(slice(None)), base.gradients(slice(None)), rtol=1e-9, atol=1e-12)
+
+
+def test_labels_and_titles_name_the_moment() -> None:
+    method = make("ekfac:normalise=cosine,at=start")
+    assert method.label == "ekfac:normalise=cosine,at=start"
+    assert method.title == "ekfac cosine start"
+    assert make(method.label) == method
+    with pytest.raises(FinetraceError, match="at"):
+        make("gradcos:at=middle")
