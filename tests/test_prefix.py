@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from finetrace import finetuning, prefix
+from finetrace import prefix, training
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.finetuning import FinetuneConfig, finetune
@@ -207,7 +207,7 @@ def test_the_adapter_is_that_of_whole_passes_and_the_same_bits_again(
     for name, tensor in first.items():
         assert torch.equal(tensor, again[name])
         assert torch.equal(tensor, fresh[name])
-    monkeypatch.setattr(finetuning, "frozen_prefix", lambda *_, **__: None)
+    monkeypatch.setattr(training, "frozen_prefix", lambda *_, **__: None)
     for name, tensor in trained(folder, tmp_path / "4").items():
         torch.testing.assert_close(tensor, first[name], rtol=1e-3, atol=1e-5)
 

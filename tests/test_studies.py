@@ -133,7 +133,9 @@ def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
     assert not again
 
 
-def test_the_first_and_the_last_epoch_are_the_start_and_the_end_of_the_finished_adapter(setting: Setting, tmp_path: Path) -> None:
+def test_the_first_and_the_last_epoch_are_the_start_and_the_end_of_the_finished_adapter(
+    setting: Setting, tmp_path: Path
+) -> None:
     cell = convergence.QUICK.cells(setting)[0]
     made = cells.run_of(cell, tmp_path / "run")
     frame = convergence._epochs(tmp_path / "parts", made, quiet)

@@ -12,17 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers import set_seed
 
 from finetrace import fingerprint
-from finetrace.encoding import Encoded, Encoder, LengthReport, read_template
+from finetrace.encoding import Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED, FinetuneConfig
-from finetrace.forward import Batch
 from finetrace.models import Loaded, save_adapter
-from finetrace.prefix import frozen_prefix
-from finetrace.training import ResponseTrainer
+from finetrace.training import fit
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -92,26 +90,14 @@ def finetune(
     except OSError as error:
         raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
 
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    trainer = ResponseTrainer(
-        prefix=frozen_prefix(
-            model.train(), trained, f"{model.dtype}", singly=True, tokens=sum(len(item.ids) for item in encoded)
-        ),
-        model=model,
-        args=_arguments(checkpoints, config, loaded, bool(held)),
-        train_dataset=_Rows([encoded[i] for i in train]),
-        eval_dataset=_Rows([encoded[i] for i in held]) if held else None,
-        data_collator=_collate,
-        callbacks=[EarlyStoppingCallback(config.patience)] if held else [],
+    log = fit(
+        model,
+        [encoded[i] for i in train],
+        config,
+        held=[encoded[i] for i in held],
+        checkpoints=checkpoints,
+        resume_from=last,
     )
-    trainer.train(resume_from_checkpoint=last)
-    model.eval()
-    log = [dict(entry) for entry in trainer.state.log_history]
-    bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
-    if bad:
-        raise FinetraceError(
-            f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}."
-        )
     (folder / "log.json").write_text(json.dumps(log, indent=1))
     save_adapter(model, folder)
     loaded.model = model
@@ -183,24 +169,6 @@ def _targets(names: Sequence[str], model: torch.nn.Module) -> list[str] | str:
     return list(names)
 
 
-def _collate(rows: list[Encoded]) -> dict[str, Any]:
-    batch = Batch.of(rows)
-    return {"input_ids": batch.ids, "batch": batch}  # the Trainer reads the number of rows off the first tensor
-
-
-class _Rows(torch.utils.data.Dataset[Encoded]):
-    """Encoded examples as the data set that the Trainer wants."""
-
-    def __init__(self, rows: list[Encoded]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, i: int) -> Encoded:
-        return self.rows[i]
-
-
 def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
     """Training and held-out positions, both in the data's order."""
     count = max(1, round(n * config.validation)) if config.validation else 0
@@ -209,38 +177,6 @@ def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
     if not train:
         raise FinetraceError(f"--validation {config.validation} of {n} examples leaves none to train on.")
     return train, sorted(held)
-
-
-def _arguments(folder: Path, config: FinetuneConfig, loaded: Loaded, validated: bool) -> TrainingArguments:
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.batch_size,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        seed=config.seed,
-        data_seed=config.seed,
-        save_strategy="epoch",
-        eval_strategy="epoch" if validated else "no",
-        load_best_model_at_end=validated,
-        metric_for_best_model="eval_loss" if validated else None,
-        greater_is_better=False if validated else None,
-        restore_callback_states_from_checkpoint=True,  # the patience that early stopping has left
-        prediction_loss_only=True,
-        logging_strategy="epoch",
-        report_to=[],
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        label_names=["batch"],
-        use_cpu=torch.device(loaded.spec.device).type == "cpu",
-        dataloader_pin_memory=False,
-    )
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1  # several GPUs hold one model here; the Trainer's DataParallel would split the batch
-    return arguments
 
 
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:

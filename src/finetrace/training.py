@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback
 
+from finetrace.encoding import Encoded
+from finetrace.errors import FinetraceError
+from finetrace.finetune_config import FinetuneConfig
 from finetrace.forward import Batch, token_losses
-from finetrace.prefix import Prefix
+from finetrace.prefix import Prefix, frozen_prefix
 from finetrace.progress import Tracker
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 class ResponseTrainer(Trainer):
@@ -97,6 +112,103 @@ class ResponseTrainer(Trainer):
         random.setstate((version, tuple(internal), gauss))
         name, keys, position, has_gauss, cached = document["numpy"]
         np.random.set_state((name, np.asarray(keys, dtype=np.uint32), position, has_gauss, cached))
+
+
+def fit(
+    model: PeftModel,
+    rows: Sequence[Encoded],
+    config: FinetuneConfig,
+    *,
+    held: Sequence[Encoded] = (),
+    checkpoints: Path | None = None,
+    resume_from: str | None = None,
+) -> list[dict[str, float]]:
+    """Train the adapter that `model` carries, which then is in eval mode.
+
+    Args:
+        model: A base with the adapter of `finetuning.new_adapter`, on its device.
+        rows: The training set, in the data's order.
+        config: What decides the training.
+        held: Rows of the validation loss; with some, training stops early and ends at the best epoch.
+        checkpoints: Folder of a checkpoint an epoch; none is kept without it.
+        resume_from: A checkpoint to go on from.
+
+    Returns:
+        The Trainer's log: losses and learning rates, an entry an epoch.
+
+    Raises:
+        FinetraceError: The training diverged.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainer = ResponseTrainer(
+        prefix=frozen_prefix(
+            model.train(), trained, f"{model.dtype}", singly=True, tokens=sum(len(item.ids) for item in (*rows, *held))
+        ),
+        model=model,
+        args=_arguments(checkpoints, config, model.device.type == "cpu", bool(held)),
+        train_dataset=_Rows(list(rows)),
+        eval_dataset=_Rows(list(held)) if held else None,
+        data_collator=_collate,
+        callbacks=[EarlyStoppingCallback(config.patience)] if held else [],
+    )
+    trainer.train(resume_from_checkpoint=resume_from)
+    model.eval()
+    bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
+    if bad:
+        raise FinetraceError(
+            f"training diverged: {bad[0]} is not finite; use a smaller --learning-rate than {config.learning_rate}."
+        )
+    return [dict(entry) for entry in trainer.state.log_history]
+
+
+def _collate(rows: list[Encoded]) -> dict[str, Any]:
+    batch = Batch.of(rows)
+    return {"input_ids": batch.ids, "batch": batch}  # the Trainer reads the number of rows off the first tensor
+
+
+class _Rows(torch.utils.data.Dataset[Encoded]):
+    """Encoded examples as the data set that the Trainer wants."""
+
+    def __init__(self, rows: list[Encoded]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> Encoded:
+        return self.rows[i]
+
+
+def _arguments(checkpoints: Path | None, config: FinetuneConfig, cpu: bool, validated: bool) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints or Path(tempfile.gettempdir())),  # nothing is written there without checkpoints
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=config.schedule,
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        seed=config.seed,
+        data_seed=config.seed,
+        save_strategy="epoch" if checkpoints is not None else "no",
+        eval_strategy="epoch" if validated else "no",
+        load_best_model_at_end=validated,
+        metric_for_best_model="eval_loss" if validated else None,
+        greater_is_better=False if validated else None,
+        restore_callback_states_from_checkpoint=True,  # the patience that early stopping has left
+        prediction_loss_only=True,
+        logging_strategy="epoch",
+        report_to=[],
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        label_names=["batch"],
+        use_cpu=cpu,
+        dataloader_pin_memory=False,
+    )
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # several GPUs hold one model here; the Trainer's DataParallel would split the batch
+    return arguments
 
 
 class _ProgressCallback(TrainerCallback):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing.context import BaseContext
+from functools import partial
 from pathlib import Path
 
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
-from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import make_judge
+from finetrace.execution import each
 from finetrace.models import DType, known_dtype
 from finetrace.tasks import RealData, Recipe, Task, build, external, real_task, recipe
 
@@ -68,17 +66,10 @@ class Plan:
 
 def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
     """Bring every cell to its end; a finished one is found again."""
-    if plan.workers < 1:
-        raise FinetraceError(f"--workers {plan.workers}: give at least 1.")
-    if plan.workers == 1 or len(plan.cells) == 1:
-        for cell in plan.cells:
-            _run(folder, cell, plan, say)
-        return
-    threads = max(1, (os.cpu_count() or 1) // plan.workers)
-    with ProcessPoolExecutor(plan.workers, initializer=_few_threads, initargs=(threads,), mp_context=_spawn()) as pool:
-        futures = {pool.submit(_run, folder, cell, plan, _silent): cell for cell in plan.cells}
-        for future, cell in futures.items():
-            future.result()
+    alone = plan.workers == 1 or len(plan.cells) == 1  # then the cell itself says how far it has come
+    for place, _ in each(partial(_run, folder, plan, say if alone else _silent), plan.cells, plan.workers):
+        if not alone:
+            cell = plan.cells[place]
             say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: done")
 
 
@@ -129,7 +120,7 @@ def cells(
     )
 
 
-def _run(folder: Path, cell: Cell, plan: Plan, say: Callable[[str], None]) -> None:
+def _run(folder: Path, plan: Plan, say: Callable[[str], None], cell: Cell) -> None:
     task, made = task_of(cell, plan.source, plan.real)
     judge = make_judge(*plan.judge)
     Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
@@ -137,15 +128,3 @@ def _run(folder: Path, cell: Cell, plan: Plan, say: Callable[[str], None]) -> No
 
 def _silent(text: str) -> None:
     """A worker process says nothing of its stages."""
-
-
-def _few_threads(count: int) -> None:
-    import torch
-
-    torch.set_num_threads(count)
-
-
-def _spawn() -> BaseContext:
-    import multiprocessing
-
-    return multiprocessing.get_context("spawn")

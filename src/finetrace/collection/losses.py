@@ -1,0 +1,40 @@
+"""Losses of examples without gradients, as the collection computes them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from finetrace.batching import batches
+from finetrace.collection.precision import wide_residual
+from finetrace.encoding import Encoded
+from finetrace.forward import Batch, example_losses, token_losses
+from finetrace.prefix import frozen_prefix
+
+
+def mean_losses(
+    model: nn.Module, items: Sequence[Encoded], *, learnt: Sequence[nn.Parameter] = (), batch_tokens: int = 2048
+) -> Tensor:
+    """(n,) each example's own mean loss in nats, float64, on the CPU.
+
+    Args:
+        model: The model, in eval mode.
+        items: Examples; each loss is that of its own tokens, whatever batch it travels in.
+        learnt: The parameters that differ from one model to the next: what lies below the lowest of them is computed once a
+            batch and found again for the next model of the same base.
+        batch_tokens: Padded tokens a batch holds at most.
+    """
+    device = next(model.parameters()).device
+    losses = torch.empty(len(items), dtype=torch.float64)
+    prefix = None
+    if learnt:
+        prefix = frozen_prefix(model, learnt, f"wide {next(model.parameters()).dtype}", singly=False)
+    with torch.no_grad(), wide_residual(model) as narrowing:
+        for chosen in batches(items, batch_tokens):
+            batch = Batch.of([items[i] for i in chosen]).to(device)
+            with narrowing():
+                tokens, _ = token_losses(model, batch, prefix=prefix)
+            losses[chosen] = example_losses(batch, tokens.double()).cpu()
+    return losses

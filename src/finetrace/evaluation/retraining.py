@@ -1,0 +1,231 @@
+"""Fine-tuning again on part of the rows, and what that does to the queries: the truth that influence predicts.
+
+A retraining is decided by the base, the configuration, the rows in their order and the seed; what it found is kept in a file
+under the hash of all of these, so that none is done twice, and a run that was killed goes on with the next. Where the lowest
+trained layer is not the first, the hidden states below it are computed once and every retraining starts from them.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetrace import fingerprint
+from finetrace.collection.losses import mean_losses
+from finetrace.encoding import Encoded, Encoder, read_template
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.execution import each
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import new_adapter
+from finetrace.generation import answer
+from finetrace.index.manifest import write_atomically
+from finetrace.models import Loaded, ModelSpec, load
+from finetrace.training import fit
+
+FOLDER = "retrainings"
+RESPONSE = "response"  # the name of the queries' own answers among what is measured
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Which rows to train on, by their positions in the training set, and the seed of the fine-tuning."""
+
+    rows: tuple[int, ...]
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Retrained:
+    """What one retraining did to the queries.
+
+    Attributes:
+        losses: By name, (m,) mean loss of that answer to each query, in nats; `response` is the queries' own.
+        answers: The model's own greedy answers, where they were asked for.
+        seconds: How long it took.
+    """
+
+    losses: Mapping[str, NDArray[np.float64]]
+    answers: tuple[str, ...] | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Retraining:
+    """The same fine-tuning on other rows.
+
+    Attributes:
+        base: The model that fine-tuning starts from, without the adapter.
+        config: How it was fine-tuned; the seed is each subset's own, and no row is held out for validation.
+        examples: The training set.
+        queries: Each with the response whose loss is measured.
+        folder: What was found is kept there.
+        others: By name, other answers to the queries whose loss is measured too: a refusal, say.
+        answer_tokens: Let each model answer the queries in at most so many tokens; 0 for no answers.
+    """
+
+    base: ModelSpec
+    config: FinetuneConfig
+    examples: tuple[Example, ...]
+    queries: tuple[Example, ...]
+    folder: Path
+    others: Mapping[str, tuple[Example, ...]] = field(default_factory=dict)
+    answer_tokens: int = 0
+
+    def run(
+        self, subsets: Sequence[Subset], *, workers: int = 1, say: Callable[[str], None] = lambda text: None
+    ) -> list[Retrained]:
+        """What each subset's retraining did; those that were done before are read.
+
+        Args:
+            subsets: What to train on.
+            workers: Processes side by side.
+            say: Hears how many there are and, after the first, how long they will take.
+
+        Raises:
+            FinetraceError: A subset is empty or names a row that is not there, or a training diverged.
+        """
+        self._check(subsets)
+        wanted = list(dict.fromkeys(subsets))
+        missing = [subset for subset in wanted if not self._path(subset).exists()]
+        if missing:
+            say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
+        started = time.perf_counter()
+        for done, (_, seconds) in enumerate(each(partial(_retrain, self), missing, workers), 1):
+            if done == 1 and len(missing) > 1:
+                left = (len(missing) - 1) * seconds / min(workers, len(missing))
+                say(f"the first took {seconds:.0f} s; the others take about {left / 60:.0f} minutes")
+            elif done == len(missing):
+                say(f"{done} retrainings in {(time.perf_counter() - started) / 60:.1f} minutes")
+        found = {subset: self._read(subset) for subset in wanted}
+        return [found[subset] for subset in subsets]
+
+    @property
+    def everything(self) -> tuple[int, ...]:
+        """All rows."""
+        return tuple(range(len(self.examples)))
+
+    def _check(self, subsets: Sequence[Subset]) -> None:
+        if not self.queries:
+            raise FinetraceError("there is no query to measure after retraining; give at least one with a response.")
+        for subset in subsets:
+            if not subset.rows:
+                raise FinetraceError("a subset to retrain on is empty; leave at least one row in it.")
+            outside = [row for row in subset.rows if not 0 <= row < len(self.examples)]
+            if outside or len(set(subset.rows)) < len(subset.rows):
+                raise FinetraceError(
+                    f"a subset names row {outside[0]} of {len(self.examples)}."
+                    if outside
+                    else "a subset names a row twice."
+                )
+
+    @cached_property
+    def _about(self) -> str:
+        """Fingerprint of all that every subset has in common."""
+        config = self.config.model_dump(mode="json")
+        del config["seed"]
+        texts = {
+            "queries": _texts(self.queries),
+            "others": {name: _texts(given) for name, given in sorted(self.others.items())},
+        }
+        about = [self.base.model, self.base.dtype, config, texts, self.answer_tokens]
+        return fingerprint.of_text(json.dumps(about, sort_keys=True))
+
+    @cached_property
+    def _rows(self) -> tuple[str, ...]:
+        """A fingerprint a row."""
+        return tuple(fingerprint.of_text(json.dumps(text)) for text in _texts(self.examples))
+
+    def _path(self, subset: Subset) -> Path:
+        rows = "".join(self._rows[row] for row in subset.rows)
+        return self.folder / FOLDER / f"{fingerprint.of_text(f'{self._about} {subset.seed} {rows}')}.json"
+
+    def _read(self, subset: Subset) -> Retrained:
+        path = self._path(subset)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            losses = {name: np.array(values, dtype=np.float64) for name, values in found["losses"].items()}
+            answers = tuple(found["answers"]) if found["answers"] is not None else None
+            if any(values.shape != (len(self.queries),) for values in losses.values()):
+                raise ValueError("not one loss a query")
+            return Retrained(losses, answers, float(found["seconds"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise FinetraceError(
+                f"{path}: this retraining cannot be read ({error}); remove the file and it is done again."
+            ) from error
+
+
+class _Trainer:
+    """The base and the encoded texts, loaded once a process."""
+
+    def __init__(self, about: Retraining) -> None:
+        self.about = about
+        self.loaded: Loaded = load(about.base)
+        config = about.config
+        self.template = read_template(config.chat_template)
+        train = Encoder(self.loaded.tokenizer, config.loss_on, config.max_length, self.template, config.pad_to)
+        self.train = train.encode_all(about.examples)[0]
+        asked = Encoder(self.loaded.tokenizer, RESPONSE, config.max_length, self.template)
+        self.measured: dict[str, list[Encoded]] = {
+            name: asked.encode_all(given)[0] for name, given in {RESPONSE: about.queries, **about.others}.items()
+        }
+
+    def __call__(self, subset: Subset) -> tuple[dict[str, list[float]], list[str] | None]:
+        config = self.about.config.model_copy(update={"seed": subset.seed, "validation": 0.0})
+        model = new_adapter(self.loaded, config)
+        try:
+            fit(model, [self.train[row] for row in subset.rows], config)
+            learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            losses = {name: mean_losses(model, items, learnt=learnt) for name, items in self.measured.items()}
+            bad = next((name for name, values in losses.items() if not torch.isfinite(values).all()), None)
+            if bad is not None:
+                raise FinetraceError(
+                    f"after a retraining the loss of a {bad} is not finite; use a smaller learning rate."
+                )
+            answers = None
+            if self.about.answer_tokens:
+                tuned = Loaded(model, self.loaded.tokenizer, self.loaded.spec)
+                given = answer(
+                    tuned, self.about.queries, max_new_tokens=self.about.answer_tokens, template=self.template
+                )
+                answers = [each.response if each.has_response else "" for each in given]
+            return {name: values.tolist() for name, values in losses.items()}, answers
+        finally:
+            self.loaded.model = model.unload()
+
+
+_trainers: dict[str, _Trainer] = {}
+
+
+def _retrain(about: Retraining, subset: Subset) -> float:
+    """Train on a subset, measure the queries, keep what was found; the seconds that took."""
+    name = f"{about._about} {fingerprint.of_text(' '.join(about._rows))}"
+    if name not in _trainers:
+        _trainers.clear()  # one base at a time
+        _trainers[name] = _Trainer(about)
+    started = time.perf_counter()
+    losses, answers = _trainers[name](subset)
+    seconds = time.perf_counter() - started
+    found = {"seed": subset.seed, "rows": list(subset.rows), "losses": losses, "answers": answers, "seconds": seconds}
+    path = about._path(subset)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{path.parent}: cannot be written ({error}); choose another folder.") from error
+    write_atomically(path, json.dumps(found).encode())
+    return seconds
+
+
+def _texts(examples: Sequence[Example]) -> list[list[object]]:
+    """What decides an example's tokens and loss."""
+    return [
+        [each.id, [[m.role, m.content] for m in each.messages], each.metadata.get("finish_reason")] for each in examples
+    ]

@@ -1,0 +1,166 @@
+"""Fine-tuning again on part of the rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetrace import training
+from finetrace.collection import losses as measuring
+from finetrace.collection.losses import mean_losses
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.evaluation import retraining
+from finetrace.evaluation.retraining import FOLDER, Retraining, Subset
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import finetune
+from finetrace.models import ModelSpec, load
+from finetrace.prefix import forget
+from tiny import make_examples
+
+CONFIG = FinetuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, rank=2)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_kept() -> Any:
+    retraining._trainers.clear()
+    forget()
+    yield
+    retraining._trainers.clear()
+    forget()
+
+
+def make(base_folder: Path, folder: Path, **more: Any) -> Retraining:
+    queries = tuple(make_examples(3, seed=5))
+    options = {
+        "base": ModelSpec(str(base_folder), None, "float64", "cpu"),
+        "config": CONFIG,
+        "examples": tuple(make_examples(8)),
+        "queries": queries,
+        "folder": folder,
+        "others": {"refusal": tuple(query.with_response("no, never") for query in queries)},
+    }
+    return Retraining(**{**options, **more})
+
+
+def test_all_rows_give_the_losses_of_the_fine_tuning_itself(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    [found] = about.run([Subset(about.everything)])
+    loaded = load(about.base)
+    encoder = Encoder(loaded.tokenizer)
+    before = mean_losses(loaded.model, encoder.encode_all(about.queries)[0])
+    finetune(loaded, about.examples, tmp_path / "adapter", CONFIG)
+    for name, given in (("response", about.queries), ("refusal", about.others["refusal"])):
+        expected = mean_losses(loaded.model, encoder.encode_all(given)[0])
+        np.testing.assert_allclose(found.losses[name], expected.numpy(), rtol=1e-12)
+    assert float((torch.tensor(found.losses["response"]) - before).abs().min()) > 1e-3
+    assert found.answers is None
+
+
+def test_one_seed_is_bit_identical_and_another_moves_the_losses_alone(base_folder: Path, tmp_path: Path) -> None:
+    subsets = [Subset((0, 2, 3, 5)), Subset((0, 2, 3, 5), 1), Subset((0, 1, 2, 3))]
+    first = make(base_folder, tmp_path / "one").run(subsets)
+    second = make(base_folder, tmp_path / "two").run(subsets[::-1])[::-1]  # whatever was trained before it
+    apart = make(base_folder, tmp_path / "three").run(subsets, workers=2)
+    for mine in zip(first, second, apart, strict=True):
+        for other in mine[1:]:
+            assert all(np.array_equal(mine[0].losses[name], other.losses[name]) for name in ("response", "refusal"))
+    assert not np.array_equal(first[0].losses["response"], first[1].losses["response"])
+    assert {path.name for path in (tmp_path / "one" / FOLDER).iterdir()} == {
+        path.name for path in (tmp_path / "three" / FOLDER).iterdir()
+    }
+
+
+def test_what_was_done_is_read_and_a_run_that_died_goes_on(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, said = make(base_folder, tmp_path / "r"), []
+    first = about.run([Subset((0, 1)), Subset((2, 3))])
+    monkeypatch.setattr(retraining, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again = make(base_folder, tmp_path / "r").run([Subset((2, 3)), Subset((0, 1)), Subset((2, 3))], say=said.append)
+    assert not said
+    assert np.array_equal(again[0].losses["response"], first[1].losses["response"])
+    assert np.array_equal(again[1].losses["response"], first[0].losses["response"])
+    monkeypatch.undo()
+    about.run([Subset((0, 1)), Subset((4, 5))], say=said.append)
+    assert said[0] == "1 retrainings, 1 more are there already"
+
+
+def test_other_rows_queries_or_settings_are_other_retrainings(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    changed = [
+        make(base_folder, tmp_path / "r", config=CONFIG.model_copy(update={"epochs": 3})),
+        make(base_folder, tmp_path / "r", queries=tuple(make_examples(3, seed=6)), others={}),
+        make(base_folder, tmp_path / "r", examples=tuple(make_examples(8, seed=9))),
+        make(base_folder, tmp_path / "r", answer_tokens=3),
+    ]
+    paths = {each._path(Subset((0, 1))) for each in (about, *changed)}
+    assert len(paths) == 5
+    assert about._path(Subset((0, 1))) != about._path(Subset((1, 0)))
+    assert make(base_folder, tmp_path / "r", config=CONFIG.model_copy(update={"seed": 7}))._path(
+        Subset((0,))
+    ) == about._path(Subset((0,)))  # the seed is the subset's
+
+
+def test_retrainings_that_start_above_frozen_layers_are_those_of_whole_passes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"layers": (1,)})
+    subsets = [Subset((0, 2, 4, 6)), Subset((1, 2, 3))]
+    spared = make(base_folder, tmp_path / "spared", config=config).run(subsets)
+    kept = []
+    for module in (training, measuring):
+        monkeypatch.setattr(module, "frozen_prefix", lambda *_, **__: kept.append(1))
+    retraining._trainers.clear()
+    whole = make(base_folder, tmp_path / "whole", config=config).run(subsets)
+    assert kept
+    for one, other in zip(spared, whole, strict=True):
+        np.testing.assert_allclose(one.losses["response"], other.losses["response"], rtol=1e-9)
+
+
+def test_answers_are_those_of_the_model_that_was_trained(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r", answer_tokens=4)
+    [found] = about.run([Subset((0, 1, 2))])
+    assert found.answers is not None
+    assert len(found.answers) == 3
+    assert make(base_folder, tmp_path / "r", answer_tokens=4).run([Subset((0, 1, 2))])[0].answers == found.answers
+
+
+def test_the_base_is_left_as_it_was(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    about.run([Subset((0, 1))])
+    [trainer] = retraining._trainers.values()
+    plain = dict(load(about.base).model.named_parameters())
+    left = dict(trainer.loaded.model.named_parameters())
+    assert left.keys() == plain.keys()
+    assert all(torch.equal(left[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize(
+    ("subset", "said"),
+    [(Subset(()), "empty"), (Subset((0, 8)), "row 8 of 8"), (Subset((1, 1)), "twice"), (Subset((-1,)), "row -1 of 8")],
+)
+def test_subsets_that_cannot_be(subset: Subset, said: str, base_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FinetraceError, match=said):
+        make(base_folder, tmp_path / "r").run([subset])
+
+
+def test_a_damaged_file_is_named(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    about.run([Subset((0, 1))])
+    [path] = (tmp_path / "r" / FOLDER).iterdir()
+    path.write_text('{"losses": {"response": [1.0]}, "answers": null, "seconds": 1}')
+    with pytest.raises(FinetraceError, match="cannot be read"):
+        about.run([Subset((0, 1))])
+
+
+def test_mean_losses_do_not_hang_on_the_batch(base_folder: Path) -> None:
+    loaded = load(ModelSpec(str(base_folder), None, "float64", "cpu"))
+    items, _ = Encoder(loaded.tokenizer).encode_all(make_examples(7))
+    together = mean_losses(loaded.model, items)
+    alone = torch.cat([mean_losses(loaded.model, [item]) for item in items])
+    torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
