@@ -1,0 +1,92 @@
+"""The linear datamodeling score against what is known of linear models and of chance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.lds import compare, draw_subsets, noise_ceiling, per_query
+
+
+def world(noise: float, seeds: int = 2, n: int = 30, s: int = 40, m: int = 6) -> Any:
+    """Losses that are minus the sum of true effects, with noise of each retraining's own."""
+    rng = np.random.default_rng(0)
+    effects, members = rng.normal(size=(m, n)), draw_subsets(n, s, 0.5)
+    losses = -(effects @ members.T).T[None] + noise * rng.normal(size=(seeds, s, m))
+    return effects, members, losses
+
+
+def test_subsets_have_their_share_and_are_drawn_anew_by_seed() -> None:
+    members = draw_subsets(21, 50, 0.5, 3)
+    assert members.shape == (50, 21)
+    assert set(members.sum(1)) == {10}
+    assert np.array_equal(members, draw_subsets(21, 50, 0.5, 3))
+    assert not np.array_equal(members, draw_subsets(21, 50, 0.5, 4))
+    assert np.array_equal(members[:7], draw_subsets(21, 7, 0.5, 3))  # more of them go on where fewer ended
+    assert np.abs(members.mean(0) - 0.5).max() < 0.3
+    with pytest.raises(FinetraceError, match="leaves 0 in"):
+        draw_subsets(4, 2, 0.1)
+    with pytest.raises(FinetraceError, match="leaves 4 in"):
+        draw_subsets(4, 2, 0.99)
+
+
+def test_true_effects_predict_a_linear_world_exactly_and_their_opposite_the_opposite() -> None:
+    effects, members, losses = world(0.0)
+    np.testing.assert_allclose(per_query(effects, members, losses), 1)
+    np.testing.assert_allclose(per_query(7 * effects + 3, members, losses), 1)  # neither scale nor offset counts
+    np.testing.assert_allclose(per_query(-effects, members, losses), -1)
+    np.testing.assert_allclose(noise_ceiling(losses), 1)
+
+
+def test_the_score_is_the_mean_over_seeds_of_spearman() -> None:
+    effects, members, losses = world(3.0, seeds=3)
+    guess = effects + np.random.default_rng(1).normal(size=effects.shape)
+    for q, found in enumerate(per_query(guess, members, losses)):
+        each = [spearmanr(-(members @ guess[q]), seed[:, q]).statistic for seed in losses]
+        assert found == pytest.approx(np.mean(each))
+    for q, found in enumerate(noise_ceiling(losses)):
+        each = [spearmanr(losses[a, :, q], losses[b, :, q]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
+        assert found == pytest.approx(np.mean(each))
+
+
+def test_methods_are_compared_on_the_same_draws() -> None:
+    effects, members, losses = world(4.0, s=60)
+    rng = np.random.default_rng(2)
+    methods = {"true": effects, "same": 2 * effects, "near": effects + rng.normal(size=effects.shape)}
+    methods["chance"] = rng.normal(size=effects.shape)
+    found = compare(methods, members, losses, resamples=200)
+    assert found.lds["true"].value == pytest.approx(np.mean(per_query(effects, members, losses)))
+    assert all(each.low < each.value < each.high for each in found.lds.values())
+    same = found.differences["same"]
+    assert (same.value, same.low, same.high) == (0, 0, 0)
+    assert found.differences["chance"].high < 0
+    assert found.ceiling is not None
+    assert found.lds["chance"].low < 0.2
+    assert found.lds["true"].value > found.lds["near"].value > found.lds["chance"].value
+    assert compare({"true": effects}, members, losses[:1], resamples=20).ceiling is None
+
+
+def test_queries_whose_losses_do_not_vary_are_left_out() -> None:
+    effects, members, losses = world(1.0)
+    losses[:, :, 2] = 0.5
+    found = per_query(effects, members, losses)
+    assert np.isnan(found[2])
+    rest = np.delete(found, 2)
+    assert compare({"m": effects}, members, losses, resamples=20).lds["m"].value == pytest.approx(rest.mean())
+
+
+def test_what_cannot_be_scored_is_said() -> None:
+    effects, members, losses = world(1.0)
+    with pytest.raises(FinetraceError, match="two seeds"):
+        noise_ceiling(losses[:1])
+    with pytest.raises(FinetraceError, match="shape"):
+        per_query(effects, members, losses[0])
+    with pytest.raises(FinetraceError, match="at least 3"):
+        per_query(effects, members[:2], losses[:, :2])
+    losses[0, 0, 0] = np.nan
+    with pytest.raises(FinetraceError, match="not finite"):
+        per_query(effects, members, losses)
