@@ -82,6 +82,8 @@ def test_a_method_at_the_start_equals_one_on_an_index_built_there(tmp_path: Path
             found = mine.score(problem)
             assert np.array_equal(found.values, expected.values)
             assert found.parameters["at"] == "start"
+            assert found.unit == expected.unit
+            assert ("before training" in found.unit) == found.unit.startswith("decrease")
         assert not np.array_equal(expected.values, make(spec).score(Problem(index, queries)).values)
     assert np.array_equal(
         make("gradcos:at=end").score(Problem(there, queries)).values,

@@ -66,7 +66,10 @@ class Method(ABC):
                 f"{self.label}: the scores of query {problem.queries[row].id} are not finite; use more damping."
             )
         used = self.used(problem)
-        return Scores(values, problem.queries, problem.rows.examples, self.label, self.unit, used, seconds)
+        unit = self.unit
+        if used.get("at") == "start" and unit.startswith("decrease"):  # no minimum, so no derivative of one
+            unit += ", by a step before training"
+        return Scores(values, problem.queries, problem.rows.examples, self.label, unit, used, seconds)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem as this method looks at it."""
