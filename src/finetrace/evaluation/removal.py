@@ -1,0 +1,167 @@
+"""Removing what a method names: which rows, beside which others, and what it did to the queries.
+
+Retraining without the top k of a method says whether these rows made the answer. It says little alone: any k rows that are
+taken out change a model a little. So the same number of rows is removed at random, several times, and, where classes are known,
+from the queries' own class, the best that class labels can do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+
+RANDOM, CLASS = "random rows", "rows of the class"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Queries that are asked about together: those of one class, or all of them.
+
+    Attributes:
+        name: The class; empty for all.
+        queries: Their positions.
+    """
+
+    name: str
+    queries: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Rows to take out for a group of queries.
+
+    Attributes:
+        what: A method's label, `RANDOM` or `CLASS`.
+        draw: Which random draw; 0 where nothing is drawn.
+        group: For whom.
+        rows: Positions of the rows, the first to go first.
+    """
+
+    what: str
+    draw: int
+    group: Group
+    rows: tuple[int, ...]
+
+    def kept(self, n: int) -> tuple[int, ...]:
+        """What is left to train on, in the data's order."""
+        gone = set(self.rows)
+        return tuple(i for i in range(n) if i not in gone)
+
+
+def groups(labels: Sequence[str | None], most: int | None = None) -> list[Group]:
+    """One a class of the queries, in the order in which they come, at most `most`; all together where there is no class."""
+    names = list(dict.fromkeys(labels))
+    if None in names or len(names) == 1:
+        return [Group("", tuple(range(len(labels))))]
+    made = [Group(str(name), tuple(i for i, label in enumerate(labels) if label == name)) for name in names]
+    return made[:most]
+
+
+def order(scores: NDArray[Any], group: Group) -> NDArray[np.intp]:
+    """(n,) rows by their mean score for a group's queries, proponents first; of equals the first in the data."""
+    return np.argsort(-np.asarray(scores, dtype=np.float64)[list(group.queries)].mean(axis=0), kind="stable")
+
+
+def removals(
+    scores: Mapping[str, NDArray[Any]],
+    asked: Sequence[Group],
+    counts: Sequence[int],
+    train_labels: Sequence[str | None],
+    *,
+    draws: int = 3,
+    seed: int = 0,
+) -> list[Removal]:
+    """Top k of each method for each group and k in `counts`, k random rows in several draws, and k of the group's class.
+
+    Args:
+        scores: By method, (m, n).
+        asked: Groups of queries.
+        counts: How many rows to remove.
+        train_labels: (n,) classes, `None` where unknown.
+        draws: Random draws, and draws from the class where it has more than k rows.
+        seed: Of the draws.
+
+    Raises:
+        FinetraceError: A count leaves nothing to train on.
+    """
+    n = len(train_labels)
+    for count in counts:
+        if not 0 < count < n:
+            raise FinetraceError(f"removing {count} of {n} rows cannot be tried; give a number from 1 to {n - 1}.")
+    found = []
+    for place, group in enumerate(asked):
+        own = np.flatnonzero([label is not None and label == group.name for label in train_labels])
+        for count in counts:
+            for name, values in scores.items():
+                found.append(Removal(name, 0, group, tuple(order(values, group)[:count].tolist())))
+            rng = np.random.default_rng([seed, place, count])
+            for draw in range(draws):
+                found.append(Removal(RANDOM, draw, group, tuple(rng.choice(n, count, replace=False).tolist())))
+            for draw in range(draws if len(own) > count else 1 if len(own) == count else 0):
+                found.append(Removal(CLASS, draw, group, tuple(rng.choice(own, count, replace=False).tolist())))
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Effect:
+    """What removing rows did to the queries asked about.
+
+    Attributes:
+        what, count: A method, or `RANDOM` or `CLASS`, and how many rows it took out.
+        change: Mean rise of the queries' loss in nats, over seeds, draws and queries, with its interval over seeds and queries.
+        over_random: The same minus what random rows of that number did, paired by seed and query; `None` for random rows.
+    """
+
+    what: str
+    count: int
+    change: Estimate
+    over_random: Estimate | None
+
+
+def effects(
+    done: Sequence[Removal], after: NDArray[np.float64], before: NDArray[np.float64], *, resamples: int = 2000
+) -> list[Effect]:
+    """Each kind and number of removed rows, over all groups.
+
+    Args:
+        done: The removals.
+        after: (r, k, m) loss of every query after each removal, under k seeds.
+        before: (k, m) after training on all rows, under the same seeds.
+        resamples: Of the bootstrap.
+    """
+    after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
+    if after.shape != (len(done), *before.shape):
+        raise FinetraceError(
+            f"losses of shape {after.shape} and {before.shape} are not those of {len(done)} removals before and after."
+        )
+    kinds = list(dict.fromkeys((each.what, len(each.rows)) for each in done))
+    matrices = {kind: _changes(kind, done, after, before) for kind in kinds}
+    found = []
+    for what, count in kinds:
+        chance = matrices.get((RANDOM, count))
+        over = None
+        if what != RANDOM and chance is not None:
+            over = paired_crossed(matrices[what, count], chance, resamples=resamples)
+        found.append(Effect(what, count, bootstrap_crossed(matrices[what, count], resamples=resamples), over))
+    return found
+
+
+def _changes(
+    kind: tuple[str, int], done: Sequence[Removal], after: NDArray[np.float64], before: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """(k, m) rise of the loss under each seed, the mean over draws; NaN for a query that nobody asked about."""
+    total, times = np.zeros_like(before), np.zeros(before.shape[1])
+    for removal, losses in zip(done, after, strict=True):
+        if (removal.what, len(removal.rows)) == kind:
+            mine = list(removal.group.queries)
+            total[:, mine] += losses[:, mine] - before[:, mine]
+            times[mine] += 1
+    return np.asarray(np.where(times > 0, total / np.maximum(times, 1), np.nan))

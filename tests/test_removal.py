@@ -1,0 +1,70 @@
+"""Which rows are removed, and what is made of the losses afterwards."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.removal import CLASS, RANDOM, Group, Removal, effects, groups, order, removals
+
+
+def test_queries_are_grouped_by_class_or_all_together() -> None:
+    assert groups(["a", "b", "a"]) == [Group("a", (0, 2)), Group("b", (1,))]
+    assert groups(["a", "b", "a"], most=1) == [Group("a", (0, 2))]
+    assert groups([None, "b"]) == [Group("", (0, 1))]
+    assert groups(["a", "a"]) == [Group("", (0, 1))]
+
+
+def test_the_rows_of_a_group_come_by_their_mean_score() -> None:
+    scores = np.array([[1.0, 5.0, 0.0, 3.0], [9.0, 0.0, 0.0, 1.0], [0.0, 0.0, 9.0, 0.0]])
+    assert order(scores, Group("", (0, 1))).tolist() == [0, 1, 3, 2]
+    assert order(scores, Group("", (2,))).tolist() == [2, 0, 1, 3]  # equals as they stand in the data
+
+
+def test_each_method_chance_and_the_class_take_out_as_many() -> None:
+    scores = {"m": np.arange(24.0).reshape(2, 12), "minus": -np.arange(24.0).reshape(2, 12)}
+    labels = ["a"] * 4 + ["b"] * 8
+    found = removals(scores, groups(["a", "b"]), [2, 4], labels, draws=3)
+    assert all(len(each.rows) == len(set(each.rows)) in (2, 4) for each in found)
+    tops = {(each.what, each.group.name, len(each.rows)): each.rows for each in found}
+    assert tops["m", "a", 2] == (11, 10)
+    assert tops["minus", "b", 4] == (0, 1, 2, 3)
+    mine = [each for each in found if each.what == CLASS and each.group.name == "a"]
+    assert len(mine) == 4  # three draws of two, and the four there are
+    assert all(set(each.rows) <= {0, 1, 2, 3} for each in mine)
+    chance = [each.rows for each in found if each.what == RANDOM and len(each.rows) == 4]
+    assert len(set(chance)) == len(chance) == 6
+    assert found == removals(scores, groups(["a", "b"]), [2, 4], labels, draws=3)
+    assert Removal("m", 0, Group("", (0,)), (3, 1)).kept(5) == (0, 2, 4)
+    with pytest.raises(FinetraceError, match="removing 12 of 12"):
+        removals(scores, groups(["a"]), [12], labels)
+
+
+def test_a_class_that_is_too_small_or_unknown_has_no_removal_of_its_own() -> None:
+    scores = {"m": np.zeros((1, 6))}
+    assert not [each for each in removals(scores, groups(["a"]), [3], ["a", "a", *"bbbb"]) if each.what == CLASS]
+    assert not [each for each in removals(scores, groups([None]), [3], [None] * 6) if each.what == CLASS]
+
+
+def test_effects_are_rises_over_all_rows_beside_those_of_chance() -> None:
+    rng = np.random.default_rng(0)
+    asked = [Group("a", (0, 1)), Group("b", (2,))]
+    done = [
+        Removal(what, draw, group, (0, 1)) for group in asked for what, draw in (("m", 0), (RANDOM, 0), (RANDOM, 1))
+    ]
+    before = rng.random((2, 3))
+    rises = {"m": 0.5, RANDOM: 0.1}
+    after = np.stack([before + rises[each.what] + (0.02 * each.draw if each.what == RANDOM else 0) for each in done])
+    for place, each in enumerate(done):  # what a removal does to queries that it was not made for is left aside
+        others = [q for q in range(3) if q not in each.group.queries]
+        after[place][:, others] = 99
+    found = {each.what: each for each in effects(done, after, before)}
+    assert found["m"].change.value == pytest.approx(0.5)
+    assert found[RANDOM].change.value == pytest.approx(0.11)
+    assert found[RANDOM].over_random is None
+    over = found["m"].over_random
+    assert over is not None
+    assert over.value == pytest.approx(0.39)
+    with pytest.raises(FinetraceError, match="shape"):
+        effects(done, after[1:], before)
