@@ -1,0 +1,65 @@
+"""One optimizer step on the rows that a method names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetrace.attribution import Problem, make
+from finetrace.collection.losses import mean_losses
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.tail_patch import tail_patch
+from finetrace.index import build_index
+from finetrace.models import Loaded, ModelSpec
+from tiny import make_examples, make_llama, make_tokenizer, with_lora
+
+
+def test_a_patch_is_a_step_of_torchs_adam(tmp_path: Path) -> None:
+    loaded = Loaded(with_lora(make_llama()), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    examples, queries = make_examples(7), make_examples(3, seed=5)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    scores = make("gradsim").score(Problem(index, queries)).values
+    found = tail_patch(index, queries, {"m": scores, "again": 2 * scores, "minus": -scores}, 3, 1e-3)
+    assert np.array_equal(found["m"], found["again"])
+    encoder = Encoder(loaded.tokenizer)
+    asked = encoder.encode_all(queries)[0]
+    for q in range(3):
+        model = with_lora(make_llama())
+        weights = [p for name, p in model.named_parameters() if "lora_" in name]
+        optimizer = torch.optim.Adam(weights, lr=1e-3)
+        rows = encoder.encode_all([examples[i] for i in np.argsort(-scores[q])[:3]])[0]
+        total = torch.zeros((), dtype=torch.float64)
+        for item in rows:
+            ids, mask = torch.tensor(item.ids).long()[None], torch.tensor(item.weights > 0)[1:]
+            logits = model(input_ids=ids).logits[0, :-1]
+            total = total + torch.nn.functional.cross_entropy(logits[mask], ids[0, 1:][mask]) / 3
+        before = mean_losses(model, [asked[q]])
+        total.backward()
+        optimizer.step()
+        expected = float(before - mean_losses(model, [asked[q]]))
+        assert found["m"][q] == pytest.approx(expected, rel=1e-6)
+    assert found["m"].mean() > 0 > found["minus"].mean()  # proponents help, opponents harm
+
+
+def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+    loaded = Loaded(with_lora(make_llama()), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    index, _ = build_index(loaded, make_examples(4), tmp_path / "i", Encoder(loaded.tokenizer))
+    before = {name: weight.clone() for name, weight in loaded.model.named_parameters()}
+    tail_patch(index, make_examples(2, seed=5), {"m": np.ones((2, 4))}, 2)
+    assert all(torch.equal(weight, before[name]) for name, weight in loaded.model.named_parameters())
+
+
+def test_what_cannot_be_patched_is_said(tmp_path: Path) -> None:
+    model = with_lora(make_llama())
+    model.peft_config["default"].init_lora_weights = True
+    loaded = Loaded(model, make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    index, _ = build_index(loaded, make_examples(4), tmp_path / "i", Encoder(loaded.tokenizer))
+    with pytest.raises(FinetraceError, match="5 of 4 rows"):
+        tail_patch(index, make_examples(1, seed=5), {"m": np.ones((1, 4))}, 5)
+    start, _ = build_index(loaded, make_examples(4), tmp_path / "s", Encoder(loaded.tokenizer), at="start")
+    with pytest.raises(FinetraceError, match="at its start"):
+        tail_patch(start, make_examples(1, seed=5), {"m": np.ones((1, 4))}, 2)
