@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -42,7 +45,8 @@ def collect(
 def by_hand(model: Any, items: Sequence[Encoded], modules: Sequence[str] | None, labels: Labels) -> dict[str, Any]:
     """One example at a time through the plain model: sums of outer products, and gradients by autograd.
 
-    Inputs and output gradients are taken by hooks of this test's own, at the positions before each token of the loss.
+    Inputs and output gradients are taken by hooks of this test's own, at all positions to the last that predicts a token of
+    the loss; the head sees those alone that predict one.
     """
     tracking = track(model, modules)
     sums: dict[str, Any] = {}
@@ -78,11 +82,14 @@ def by_hand(model: Any, items: Sequence[Encoded], modules: Sequence[str] | None,
         for handle in handles:
             handle.remove()
         for i, layer in enumerate(tracking.layers):
-            inputs, delta = seen[i][0][0, positions], seen[i][1].grad[0, positions]
+            where = positions if layer.is_head else torch.arange(int(positions.max()) + 1)
+            inputs, delta = seen[i][0][0, where], seen[i][1].grad[0, where]
+            if not layer.is_head:  # nothing after them carries gradient
+                assert not seen[i][1].grad[0, len(where) :].any()
             sides = (inputs, delta) if layer.transposed else (delta, inputs)
             _add(sums, layer.weight.name, sides)
             if layer.bias is not None:
-                _add(sums, layer.bias.name, (delta, torch.ones(len(positions), 1, dtype=torch.float64)))
+                _add(sums, layer.bias.name, (delta, torch.ones(len(where), 1, dtype=torch.float64)))
     return {"sums": sums, "gradients": torch.stack(gradients)}
 
 
@@ -110,6 +117,47 @@ def test_factors_and_sampled_gradients_are_those_of_one_example_at_a_time(name: 
         found = features.sampled if labels == "model" else features.gradients
         assert found is not None
         assert relative_error(found, expected["gradients"]) < 1e-9
+
+
+def test_padding_is_in_no_sum_and_moves_none() -> None:
+    model, modules = MODELS["lora"]()
+    plain = make_encoded(LENGTHS)
+    padded = [
+        replace(
+            item,
+            ids=np.concatenate([np.zeros(5, dtype=np.int32), item.ids]),
+            weights=np.concatenate([np.zeros(5, dtype=np.float32), item.weights]),
+            prompt_length=item.prompt_length + 5,
+            padding=5,
+        )
+        for item in plain
+    ]
+    for budget in (1, 100_000):
+        (_, expected), (_, found) = (collect(model, items, modules, "data", budget) for items in (plain, padded))
+        assert found.tokens == expected.tokens
+        for block in expected.left:  # transformers computes the rotary angles in float32
+            assert relative_error(found.left[block], expected.left[block]) < 1e-5
+            assert relative_error(found.right[block], expected.right[block]) < 1e-5
+
+
+def test_a_loss_that_looks_at_padding_has_it_in_the_sums() -> None:
+    weights = np.array([0, 0.25, 0, 0.25, 0, 0.5, 0], dtype=np.float32)
+    item = Encoded(np.ones(7, dtype=np.int32), weights, 3, padding=2)
+    batch = Batch.of([item, *make_encoded([5])])
+    assert batch.carrying[batch.carrying < 7].tolist() == [0, 2, 3, 4]
+
+
+def test_factors_of_an_older_format_are_fitted_again(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    index, _ = build_index(
+        tiny_loaded, make_examples(4), tmp_path / "i", Encoder(tiny_loaded.tokenizer), kronecker="data"
+    )
+    about = factors.path(index.folder, "data").with_suffix(".json")
+    document = json.loads(about.read_text())
+    before = about.read_bytes()
+    about.write_text(json.dumps({key: value for key, value in document.items() if key != "format"}))
+    assert not factors.there(index.folder, "data")
+    kronecker_factors(index, "data")
+    assert about.read_bytes() == before
 
 
 def test_factors_leave_the_gradients_as_they_are() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -79,6 +80,22 @@ class Batch:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    @cached_property
+    def carrying(self) -> Tensor:
+        """(S,) positions b * T + t through which a loss can reach a weight: from an example's first token, padding left out,
+        to the last one that predicts a token of its loss, and what else does so.
+        """
+        count, width = self.ids.shape
+        places = torch.arange(width, device=self.ids.device)
+        last = torch.full((count,), -1, dtype=torch.long, device=self.ids.device)
+        last = last.scatter_reduce(0, self.example, self.rows % width, "amax")
+        inside = places <= last[:, None]  # (B, T)
+        if self.mask is not None:
+            inside = inside & self.mask.bool()
+        inside = inside.flatten()
+        inside[self.rows] = True  # a loss may look at padding
+        return inside.nonzero().squeeze(1)
 
 
 @contextmanager

@@ -47,8 +47,8 @@ class _KroneckerMethod(GradientMethod):
 class KFAC(_KroneckerMethod):
     """Influence with the curvature of each weight as a Kronecker product: E[a a^T] x E[delta delta^T].
 
-    Factors are means over the tokens that predict the loss, times the tokens an example; lambda = damping x the mean
-    eigenvalue (Martens and Grosse, arXiv 1503.05671). labels `model` draws the labels from the model's own predictions,
+    Factors are means over the tokens that carry gradient (`FactorSums`), times the tokens an example; lambda = damping x the
+    mean eigenvalue (Martens and Grosse, arXiv 1503.05671). labels `model` draws the labels from the model's own predictions,
     which gives the Fisher of the training loss; `data` takes the data's own (the empirical Fisher).
     """
 

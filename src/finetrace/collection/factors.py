@@ -1,4 +1,4 @@
-"""Kronecker factors of the curvature: sums of a a^T and delta delta^T over the tokens that the loss looks at."""
+"""Kronecker factors of the curvature: sums of a a^T and delta delta^T over the tokens through which the loss is reached."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ Labels = Literal["model", "data"]
 
 
 class FactorSums:
-    """For every block, sums over loss-predicting tokens t of the outer products of its two sides.
+    """For every block, sums over tokens t of the outer products of its two sides.
 
     A linear weight W with y_t = W a_t has left side delta_t = dL/dy_t and right side a_t (exchanged where the weight is
-    stored transposed); a bias has left side delta_t and right side 1. Padding and prompt tokens are never in the sums.
+    stored transposed); a bias has left side delta_t and right side 1. An example's gradient is the sum over all tokens at
+    which delta is not zero, and of these the prompt's are many: what a value projection makes of a prompt reaches the response
+    through attention. So the sums go from an example's first token to the last one that predicts a token of the loss. What
+    lies after it, and padding, carries no gradient and is in no sum.
 
     Attributes:
         labels: `model` draws the labels of the loss from the model's own predictions, which makes the curvature the
@@ -53,10 +56,11 @@ class FactorSums:
             self._seen[key] = (inputs, rows.T @ rows)  # the input is kept, so that its address is not given away again
         side = self.left if layer.transposed else self.right
         side[layer.weight.name] += self._seen[key][1]
-        self.tokens[layer.weight.name] += len(batch.rows)
+        count = len(batch.rows if layer.is_head else batch.carrying)
+        self.tokens[layer.weight.name] += count
         if layer.bias is not None:
-            self.right[layer.bias.name] += len(batch.rows)
-            self.tokens[layer.bias.name] += len(batch.rows)
+            self.right[layer.bias.name] += count
+            self.tokens[layer.bias.name] += count
 
     def see_deltas(self, layer: Tracked, delta: Tensor, batch: Batch) -> None:
         """Add sum_t delta_t delta_t^T of one call."""
@@ -68,9 +72,9 @@ class FactorSums:
             self.left[layer.bias.name] += product
 
     def _rows(self, layer: Tracked, values: Tensor, batch: Batch) -> Tensor:
-        """(R, d) values at the positions that predict a token of the loss."""
+        """(S, d) values at the positions that carry gradient; the vocabulary projection sees no others."""
         flat = values.reshape(-1, values.shape[-1])
-        rows = flat[: len(batch.rows)] if layer.is_head else flat.index_select(0, batch.rows)
+        rows = flat[: len(batch.rows)] if layer.is_head else flat.index_select(0, batch.carrying)
         return rows.to(self.dtype)
 
 

@@ -22,6 +22,7 @@ from finetrace.index import shards
 from finetrace.index.manifest import Manifest, replacing, write_atomically
 
 FOLDER = "factors"
+FORMAT = 2  # 1 had the tokens of the loss alone in its sums; such factors are fitted again
 
 
 def path(folder: Path, labels: Labels) -> Path:
@@ -40,8 +41,12 @@ def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int) -> int:
 
 
 def there(folder: Path, labels: Labels) -> bool:
-    """Whether the factors are finished."""
-    return path(folder, labels).with_suffix(".json").is_file()
+    """Whether the factors are finished, and of this format."""
+    about = path(folder, labels).with_suffix(".json")
+    try:
+        return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        return about.is_file()  # reading it will say what is wrong
 
 
 def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int) -> None:
@@ -96,6 +101,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
     with replacing(path(folder, labels)) as part:
         save_file(tensors, str(part))
     about = {
+        "format": FORMAT,
         "labels": labels,
         "data_fingerprint": manifest.data_fingerprint,
         "adapter_fingerprint": manifest.model.adapter_fingerprint,
