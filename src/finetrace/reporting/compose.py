@@ -51,7 +51,7 @@ def _method(result: Result) -> MethodView:
         method=method.title,
         title=method.summary(),
         control=method.control,
-        unit=method.unit,
+        unit=result.scores.unit,
         metrics={name: interval(result.metrics[name]) for name in TABLE if name in result.metrics},
         seconds=result.scores.seconds,
         scores=result.scores.values,
