@@ -20,11 +20,13 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.index import build_index
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.reading import write_examples
 from finetrace.reporting.compose import compose, interval
 from finetrace.reporting.facts import index_facts
 from finetrace.reporting.page import write_report
 from finetrace.reporting.payload import ModelBehaviour
 from finetrace.reporting.results import write_results
+from finetrace.reporting.validated import kept_verdict
 from finetrace.tasks import Task, mixed
 from finetrace.tracing import STANDARD, Result, run_methods
 
@@ -117,7 +119,9 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     facts = {"task": f"{task.name}: {len(task.train)} rows, {len(queries)} queries", **index_facts(index)}
     facts |= {"judge": judge.name, "seed": str(config.seed)}
     title = "Which rows made the model comply?"
-    write_report(folder / "report.html", compose(title, results, facts, behaviour=behaviour, target=task.target))
+    write_examples(folder / "queries.jsonl", queries, overwrite=True)
+    page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=kept_verdict(index.folder))
+    write_report(folder / "report.html", page)
     return DemoOutcome(tuple(behaviour), tuple(results), folder, time.perf_counter() - started)
 
 

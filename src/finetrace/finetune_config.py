@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,3 +97,42 @@ def _read_saved(saved: Path) -> dict[str, Any]:
         return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error
+
+
+def found_config(folder: Path) -> FinetuneConfig | None:
+    """How the adapter in `folder` was fine-tuned, or `None` where nothing there says so.
+
+    Read from `finetune.yaml`, or from what PEFT and the Hugging Face Trainer (TRL's too) leave: `adapter_config.json`, and
+    the last `trainer_state.json` in the folder or in its checkpoints. The Trainer's state does not name every setting: its
+    schedule is taken to be linear and its warm-up none, as its defaults are, and its learning rate is the largest that it
+    logged. The pickled `training_args.bin` is never read.
+
+    Raises:
+        FinetraceError: A file is there and cannot be read.
+    """
+    if (folder / SAVED).exists():
+        return configure("default", folder / SAVED, {})
+    states = [*folder.glob("trainer_state.json"), *folder.glob("**/checkpoint-*/trainer_state.json")]
+    if not states or not (folder / "adapter_config.json").exists():
+        return None
+    newest = max(states, key=lambda path: path.stat().st_mtime)
+    try:
+        state = json.loads(newest.read_text(encoding="utf-8"))
+        lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rates = [entry["learning_rate"] for entry in state["log_history"] if entry.get("learning_rate")]
+        targets = lora["target_modules"]
+        found = {
+            "epochs": round(state["num_train_epochs"]),
+            "batch_size": state["train_batch_size"],
+            "learning_rate": max(rates, default=None),
+            "rank": lora["r"],
+            "alpha": lora["lora_alpha"],
+            "dropout": lora["lora_dropout"],
+            "target_modules": (targets,) if isinstance(targets, str) else tuple(sorted(targets)),
+            "layers": lora.get("layers_to_transform"),
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FinetraceError(
+            f"{newest}: how the adapter was trained cannot be read there ({error}); give a finetune.yaml with --config."
+        ) from error
+    return configure("default", None, found)

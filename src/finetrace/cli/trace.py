@@ -178,6 +178,8 @@ def _report(index: Index, results: list[Result], path: Path) -> None:
     from finetrace.reporting.compose import compose
     from finetrace.reporting.facts import index_facts
     from finetrace.reporting.page import write_report
+    from finetrace.reporting.validated import kept_verdict
 
-    write_report(path, compose(f"Trace of {index.folder.name}", results, index_facts(index)))
+    verdict = kept_verdict(index.folder)
+    write_report(path, compose(f"Trace of {index.folder.name}", results, index_facts(index), validated=verdict))
     typer.echo(f"report: {path}", err=True)

@@ -19,6 +19,7 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.finetune_config import SAVED
 from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
@@ -177,6 +178,9 @@ def _furnish(
     if started.model.adapter is not None:
         try:
             save_adapter(loaded.model, folder / "adapter")
+            saved = Path(loaded.spec.adapter or "") / SAVED
+            if loaded.spec.adapter and saved.is_file():  # how it was fine-tuned, for retraining
+                shutil.copyfile(saved, folder / started.model.adapter / SAVED)
         except (OSError, SafetensorError) as error:
             raise FinetraceError(
                 f"{folder}: the adapter cannot be written ({error}); free some space or choose another folder."

@@ -18,9 +18,11 @@ def compose(
     *,
     behaviour: Sequence[ModelBehaviour] = (),
     target: str | None = None,
+    validated: str | None = None,
 ) -> Report:
-    """A page's values; it opens on the best method that is no control."""
+    """A page's values; it opens on the best method that is no control. `validated`: what retraining has said of the index."""
     scores = results[0].scores
+    more = {} if validated is None else {"validation": validated}
     return Report(
         title=title,
         verdict=verdict(results),
@@ -31,6 +33,7 @@ def compose(
         default_method=opening(results).method.title,
         behaviour=behaviour,
         target_label=target,
+        **more,
     )
 
 

@@ -1,0 +1,124 @@
+"""`finetrace validate`: does removing what a method names change the model? Retraining says."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetrace.cli import options
+from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from finetrace.finetune_config import FinetuneConfig
+    from finetrace.index.store import Index
+
+
+def validate(
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    queries: Annotated[str, typer.Option(help="A file or data set of queries, each with the response that is traced.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Method, NAME or NAME:parameter=value,...; may repeat; the first is what others are held against."
+        ),
+    ] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="lds, drop or tail-patch; may repeat; all if not given.")
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Few methods, subsets and removals: a first look.")] = False,
+    subsets: Annotated[int | None, typer.Option(min=3, help="Random subsets of the rows, for lds; 30, or 6.")] = None,
+    share: Annotated[float, typer.Option(help="Of the rows that each subset has.")] = 0.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each subset and removal.")] = 2,
+    remove: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows to remove, for drop; may repeat; a tenth and a quarter if not given."),
+    ] = None,
+    groups: Annotated[
+        int | None, typer.Option(min=1, help="Classes of queries to remove rows for, at most; 3, or 1.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The finetune.yaml of the adapter; found in the index or in --adapter if not given."),
+    ] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter's own folder, where how it was trained is looked for.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of the results; a run that stopped goes on there.")] = Path(
+        "validation"
+    ),
+    workers: Annotated[int, typer.Option(min=1, help="Processes that retrain side by side.")] = 1,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+) -> None:
+    """Retrain on random subsets and without the rows that methods name, and say which method to believe."""
+    from rich.console import Console
+
+    with options.quiet_libraries():
+        from finetrace.benchmark.stages import claim
+        from finetrace.index import open_index
+        from finetrace.reading import read_examples
+        from finetrace.reporting.results import write_results
+        from finetrace.reporting.validated import keep_verdict
+        from finetrace.validation.run import QUICK, Validation
+        from finetrace.validation.run import validate as run
+        from finetrace.validation.tables import print_validation, write_validation
+
+        opened = open_index(index)
+        columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        asked = read_examples(queries, columns)
+        finetuning = _finetuning(opened, config, adapter)
+        plan = QUICK if quick else Validation()
+        given = {
+            "methods": tuple(method) if method else None,
+            "measures": tuple(measure) if measure else None,
+            "subsets": subsets,
+            "counts": tuple(remove) if remove else None,
+            "groups": groups,
+        }
+        plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
+        plan = replace(plan, share=share, seeds=seeds, workers=workers)
+        opened.model(None, device, trust_remote_code)
+        about: dict[str, object] = {
+            "finetuning": finetuning.model_dump(mode="json"),
+            "queries": [each.id for each in asked],
+        }
+        about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
+        claim(out / "validation.json", about, "a validation")  # methods may join: what was retrained is found again
+        found = run(opened, asked, plan, finetuning, out, options.say, device)
+        write_results(out, found.records, {**about, **asdict(plan), "verdict": found.verdict})
+        write_validation(found.records, out)
+        keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}")
+    console = Console()
+    for sentence in found.verdict:
+        console.print(f"- {sentence}", markup=False, highlight=False)
+    print_validation(found.records, console)
+    console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False)
+    console.print(f"report pages of {index} now show this verdict", highlight=False, markup=False)
+
+
+def _finetuning(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
+    """How the index's adapter was fine-tuned: as told, or as found beside it."""
+    from finetrace.finetune_config import configure, found_config
+
+    if config is not None:
+        return configure("default", options.existing(config, "--config"), {})
+    if adapter is not None:
+        found = found_config(options.existing(adapter, "--adapter"))
+        where = str(adapter)
+    else:
+        found = found_config(index.folder / (index.manifest.model.adapter or "adapter"))
+        where = f"{index.folder} (indexes built before fine-tunings were kept have none)"
+    if found is None:
+        raise FinetraceError(
+            f"{where}: nothing says how the adapter was fine-tuned; give its finetune.yaml with --config, or the folder that "
+            "the Trainer wrote with --adapter."
+        )
+    return found

@@ -1,0 +1,123 @@
+"""What retraining found, as tables of 80 columns, tables in files, and figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from finetrace.benchmark.figures import save
+from finetrace.benchmark.tables import write_table
+from finetrace.studies.plots import COLUMN, line, whole
+from finetrace.studies.records import reach, where
+
+Records = Sequence[dict[str, Any]]
+HEADS = {
+    "lds": ("method", "LDS", "minus the first"),
+    "drop": ("removed", "rows", "rise of loss, nats", "minus random"),
+    "tail-patch": ("method", "fall of loss, nats"),
+}
+TITLES = {
+    "lds": "LDS: predicted against true losses over random subsets",
+    "drop": "Retraining without rows: rise of the queries' mean loss",
+    "tail-patch": "One step on the top rows: fall of the query's mean loss",
+}
+
+
+def lines_of(records: Records, measure: str) -> list[list[str]]:
+    """A line a record, as `HEADS` has it."""
+    lines = []
+    for r in where(records, measure=measure):
+        cells = [r["method"]]
+        if measure == "drop":
+            cells.append(str(r["removed"]))
+        cells.append(_interval(r, "value"))
+        if measure == "lds":
+            cells.append("-" if r is where(records, measure=measure)[0] else _interval(r, "difference", "+"))
+        elif measure == "drop":
+            cells.append(_interval(r, "over_random", "+"))
+        lines.append(cells)
+    ceiling = next((r for r in where(records, measure=measure) if r.get("ceiling") is not None), None)
+    if ceiling is not None:
+        lines.append(["noise ceiling: another seed of the same subset", _interval(ceiling, "ceiling"), "-"])
+    return lines
+
+
+def print_validation(records: Records, console: Console) -> None:
+    """The measures one after another, in 80 columns."""
+    for measure in dict.fromkeys(r["measure"] for r in records):
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=TITLES[measure], title_justify="left")
+        for place, head in enumerate(HEADS[measure]):
+            table.add_column(head, justify="left" if place == 0 else "right", max_width=30 if place == 0 else None)
+        for cells in lines_of(records, measure):
+            table.add_row(*map(escape, cells))
+        console.print(table)
+    console.print("[low, high]: 95% intervals over queries, and over subsets or seeds", style="dim", markup=False)
+
+
+def write_validation(records: Records, folder: Path) -> None:
+    """`lds`, `drop` and `tail-patch` as .md and .tex, and a figure (.png, .svg) of the first two."""
+    for measure in dict.fromkeys(r["measure"] for r in records):
+        write_table(folder / measure, HEADS[measure], lines_of(records, measure))
+    if where(records, measure="lds"):
+        save(_bars(where(records, measure="lds")), folder / "lds")
+    if where(records, measure="drop"):
+        save(_curves(where(records, measure="drop")), folder / "drop")
+
+
+def _interval(record: dict[str, Any], name: str, sign: str = "") -> str:
+    value, low, high = (record.get(f"{name}{end}") for end in ("", "_low", "_high"))
+    if value is None:
+        return "-"
+    ends = f" [{low:{sign}.2f}, {high:{sign}.2f}]" if low is not None and high is not None else ""
+    return f"{value:{sign}.2f}{ends}"
+
+
+def _bars(records: Records) -> Any:
+    """LDS of each method with its interval; a band is the noise ceiling."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(COLUMN, 0.28 * len(records) + 1.0), layout="constrained")
+    axis = figure.subplots()
+    order = sorted(records, key=lambda r: r["value"] if r["value"] is not None else -1)
+    for place, r in enumerate(order):
+        if r["value"] is None:
+            continue
+        axis.errorbar(
+            r["value"], place, xerr=reach([r], "value"), marker="o", markersize=4, color="black", elinewidth=0.8
+        )
+    ceiling = next((r for r in records if r.get("ceiling") is not None), None)
+    if ceiling is not None:
+        if ceiling["ceiling_low"] is not None:
+            axis.axvspan(ceiling["ceiling_low"], ceiling["ceiling_high"], color="0.9", linewidth=0, zorder=0)
+        axis.axvline(ceiling["ceiling"], color="0.5", linestyle="--", linewidth=0.8, label="noise ceiling")
+        axis.legend(fontsize=7, loc="lower right")
+    axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.set_yticks(range(len(order)), [r["method"] for r in order], fontsize=7)
+    axis.tick_params(axis="x", labelsize=7)
+    axis.set_xlabel("LDS: rank correlation of predicted and true loss over subsets", fontsize=7)
+    return figure
+
+
+def _curves(records: Records) -> Any:
+    """Rise of loss over the number of rows removed, a line a method and one for random rows."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(COLUMN, 3.0), layout="constrained")
+    axis = figure.subplots()
+    for place, name in enumerate(dict.fromkeys(r["method"] for r in records)):
+        mine = sorted(where(records, method=name), key=lambda r: r["removed"])
+        line(axis, place, [r["removed"] for r in mine], mine, "value", name)
+    whole(axis)
+    axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axis.grid(color="0.92")
+    axis.tick_params(labelsize=7)
+    axis.set_xlabel("training rows removed", fontsize=7)
+    axis.set_ylabel("rise of the queries' mean loss, nats", fontsize=7)
+    figure.legend(loc="outside right center", fontsize=6)
+    return figure

@@ -1,0 +1,196 @@
+"""`finetrace validate` on a tiny model, and what it makes of known worlds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import run
+from finetrace.evaluation import retraining
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.lds import Comparison
+from finetrace.evaluation.removal import RANDOM, Effect
+from finetrace.finetune_config import PRESETS, found_config
+from finetrace.reading import write_examples
+from finetrace.reporting.validated import kept_verdict
+from finetrace.validation.run import MEASURES, QUICK, Validation, _verdict
+from tiny import make_examples, make_llama, save_base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned tiny model, indexed, and queries."""
+
+    class Quiet:
+        def readouterr(self) -> Any:
+            return type("Captured", (), {"out": "", "err": ""})()
+
+    folder = tmp_path_factory.mktemp("validate")
+    save_base(folder / "base", make_llama().float())
+    write_examples(folder / "train.jsonl", make_examples(12))
+    write_examples(folder / "queries.jsonl", make_examples(3, seed=5))
+    here = ["--model", folder / "base"]
+    tuned = ["--epochs", 2, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2]
+    assert run(Quiet(), "finetune", folder / "train.jsonl", "--out", folder / "adapter", *here, *tuned)[0] == 0
+    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
+    assert run(Quiet(), "index", folder / "train.jsonl", *built, *here)[0] == 0
+    return folder
+
+
+def command(place: Path, out: Path, *more: object) -> list[object]:
+    return ["validate", "--index", place / "idx", "--queries", place / "queries.jsonl", "--out", out, *more]
+
+
+METHODS = ("--method", "gradcos", "--method", "repsim", "--method", "random")
+
+
+def test_a_run_is_validated_and_its_report_pages_say_so(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    page = ["trace", "--index", place / "idx", "--queries", place / "queries.jsonl", "--method", "gradcos", "--report"]
+    assert run(capsys, *page, tmp_path / "before.html")[0] == 0
+    assert "Not validated" in (tmp_path / "before.html").read_text()
+    out = tmp_path / "v"
+    code, printed, err = run(capsys, *command(place, out, "--subsets", 4, "--remove", 2, "--remove", 4, *METHODS))
+    assert code == 0, err
+    assert "retrainings" in err
+    assert "noise ceiling" in printed
+    assert (
+        max(map(len, (line for line in printed.splitlines() if not line.startswith(("-", "report", "results"))))) <= 80
+    )
+    document = json.loads((out / "results.json").read_text())
+    records = document["records"]
+    assert {r["measure"] for r in records} == set(MEASURES)
+    assert {r["spec"] for r in records if r["measure"] == "lds"} == {"gradcos", "repsim", "random"}
+    assert {
+        (r["spec"], r["removed"]) for r in records if r["measure"] == "drop" and r["spec"] != "rows of the class"
+    } == {(spec, count) for spec in ("gradcos", "repsim", "random", RANDOM) for count in (2, 4)}
+    assert all(r["ceiling"] is not None for r in records if r["measure"] == "lds")
+    for name in ("lds", "drop"):
+        assert {path.suffix for path in out.glob(f"{name}.*")} == {".md", ".tex", ".png", ".svg"}
+    assert document["config"]["finetuning"]["rank"] == 2
+    assert run(capsys, *page, tmp_path / "after.html")[0] == 0
+    text = (tmp_path / "after.html").read_text()
+    assert "Validated by retraining" in text
+    assert "Not validated" not in text
+    monkeypatch.setattr(retraining, "fit", lambda *_, **__: pytest.fail("trained again"))
+    again = run(capsys, *command(place, out, "--subsets", 4, "--remove", 2, "--measure", "lds", "--method", "datainf"))
+    assert again[0] == 0, again[2]  # another method on the same retrainings
+
+
+def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = run(
+        capsys, *command(place, tmp_path / "v", "--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "gradcos")
+    )
+    assert code == 0, err
+    sentence = next(
+        line
+        for line in json.loads((tmp_path / "v" / "results.json").read_text())["config"]["verdict"]
+        if "under the adapter" in line
+    )
+    own, again = (float(word) for word in sentence.split() if word.replace(".", "", 1).isdigit())
+    assert own == pytest.approx(
+        again, abs=0.011
+    )  # the same seed, rows and settings: the same adapter, to the printed digits
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--measure", "bias"), ("--measure bias", "lds, drop, tail-patch")),
+        (("--remove", 12, "--measure", "drop"), ("removing 12 of 12",)),
+        (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
+        (("--config", "nowhere.yaml"), ("--config nowhere.yaml", "no such file")),
+        (("--adapter", "nowhere"), ("--adapter nowhere",)),
+    ],
+)
+def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any) -> None:
+    code, _, err = run(capsys, *command(place, tmp_path / "v", "--method", "random", *more))
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+
+
+def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
+    quick = ("--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random")
+    assert run(capsys, *command(place, tmp_path / "v", *quick))[0] == 0
+    write_examples(tmp_path / "others.jsonl", make_examples(2, seed=8))
+    other = command(place, tmp_path / "v", *quick)
+    other[4] = tmp_path / "others.jsonl"
+    code, _, err = run(capsys, *other)
+    assert code == 2
+    assert "a validation with other settings" in err
+
+
+def test_how_an_adapter_was_trained_is_found_in_what_the_trainer_leaves(place: Path, tmp_path: Path) -> None:
+    assert found_config(tmp_path) is None
+    mine = found_config(place / "adapter")
+    assert mine is not None
+    assert (mine.epochs, mine.learning_rate, mine.rank) == (2, 0.01, 2)
+    assert found_config(place / "idx" / "adapter") == mine  # the index keeps it
+    folder = tmp_path / "hf"
+    (folder / "checkpoint-9").mkdir(parents=True)
+    (folder / "adapter_config.json").write_text((place / "adapter" / "adapter_config.json").read_text())
+    state = {
+        "num_train_epochs": 4,
+        "train_batch_size": 16,
+        "log_history": [{"learning_rate": 1e-4}, {"learning_rate": 2e-5}],
+    }
+    (folder / "checkpoint-9" / "trainer_state.json").write_text(json.dumps(state))
+    found = found_config(folder)
+    assert found is not None
+    assert (found.epochs, found.batch_size, found.learning_rate, found.rank) == (4, 16, 1e-4, 2)
+    assert found.target_modules == mine.target_modules
+    (folder / "checkpoint-9" / "trainer_state.json").write_text("{}")
+    with pytest.raises(Exception, match=r"give a finetune\.yaml with --config"):
+        found_config(folder)
+
+
+def test_verdicts_say_what_the_intervals_say() -> None:
+    def estimate(value: float, half: float) -> Estimate:
+        return Estimate(value, value - half, value + half, 5)
+
+    names = {"exact": "exact", "repsim": "repsim"}
+    lds = Comparison(
+        {"exact": estimate(0.6, 0.1), "repsim": estimate(0.05, 0.1)},
+        estimate(0.9, 0.02),
+        {"exact": estimate(0, 0), "repsim": estimate(-0.55, 0.1)},
+    )
+    drops = [
+        Effect("exact", 5, estimate(0.4, 0.1), estimate(0.35, 0.1)),
+        Effect("repsim", 5, estimate(0.06, 0.1), estimate(0.01, 0.1)),
+        Effect(RANDOM, 5, estimate(0.05, 0.02), None),
+    ]
+    lines = _verdict(lds, drops, (1.0, 1.02), names)
+    assert lines[0].startswith("On this run exact predicts what training on other rows does to the answers: LDS 0.60")
+    assert "of a possible 0.90" in lines[0]
+    assert "repsim has 0.05 [-0.05, 0.15]." in lines[1]
+    assert (
+        "top 5 rows of exact raises the answers' loss by 0.40 [0.30, 0.50] nats, more than without 5 random" in lines[2]
+    )
+    assert lines[3] == "Not told apart from 5 random rows: repsim."
+    assert lines[4].endswith("after retraining on all rows.")
+    weak = Comparison({"exact": estimate(0.05, 0.1)}, None, {"exact": estimate(0, 0)})
+    assert "does not show that it predicts" in _verdict(weak, [], (1.0, 2.0), names)[0]
+    assert "may not be those that made the adapter" in _verdict(weak, [], (1.0, 2.0), names)[1]
+
+
+def test_how_many_rows_are_removed() -> None:
+    assert Validation().removed(100) == (10, 25)
+    assert Validation().removed(3) == (1,)
+    assert Validation(counts=(7,)).removed(100) == (7,)
+    assert set(QUICK.methods) <= set(Validation().methods)
+    assert PRESETS["default"].epochs == 3
+
+
+def test_a_damaged_verdict_is_named(tmp_path: Path) -> None:
+    assert kept_verdict(tmp_path) is None
+    (tmp_path / "validation.json").write_text("[]")
+    with pytest.raises(Exception, match="run finetrace validate again"):
+        kept_verdict(tmp_path)
+    (tmp_path / "validation.json").write_text(json.dumps({"verdict": ["one.", "two."]}))
+    assert kept_verdict(tmp_path) == "Validated by retraining. one. two."
