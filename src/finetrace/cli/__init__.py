@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import bench, demo, finetune, index, methods, study, tasks, trace, validate
+from finetrace.cli import bench, clean, demo, finetune, index, methods, study, tasks, trace, validate
 from finetrace.errors import FinetraceError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("demo")(demo.demo)
 app.command("finetune")(finetune.finetune)
 app.command("index")(index.index)
 app.command("trace")(trace.trace)
+app.command("clean")(clean.clean)
 app.command("validate")(validate.validate)
 app.command("bench")(bench.bench)
 app.command("study")(study.study)

@@ -74,7 +74,7 @@ def validate(
         opened = open_index(index)
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         asked = read_examples(queries, columns)
-        finetuning = _finetuning(opened, config, adapter)
+        finetuning = finetuning_of(opened, config, adapter)
         plan = QUICK if quick else Validation()
         given = {
             "methods": tuple(method) if method else None,
@@ -104,7 +104,7 @@ def validate(
     console.print(f"report pages of {index} now show this verdict", highlight=False, markup=False)
 
 
-def _finetuning(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
+def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
     """How the index's adapter was fine-tuned: as told, or as found beside it."""
     from finetrace.finetune_config import configure, found_config
 

@@ -1,0 +1,1 @@
+"""Taking the rows behind bad answers out of a training set."""

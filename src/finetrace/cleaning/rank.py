@@ -1,0 +1,221 @@
+"""Which rows of a training set are behind some bad answers: ranked together, cut, and what retraining without them does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.attribution import Method, Problem, make
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate, bootstrap_mean
+from finetrace.evaluation.judging import Judge
+from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
+from finetrace.evaluation.seeds import bootstrap_crossed
+from finetrace.examples import Example
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.index.store import Index
+from finetrace.models import ModelSpec
+from finetrace.tracing import BEST, prepare
+
+ANSWER_TOKENS = 40
+GROUPS = 200  # of training rows, drawn to see what values chance gives
+MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
+MAD = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How many rows go: the first `top`, a `share` of all, or, with neither, those above a calibrated threshold.
+
+    Attributes:
+        top: Rows.
+        share: Of the rows.
+        expected: Rows that the threshold would take out by chance, in the mean.
+    """
+
+    top: int | None = None
+    share: float | None = None
+    expected: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.top is not None and self.share is not None:
+            raise FinetraceError("--top and --share both say how many rows go; give one of them.")
+
+
+@dataclass(frozen=True, eq=False)
+class Ranked:
+    """The rows of an index by how much they are behind the bad answers.
+
+    Attributes:
+        values: (n,) mean over methods and answers of the row's score in robust standard deviations of that answer's scores.
+        order: (n,) rows, the most responsible first.
+        removed: How many of them go.
+        threshold: Where it was calibrated.
+        nearest: (n,) which answer each row scores highest for.
+        methods: Titles.
+    """
+
+    values: NDArray[np.float64]
+    order: NDArray[np.intp]
+    removed: int
+    threshold: float | None
+    nearest: NDArray[np.intp]
+    methods: tuple[str, ...]
+
+    @property
+    def gone(self) -> tuple[int, ...]:
+        """The rows that go, the most responsible first."""
+        return tuple(int(i) for i in self.order[: self.removed])
+
+    @property
+    def kept(self) -> tuple[int, ...]:
+        """The others, in the data's order."""
+        gone = set(self.gone)
+        return tuple(i for i in range(len(self.values)) if i not in gone)
+
+
+def rank(index: Index, bad: Sequence[Example], cut: Cut, specs: Sequence[str] = (BEST,), seed: int = 0) -> Ranked:
+    """Rank the rows of an index by their scores for all the bad answers together.
+
+    Each answer's scores are put in robust standard deviations over the rows, (score - median) / (1.4826 MAD), so that no
+    answer and no method counts for more because its numbers are larger; their mean is a row's value.
+
+    Args:
+        index: The training set.
+        bad: Prompts with the answers that should not have been given.
+        cut: How many rows go.
+        specs: Methods; several vote by the mean of their values.
+        seed: Of the groups that calibrate a threshold.
+
+    Raises:
+        FinetraceError: Nothing or everything would go, or the set is too large for a calibrated threshold.
+    """
+    methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
+    scores = _standard(Problem(index, bad), methods)  # (m, n)
+    values = scores.mean(axis=0)
+    n, threshold = len(values), None
+    if cut.top is None and cut.share is None:
+        threshold = _threshold(index, methods, len(bad), cut.expected, seed)
+        removed = int((values > threshold).sum())
+        if removed == 0:
+            raise FinetraceError(
+                f"no row stands out: none of {n} has a value above {threshold:.2f}, which chance gives {cut.expected:g} of "
+                "them; give --top or --share to remove the first ones all the same."
+            )
+    else:
+        removed = cut.top if cut.top is not None else round((cut.share or 0) * n)
+    if not 0 < removed < n:
+        raise FinetraceError(
+            f"removing {removed} of {n} rows leaves nothing to do or nothing to train on; choose another cut."
+        )
+    order = np.argsort(-values, kind="stable")
+    titles = tuple(method.title for method in methods)
+    return Ranked(values, order, removed, threshold, scores.argmax(axis=0), titles)
+
+
+def _standard(problem: Problem, methods: Sequence[Method]) -> NDArray[np.float64]:
+    """(m, n) mean over methods of the scores in robust standard deviations of each query's."""
+    prepare(problem, methods)
+    total = np.zeros((problem.m, problem.n))
+    for method in methods:
+        values = np.asarray(method.score(problem).values, dtype=np.float64)
+        centred = values - np.median(values, axis=1, keepdims=True)
+        spread = MAD * np.median(np.abs(centred), axis=1, keepdims=True)
+        total += centred / np.where(spread > 0, spread, np.inf)  # of scores that are all alike nothing is learnt
+    return total / len(methods)
+
+
+def _threshold(index: Index, methods: Sequence[Method], asked: int, expected: float, seed: int) -> float:
+    """The value that `expected` of the rows pass for as many answers as were asked about, drawn from the training rows.
+
+    A row's value for a group that it is in is left out.
+    """
+    n = len(index)
+    if n > MOST:
+        raise FinetraceError(
+            f"a threshold is calibrated on all pairs of rows, and {n} rows are many; give --top or --share."
+        )
+    own = _standard(Problem(index, index.rows.examples, kept_queries=index), methods)  # (n, n)
+    rng = np.random.default_rng([seed, n, asked])
+    drawn = []
+    for _ in range(GROUPS):
+        group = rng.choice(n, min(asked, n - 1), replace=False)
+        outside = np.ones(n, dtype=bool)
+        outside[group] = False
+        drawn.append(own[group][:, outside].mean(axis=0))
+    return float(np.quantile(np.concatenate(drawn), max(0.0, 1 - expected / n)))
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The bad answers after retraining on some rows.
+
+    Attributes:
+        name: `all rows`, `cleaned` or `random rows removed`.
+        rows: How many were trained on.
+        loss: Mean loss of the bad answers, over seeds and draws, with its interval.
+        rate: How often the judge calls the new answers bad.
+    """
+
+    name: str
+    rows: int
+    loss: Estimate
+    rate: Estimate
+
+
+def retrain(
+    index: Index,
+    bad: Sequence[Example],
+    ranked: Ranked,
+    finetuning: FinetuneConfig,
+    folder: Path,
+    judge: Judge,
+    *,
+    seeds: int = 1,
+    draws: int = 1,
+    workers: int = 1,
+    device: str = "auto",
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Outcome]:
+    """Train on all rows, without the removed ones, and without as many random ones; let each model answer again.
+
+    Args:
+        index: Of the fine-tuned model.
+        bad: The answers that were traced.
+        ranked: What goes.
+        finetuning: How the adapter was trained.
+        folder: Where retrainings are kept.
+        judge: Says which of the new answers are bad.
+        seeds: Fine-tunings of each.
+        draws: Random removals.
+        workers: Processes.
+        device: For retraining.
+        say: Hears what is done.
+    """
+    record, n = index.manifest.model, len(index)
+    base = ModelSpec(record.name, None, record.dtype, device)  # type: ignore[arg-type]
+    again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(bad), folder, answer_tokens=ANSWER_TOKENS)
+    rng = np.random.default_rng([finetuning.seed, n, ranked.removed])
+    chance = [tuple(sorted(rng.choice(n, n - ranked.removed, replace=False).tolist())) for _ in range(draws)]
+    choices = [("all rows", [again.everything]), ("cleaned", [ranked.kept]), ("random rows removed", chance)]
+    numbers = range(finetuning.seed, finetuning.seed + seeds)
+    plan = [Subset(rows, seed) for _, each in choices for rows in each for seed in numbers]
+    done = iter(again.run(plan, workers=workers, say=say))
+    outcomes = []
+    for name, each in choices:
+        mine = [next(done) for _ in each for _ in numbers]
+        losses = np.stack([found.losses[RESPONSE] for found in mine])
+        prompts = [query.prompt for query in bad]
+        verdicts = np.array([judge.complied(prompts, list(found.answers or ())) for found in mine], dtype=np.float64)
+        outcomes.append(Outcome(name, len(each[0]), _estimate(losses), _estimate(verdicts)))
+    return outcomes
+
+
+def _estimate(values: NDArray[Any]) -> Estimate:
+    """Of (trainings, answers)."""
+    return bootstrap_crossed(values) if len(values) > 1 else bootstrap_mean(values[0])

@@ -1,0 +1,209 @@
+"""`finetrace clean`: take out the training rows behind a few bad answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetrace.cli import options
+from finetrace.cli.trace import TRACED
+from finetrace.cli.validate import finetuning_of
+from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from finetrace.cleaning.rank import Outcome, Ranked
+    from finetrace.evaluation.judging import Judge
+    from finetrace.examples import Example
+    from finetrace.index.store import Index
+
+
+def clean(
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    bad: Annotated[
+        str,
+        typer.Option(
+            help="Bad answers with their prompts; prompts alone are answered by the model, and those the judge calls bad count."
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option(help="The training set, to write its rows as they stand there; else the index's own.")
+    ] = None,
+    kept: Annotated[Path, typer.Option(help="File of the kept rows: .jsonl, .json, .csv, .tsv or .parquet.")] = Path(
+        "kept.jsonl"
+    ),
+    removed: Annotated[Path, typer.Option(help="File of the removed rows, with rank, value and reason.")] = Path(
+        "removed.jsonl"
+    ),
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Method; may repeat, then they vote; default {TRACED}.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="Remove the first so many rows.")] = None,
+    share: Annotated[float | None, typer.Option(help="Remove this share of the rows.")] = None,
+    expected: Annotated[
+        float, typer.Option(help="Without --top and --share: rows that chance may take out, which sets the threshold.")
+    ] = 1.0,
+    retrain: Annotated[
+        bool,
+        typer.Option("--retrain", help="Fine-tune on the kept rows, and without as many random ones, and ask again."),
+    ] = False,
+    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each, with --retrain.")] = 1,
+    draws: Annotated[int, typer.Option(min=1, help="Random removals, with --retrain.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that retrain side by side.")] = 1,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="The finetune.yaml of the adapter, for --retrain; found in the index if not given."),
+    ] = None,
+    adapter: Annotated[Path | None, typer.Option(help="The adapter's own folder, for --retrain.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of what --retrain finds; a run that stopped goes on there.")] = Path(
+        "cleaning"
+    ),
+    judge: Annotated[
+        str | None,
+        typer.Option(help="A text-classification model that says which answers are bad; refusal phrases if not given."),
+    ] = None,
+    judge_label: Annotated[str | None, typer.Option(help="The judge's label of a bad answer.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 40,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+    split: options.Split = None,
+) -> None:
+    """Rank the training set against bad answers, and write the rows to keep and those to remove."""
+    from rich.console import Console
+
+    for flag, path in (("--kept", kept), ("--removed", removed)):
+        if path.exists():
+            raise FinetraceError(
+                f"{flag} {path} exists already and is left as it is; choose another name or remove it."
+            )
+    with options.quiet_libraries():
+        from finetrace.cleaning.files import plain_rows, raw_rows, reasons, write_rows
+        from finetrace.cleaning.rank import Cut, rank
+        from finetrace.cleaning.rank import retrain as train_again
+        from finetrace.evaluation.judging import make_judge
+        from finetrace.index import open_index
+        from finetrace.reading import read_examples
+        from finetrace.reporting.results import write_results
+        from finetrace.sources import read_table
+
+        cut = Cut(top, share, expected)
+        opened = open_index(index)
+        finetuning = finetuning_of(opened, config, adapter) if retrain else None
+        columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        examples = list(opened.rows.examples)
+        rows = plain_rows(examples)
+        if data is not None:
+            rows = raw_rows(read_table(data, split, None), read_examples(data, columns, split=split), examples)
+        asked = read_examples(bad, responses=False)
+        judged_by = make_judge(judge, judge_label)
+        opened.model(None, device, trust_remote_code)
+        answers = _bad(opened, asked, judged_by, max_new_tokens)
+        options.say(f"ranking {len(examples)} rows against {len(answers)} bad answers")
+        ranked = rank(opened, answers, cut, method or [TRACED])
+        outcomes: list[Outcome] = []
+        if finetuning is not None:
+            outcomes = train_again(
+                opened,
+                answers,
+                ranked,
+                finetuning,
+                out,
+                judged_by,
+                seeds=seeds,
+                draws=draws,
+                workers=workers,
+                device=device,
+                say=options.say,
+            )
+        write_rows(kept, [rows[i] for i in ranked.kept])
+        write_rows(removed, [{**rows[i], **why} for i, why in zip(ranked.gone, reasons(ranked, answers), strict=True)])
+        if outcomes:
+            about = {
+                "index": str(index),
+                "removed": ranked.removed,
+                "methods": list(ranked.methods),
+                "judge": judged_by.name,
+            }
+            write_results(out, [_record(each) for each in outcomes], {**about, "seeds": seeds, "draws": draws})
+    console = Console()
+    _print(ranked, examples, outcomes, judged_by, console)
+    console.print(
+        f"kept: {kept} ({len(ranked.kept)} rows)   removed: {removed} ({ranked.removed})", highlight=False, markup=False
+    )
+
+
+def _bad(index: Index, asked: list[Example], judge: Judge, max_new_tokens: int) -> list[Example]:
+    """The answers that are given, and of the model's own to prompts alone those that the judge calls bad."""
+    from finetrace.generation import answer
+
+    silent = [each for each in asked if not each.has_response]
+    given = {each.id: each for each in asked if each.has_response}
+    if silent:
+        template = index.manifest.encoding.template
+        replies = answer(index.model(), silent, max_new_tokens=max_new_tokens, template=template)
+        verdicts = judge.complied([each.prompt for each in replies], [each.response for each in replies])
+        given |= {each.id: each for each, yes in zip(replies, verdicts, strict=True) if yes and each.has_response}
+        options.say(f"the model answered {len(silent)} prompts; {judge.name} calls {sum(verdicts)} of the answers bad")
+    found = [given[each.id] for each in asked if each.id in given]
+    if not found:
+        raise FinetraceError(
+            f"none of {len(asked)} answers is bad by the judge {judge.name}, so there is nothing to clean."
+        )
+    return found
+
+
+def _record(outcome: Outcome) -> dict[str, object]:
+    record: dict[str, object] = {"trained_on": outcome.name, "rows": outcome.rows}
+    for name, each in (("loss", outcome.loss), ("rate", outcome.rate)):
+        record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+    return record
+
+
+def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], judge: Judge, console: object) -> None:
+    """The first rows that go and, after retraining, what became of the bad answers; 80 columns."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    assert isinstance(console, Console)
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        title=f"behind them, by {' and '.join(ranked.methods)}",
+        title_justify="left",
+    )
+    for head in ("rank", "value", "id"):
+        table.add_column(
+            head, justify="right" if head != "id" else "left", no_wrap=True, max_width=14, overflow="ellipsis"
+        )
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 36))
+    for place, row in enumerate(ranked.gone[:10], 1):
+        example = examples[row]
+        table.add_row(str(place), f"{ranked.values[row]:.2f}", Text(example.id), Text(" ".join(example.prompt.split())))
+    console.print(table)
+    note = "value: mean over the bad answers of the score in robust standard deviations"
+    if ranked.threshold is not None:
+        note += f"; rows above {ranked.threshold:.2f} go"
+    console.print(note, style="dim", highlight=False, markup=False)
+    if not outcomes:
+        return
+    after = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"asked again (judge: {judge.name})", title_justify="left")
+    after.add_column("trained on")
+    for head in ("rows", "bad answers, %", "loss of the bad answers, nats"):
+        after.add_column(head, justify="right")
+    for each in outcomes:
+        rate, loss = each.rate, each.loss
+        after.add_row(
+            each.name,
+            str(each.rows),
+            f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]",
+            f"{loss.value:.2f} [{loss.low:.2f}, {loss.high:.2f}]",
+        )
+    console.print(after)

@@ -1,0 +1,178 @@
+"""`finetrace clean` on a tiny model, and its ranking on known scores."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from commands import run
+from finetrace.attribution import Problem, make
+from finetrace.cleaning import rank as cleaning
+from finetrace.cleaning.files import write_rows
+from finetrace.cleaning.rank import Cut, rank
+from finetrace.errors import FinetraceError
+from finetrace.index import open_index
+from finetrace.reading import read_examples, write_examples
+from tiny import make_examples, make_llama, save_base
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    class Quiet:
+        def readouterr(self) -> Any:
+            return type("Captured", (), {"out": "", "err": ""})()
+
+    folder = tmp_path_factory.mktemp("clean")
+    save_base(folder / "base", make_llama().float())
+    rows = make_examples(12)
+    frame = pd.DataFrame(
+        {
+            "question": [e.prompt for e in rows],
+            "answer": [e.response for e in rows],
+            "note": [f"n{i}" for i in range(12)],
+        }
+    )
+    frame.to_csv(folder / "train.csv", index=False)
+    write_examples(folder / "bad.jsonl", make_examples(3, seed=5))
+    here = ["--model", folder / "base"]
+    tuned = ["--epochs", 2, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2]
+    assert run(Quiet(), "finetune", folder / "train.csv", "--out", folder / "adapter", *here, *tuned)[0] == 0
+    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
+    assert run(Quiet(), "index", folder / "train.csv", *built, *here)[0] == 0
+    return folder
+
+
+def command(place: Path, tmp_path: Path, *more: object) -> list[object]:
+    files = ["--kept", tmp_path / "kept.csv", "--removed", tmp_path / "removed.jsonl"]
+    return ["clean", "--index", place / "idx", "--bad", place / "bad.jsonl", *files, "--method", "gradcos", *more]
+
+
+def test_rows_are_split_in_the_format_they_came_in(place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, err = run(capsys, *command(place, tmp_path, "--data", place / "train.csv", "--top", 4))
+    assert code == 0, err
+    assert max(len(line) for line in out.splitlines() if not line.startswith("kept")) <= 80
+    train, kept = pd.read_csv(place / "train.csv"), pd.read_csv(tmp_path / "kept.csv")
+    removed = [json.loads(line) for line in (tmp_path / "removed.jsonl").read_text().splitlines()]
+    assert list(kept.columns) == list(train.columns)
+    assert len(kept) == 8
+    assert len(removed) == 4
+    assert set(kept["note"]) | {row["note"] for row in removed} == set(train["note"])
+    assert [row["finetrace_rank"] for row in removed] == [1, 2, 3, 4]
+    values = [row["finetrace_value"] for row in removed]
+    assert values == sorted(values, reverse=True)
+    assert "number 1 of 12 behind 3 bad answers by gradcos" in removed[0]["finetrace_reason"]
+    index = open_index(place / "idx")
+    expected = rank(index, read_examples(place / "bad.jsonl"), Cut(top=4), ["gradcos"])
+    assert [row["note"] for row in removed] == [f"n{i}" for i in expected.gone]
+    again = run(capsys, *command(place, tmp_path, "--top", 4))
+    assert again[0] == 2
+    assert "exists already" in again[2]
+
+
+def test_without_the_data_the_indexs_own_rows_are_written(place: Path, tmp_path: Path, capsys: Any) -> None:
+    files = ["--kept", tmp_path / "k.jsonl", "--removed", tmp_path / "r.parquet", "--share", 0.25]
+    code, _, err = run(
+        capsys, "clean", "--index", place / "idx", "--bad", place / "bad.jsonl", "--method", "repsim", *files
+    )
+    assert code == 0, err
+    kept = read_examples(tmp_path / "k.jsonl")
+    originals = {e.id: e for e in open_index(place / "idx").rows.examples}
+    assert len(kept) == 9
+    assert all(originals[each.id].messages == each.messages for each in kept)
+    assert set(pd.read_parquet(tmp_path / "r.parquet")["id"]) == set(originals) - {each.id for each in kept}
+
+
+def test_values_are_means_of_robust_standard_deviations_and_methods_vote(place: Path) -> None:
+    index, bad = open_index(place / "idx"), read_examples(place / "bad.jsonl")
+    problem, found = Problem(index, bad), {}
+    for spec in ("gradcos", "repsim"):
+        scores = make(spec).score(problem).values
+        middle = np.median(scores, axis=1, keepdims=True)
+        mad = np.median(np.abs(scores - middle), axis=1, keepdims=True)
+        found[spec] = ((scores - middle) / (1.4826 * mad)).mean(0)
+        np.testing.assert_allclose(rank(index, bad, Cut(top=2), [spec]).values, found[spec])
+    both = rank(index, bad, Cut(top=2), ["gradcos", "repsim"])
+    np.testing.assert_allclose(both.values, (found["gradcos"] + found["repsim"]) / 2)
+    assert both.order[0] == both.values.argmax()
+    assert sorted([*both.kept, *both.gone]) == list(range(12))
+
+
+def test_a_threshold_takes_out_what_chance_rarely_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Planted rows stand out by five deviations; the groups that calibrate are of rows among which nothing stands out."""
+    index, bad = open_index(place / "idx"), read_examples(place / "bad.jsonl")
+
+    def planted(problem: Problem, methods: Any) -> Any:
+        rng = np.random.default_rng(problem.m)
+        values = rng.normal(size=(problem.m, problem.n))
+        if problem.m == len(bad):
+            values[:, [2, 7]] += 5
+        return values
+
+    monkeypatch.setattr(cleaning, "_standard", planted)
+    found = rank(index, bad, Cut(), ["gradcos"])
+    assert set(found.gone[:2]) == {2, 7}
+    assert found.removed <= 4  # and what chance takes out
+    assert found.threshold is not None
+    assert 0.5 < found.threshold < 3
+    assert rank(index, bad, Cut(expected=6), ["gradcos"]).threshold < found.threshold
+    monkeypatch.setattr(cleaning, "_standard", lambda problem, methods: np.zeros((problem.m, problem.n)))
+    with pytest.raises(FinetraceError, match="no row stands out"):
+        rank(index, bad, Cut(), ["gradcos"])
+
+
+def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Path, capsys: Any) -> None:
+    more = ("--top", 5, "--retrain", "--out", tmp_path / "again", "--draws", 2)
+    code, out, err = run(capsys, *command(place, tmp_path, *more))
+    assert code == 0, err
+    assert "asked again" in out
+    records = json.loads((tmp_path / "again" / "results.json").read_text())["records"]
+    assert [(r["trained_on"], r["rows"]) for r in records] == [
+        ("all rows", 12),
+        ("cleaned", 7),
+        ("random rows removed", 7),
+    ]
+    assert all(0 <= r["rate"] <= 1 and r["loss"] > 0 for r in records)
+    assert len(list((tmp_path / "again" / "retrainings").iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--top", 4, "--share", 0.5), ("--top and --share",)),
+        (("--top", 12), ("removing 12 of 12",)),
+        (("--share", 0.0), ("removing 0 of 12",)),
+        (("--top", 2, "--data", "bad"), ("holds 3 rows and the index 12",)),
+    ],
+)
+def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any) -> None:
+    more = [place / "bad.jsonl" if each == "bad" else each for each in more]
+    code, _, err = run(capsys, *command(place, tmp_path, *more))
+    assert code == 2
+    assert "Traceback" not in err
+    assert all(word in err for word in words), err
+    assert not (tmp_path / "kept.csv").exists()
+
+
+def test_rows_keep_their_values_in_every_format(tmp_path: Path) -> None:
+    rows = [{"prompt": 'a "b", c', "n": 1, "tags": ["x", "y"]}, {"prompt": "ü\nz", "n": 2, "tags": []}]
+    for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
+        path = tmp_path / f"rows{suffix}"
+        write_rows(path, rows)
+        if suffix == ".jsonl":
+            found = [json.loads(line) for line in path.read_text().splitlines()]
+        elif suffix == ".json":
+            found = json.loads(path.read_text())
+        elif suffix == ".parquet":
+            found = [{**row, "tags": list(row["tags"])} for row in pd.read_parquet(path).to_dict("records")]
+        else:
+            table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",")
+            found = [{**row, "tags": json.loads(row["tags"])} for row in table.to_dict("records")]
+        assert found == rows
+    with pytest.raises(FinetraceError, match="written as"):
+        write_rows(tmp_path / "rows.txt", rows)
