@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from finetrace.api import Index
 from finetrace.attribution import Problem, make
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -17,6 +18,7 @@ from finetrace.index import build_index, open_index
 from finetrace.index.views import view
 from finetrace.models import Loaded, ModelSpec
 from finetrace.moments import at_moment
+from finetrace.tracing import BEST, BEST_AT_END, STANDARD, default_method, standard
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 
 
@@ -180,3 +182,25 @@ def test_labels_and_titles_name_the_moment() -> None:
     assert make(method.label) == method
     with pytest.raises(FinetraceError, match="at"):
         make("gradcos:at=middle")
+
+
+def test_where_there_is_no_start_the_default_is_the_best_at_the_end(tmp_path: Path) -> None:
+    loaded, examples = learnt(), make_examples(4)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    assert index.has_start()
+    assert view(index, "response", at="start").has_start()
+    assert default_method(index) == BEST
+    assert standard(index) == STANDARD
+    plain = Loaded(make_llama(), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    bare, _ = build_index(plain, examples, tmp_path / "b", Encoder(plain.tokenizer), modules=["layers.1.mlp"])
+    other = with_lora(make_llama())  # began at random values
+    odd, _ = build_index(
+        Loaded(other, make_tokenizer(), plain.spec), examples, tmp_path / "o", Encoder(plain.tokenizer)
+    )
+    for each in (bare, odd):
+        assert not each.has_start()
+        assert default_method(each) == BEST_AT_END
+        assert set(standard(each)) < set(STANDARD)
+        assert not any("at=start" in spec for spec in standard(each))
+    assert Index(tmp_path / "b", plain).trace(make_examples(2, seed=5)).method == BEST_AT_END
+    assert Index(tmp_path / "i", loaded).trace(make_examples(2, seed=5)).method == BEST

@@ -15,7 +15,7 @@ from finetrace.index import build_index as _build
 from finetrace.index import store
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
-from finetrace.tracing import BEST
+from finetrace.tracing import default_method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ class Index(store.Index):
                 index was built with.
         """
         if method is None:
-            best = make(BEST)
+            best = make(default_method(self))
             method, parameters = best.name, {**best.parameters, **parameters}
         known = make(method)
         for name in parameters:

@@ -54,7 +54,9 @@ def _learnt(model: nn.Module) -> list[Tensor]:
             "at=start: the model has no LoRA adapter that could be taken back to its start; use at=end."
         )
     for name in model.active_adapters:
-        _refuse_other_starts(model.peft_config[name])
+        why = why_no_start(model.peft_config[name])
+        if why is not None:
+            raise FinetraceError(f"at=start: {why}, so its start is not at hand; use at=end.")
     found = []
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
@@ -69,17 +71,20 @@ def _learnt(model: nn.Module) -> list[Tensor]:
     return found
 
 
-def _refuse_other_starts(config: Any) -> None:
-    """What was trained beside B, or did not begin at zero, cannot be put back."""
+def why_no_start(config: Any) -> str | None:
+    """Why the adapter of a PEFT configuration cannot be taken back to its start; `None` where it can.
+
+    What was trained beside B, or did not begin at zero, cannot be put back.
+    """
     how = getattr(config, "init_lora_weights", True)
     if how not in ZERO:
-        why = f"this adapter began with init_lora_weights={how}, where B is not zero"
-    elif config.modules_to_save:
-        why = f"{', '.join(sorted(config.modules_to_save))} were trained beside the adapter (modules_to_save)"
-    elif getattr(config, "bias", "none") != "none":
-        why = f"biases were trained beside the adapter (bias={config.bias})"
-    elif getattr(config, "trainable_token_indices", None):
-        why = "token embeddings were trained beside the adapter (trainable_token_indices)"
-    else:
-        return
-    raise FinetraceError(f"at=start: {why}, so its start is not at hand; use at=end.")
+        return f"this adapter began with init_lora_weights={how}, where B is not zero"
+    if getattr(config, "use_dora", False):
+        return "this adapter is DoRA, which trains magnitudes beside B"
+    if config.modules_to_save:
+        return f"{', '.join(sorted(config.modules_to_save))} were trained beside the adapter (modules_to_save)"
+    if getattr(config, "bias", "none") != "none":
+        return f"biases were trained beside the adapter (bias={config.bias})"
+    if getattr(config, "trainable_token_indices", None):
+        return "token embeddings were trained beside the adapter (trainable_token_indices)"
+    return None

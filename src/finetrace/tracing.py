@@ -11,10 +11,12 @@ import numpy as np
 from finetrace.attribution import Method, Problem, Scores
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.metrics import evaluate, relevance
+from finetrace.index.store import Index
 
-# The best of the gradient family on development tasks (benchmarks/choose_method.py): rows that taught the model these words,
-# and that moved it towards or away from complying.
-BEST = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
+# The best of the gradient family on development tasks (benchmarks/choose_method.py), and the best where the start of the
+# fine-tuning is not at hand: rows that taught the model these words, and that moved it towards or away from complying.
+BEST = "ekfac:layers=last-fifth,at=start"
+BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (
@@ -50,6 +52,15 @@ STANDARD = (
     "gradcos:loss_on=probe",
     "ekfac:normalise=cosine,loss_on=probe",
     "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    BEST_AT_END,
+    "gradsim:at=start",
+    "gradcos:at=start",
+    "datainf:at=start",
+    "exact:normalise=cosine,at=start",
+    "ekfac:at=start",
+    "ekfac:normalise=cosine,at=start",
+    "ekfac:normalise=cosine,layers=last-fifth,at=start",
+    "ekfac:layers=last-half,at=start",
     BEST,
 )
 TABLE = ("accuracy", "coverage", "auroc", "auprc")
@@ -84,6 +95,16 @@ class Result:
             "unit": self.scores.unit,
             **{f"parameter_{key}": value for key, value in self.scores.parameters.items() if key != "normalise"},
         }
+
+
+def default_method(index: Index) -> str:
+    """What traces where nobody says: the best method that the index's model allows."""
+    return BEST if index.has_start() else BEST_AT_END
+
+
+def standard(index: Index) -> tuple[str, ...]:
+    """`STANDARD`, without what needs the start of the fine-tuning where it is not at hand."""
+    return STANDARD if index.has_start() else tuple(spec for spec in STANDARD if "at=start" not in spec)
 
 
 def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> list[Result]:
@@ -122,7 +143,7 @@ def opening(results: Sequence[Result]) -> Result:
     chosen = best(results, controls=False)
     if chosen is not None:
         return chosen
-    order = (BEST, "exact:normalise=cosine", "exact", "gradcos", "repsim")
+    order = (BEST, BEST_AT_END, "exact:normalise=cosine", "exact", "gradcos", "repsim")
     found = {result.method.label: result for result in results}
     rest = [result for result in results if not result.method.control] or list(results)
     return next((found[label] for label in order if label in found), rest[0])

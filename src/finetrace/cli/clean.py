@@ -91,6 +91,7 @@ def clean(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.sources import read_table
+        from finetrace.tracing import default_method
 
         cut = Cut(top, share, expected)
         opened = open_index(index)
@@ -105,7 +106,7 @@ def clean(
         opened.model(None, device, trust_remote_code)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
         options.say(f"ranking {len(examples)} rows against {len(answers)} bad answers")
-        ranked = rank(opened, answers, cut, method or [TRACED])
+        ranked = rank(opened, answers, cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
         if finetuning is not None:
             outcomes = train_again(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from finetrace.index.store import Index
     from finetrace.tracing import Result
 
-TRACED = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"  # tracing.BEST, without its imports
+TRACED = "ekfac:layers=last-fifth,at=start"  # tracing.BEST, without its imports
 
 
 def trace(
@@ -72,9 +72,15 @@ def trace(
         from finetrace.examples import Example
         from finetrace.index import open_index
         from finetrace.reading import read_examples
-        from finetrace.tracing import STANDARD, run_methods
+        from finetrace.tracing import default_method, run_methods, standard
 
-        specs = [each for name in method or [TRACED] for each in (STANDARD if name == "all" else [name])]
+        opened = open_index(index)
+        asked_for = method or [default_method(opened)]
+        specs = [each for name in asked_for for each in (standard(opened) if name == "all" else [name])]
+        if not opened.has_start() and (method is None or "all" in method):
+            options.say(
+                f"{index}: the start of the fine-tuning is not at hand, so methods there (at=start) are left out"
+            )
         overrides: dict[str, Any] = {"normalise": normalise, "damping": damping, "damping_rule": damping_rule}
         chosen = list(dict.fromkeys(make(spec, **overrides) for spec in specs))
         for name, value in overrides.items():
@@ -82,7 +88,6 @@ def trace(
                 raise FinetraceError(
                     f"--{name.replace('_', '-')} {value}: none of the methods chosen has this parameter."
                 )
-        opened = open_index(index)
         if queries is not None:
             columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
             asked = read_examples(queries, columns, responses=False)

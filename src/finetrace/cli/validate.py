@@ -67,6 +67,7 @@ def validate(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import keep_verdict
+        from finetrace.tracing import BEST, BEST_AT_END
         from finetrace.validation.run import QUICK, Validation
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
@@ -76,6 +77,8 @@ def validate(
         asked = read_examples(queries, columns)
         finetuning = finetuning_of(opened, config, adapter)
         plan = QUICK if quick else Validation()
+        if not opened.has_start():
+            plan = replace(plan, methods=tuple(BEST_AT_END if name == BEST else name for name in plan.methods))
         given = {
             "methods": tuple(method) if method else None,
             "measures": tuple(measure) if measure else None,

@@ -22,7 +22,8 @@ class FactorSums:
     stored transposed); a bias has left side delta_t and right side 1. An example's gradient is the sum over all tokens at
     which delta is not zero, and of these the prompt's are many: what a value projection makes of a prompt reaches the response
     through attention. So the sums go from an example's first token to the last one that predicts a token of the loss. What
-    lies after it, and padding, carries no gradient and is in no sum.
+    lies after it, and padding, carries no gradient and is in no sum. In the last layer the prompt's queries carry none either;
+    they are counted there all the same, as no rule that looks at the numbers tells a zero from a rounding error.
 
     Attributes:
         labels: `model` draws the labels of the loss from the model's own predictions, which makes the curvature the

@@ -32,7 +32,7 @@ def path(folder: Path, labels: Labels) -> Path:
 
 def part_path(folder: Path, labels: Labels, start: int) -> Path:
     """Where the sums over the shard that begins at row `start` lie until all are there."""
-    return folder / FOLDER / f"{labels}.parts" / f"{start:09d}.safetensors"
+    return folder / FOLDER / f"{labels}.parts-{FORMAT}" / f"{start:09d}.safetensors"
 
 
 def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int) -> int:

@@ -16,7 +16,7 @@ from finetrace.examples import Example
 from finetrace.index import manifest, rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
-from finetrace.moments import at_moment
+from finetrace.moments import at_moment, why_no_start
 
 
 class Index:
@@ -99,6 +99,16 @@ class Index:
             self._check(self._loaded)
             self._checked = True
         return self._loaded
+
+    def has_start(self) -> bool:
+        """Whether gradients can be taken where the fine-tuning began (`finetrace.moments`); asks the kept adapter alone."""
+        if self._parent is not None:
+            return self._parent.has_start()
+        if self.manifest.model.adapter is None:
+            return False
+        from peft import PeftConfig
+
+        return why_no_start(PeftConfig.from_pretrained(str(self._inside(self.manifest.model.adapter)))) is None
 
     def encoder(self, loss_on: str | None = None) -> Encoder:
         """The encoding that the training examples had, or the same with the loss on other tokens."""
