@@ -157,10 +157,10 @@ def test_a_broken_shard_is_named(index, place, capsys):
     content = shard.read_bytes()
     try:
         shard.write_bytes(content[:-4] + b"oops")
-        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b")
+        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b", "--method", "exact")
         assert_one_sentence(code, err, shard.name, "broken")
         shard.unlink()
-        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b")
+        code, _, err = run(capsys, "trace", "--index", index, "--ask", "a", "--answer", "b", "--method", "exact")
         assert_one_sentence(code, err, shard.name, "missing", "finetrace index")
     finally:
         shard.write_bytes(content)

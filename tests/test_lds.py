@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.lds import compare, draw_subsets, noise_ceiling, per_query
+from finetrace.evaluation.lds import agreement, compare, draw_subsets, per_query, reachable
 
 
 def world(noise: float, seeds: int = 2, n: int = 30, s: int = 40, m: int = 6) -> Any:
@@ -39,7 +39,7 @@ def test_true_effects_predict_a_linear_world_exactly_and_their_opposite_the_oppo
     np.testing.assert_allclose(per_query(effects, members, losses), 1)
     np.testing.assert_allclose(per_query(7 * effects + 3, members, losses), 1)  # neither scale nor offset counts
     np.testing.assert_allclose(per_query(-effects, members, losses), -1)
-    np.testing.assert_allclose(noise_ceiling(losses), 1)
+    np.testing.assert_allclose(agreement(losses), 1)
 
 
 def test_the_score_is_the_mean_over_seeds_of_spearman() -> None:
@@ -48,7 +48,7 @@ def test_the_score_is_the_mean_over_seeds_of_spearman() -> None:
     for q, found in enumerate(per_query(guess, members, losses)):
         each = [spearmanr(-(members @ guess[q]), seed[:, q]).statistic for seed in losses]
         assert found == pytest.approx(np.mean(each))
-    for q, found in enumerate(noise_ceiling(losses)):
+    for q, found in enumerate(agreement(losses)):
         each = [spearmanr(losses[a, :, q], losses[b, :, q]).statistic for a, b in ((0, 1), (0, 2), (1, 2))]
         assert found == pytest.approx(np.mean(each))
 
@@ -64,10 +64,11 @@ def test_methods_are_compared_on_the_same_draws() -> None:
     same = found.differences["same"]
     assert (same.value, same.low, same.high) == (0, 0, 0)
     assert found.differences["chance"].high < 0
-    assert found.ceiling is not None
+    assert found.agreement is not None
+    assert "true" in found.sure
     assert found.lds["chance"].low < 0.2
     assert found.lds["true"].value > found.lds["near"].value > found.lds["chance"].value
-    assert compare({"true": effects}, members, losses[:1], resamples=20).ceiling is None
+    assert compare({"true": effects}, members, losses[:1], resamples=20).agreement is None
 
 
 def test_queries_whose_losses_do_not_vary_are_left_out() -> None:
@@ -79,12 +80,47 @@ def test_queries_whose_losses_do_not_vary_are_left_out() -> None:
     assert compare({"m": effects}, members, losses, resamples=20).lds["m"].value == pytest.approx(rest.mean())
 
 
+@pytest.mark.parametrize("noise", [2.0, 4.0, 8.0])
+def test_true_effects_reach_what_is_reachable_and_lie_above_the_agreement_of_seeds(noise: float) -> None:
+    rng = np.random.default_rng(1)
+    effects, members = rng.normal(size=(60, 30)), draw_subsets(30, 200, 0.5)
+    losses = -(effects @ members.T).T[None] + noise * rng.normal(size=(2, 200, 60))
+    reached = float(per_query(effects, members, losses).mean())
+    assert reached == pytest.approx(reachable(losses), abs=0.05)
+    assert reached > float(agreement(losses).mean()) + 0.02
+
+
+def test_silence_about_a_query_is_worth_nothing() -> None:
+    effects, members, losses = world(0.5, m=4)
+    wrong, silent = effects.copy(), effects.copy()
+    wrong[3], silent[3] = -effects[3], 0
+    found = compare({"wrong": wrong, "silent": silent, "true": effects}, members, losses, resamples=50)
+    assert per_query(silent, members, losses)[3] == 0
+    assert found.lds["silent"].value == pytest.approx(
+        0.75 * np.mean(per_query(effects, members, losses)[:3]) / 0.75 * 0.75
+    )
+    assert found.lds["wrong"].value < found.lds["silent"].value < found.lds["true"].value
+    assert found.lds["silent"].n == 4
+
+
+def test_the_best_of_many_guesses_is_rarely_called_sure() -> None:
+    sure = 0
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        members, losses = draw_subsets(30, 30, 0.5, seed), rng.normal(size=(2, 30, 10))
+        guesses = {f"m{i}": rng.normal(size=(10, 30)) for i in range(10)}
+        sure += bool(compare(guesses, members, losses, resamples=60).sure)
+    assert sure <= 4
+
+
 def test_what_cannot_be_scored_is_said() -> None:
     effects, members, losses = world(1.0)
     with pytest.raises(FinetraceError, match="two seeds"):
-        noise_ceiling(losses[:1])
+        agreement(losses[:1])
     with pytest.raises(FinetraceError, match="shape"):
         per_query(effects, members, losses[0])
+    with pytest.raises(FinetraceError, match="are not those of 6 queries and 30 rows"):
+        per_query(effects[:1], members, losses)
     with pytest.raises(FinetraceError, match="at least 3"):
         per_query(effects, members[:2], losses[:, :2])
     losses[0, 0, 0] = np.nan

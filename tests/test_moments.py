@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import IA3Config, get_peft_model
 
 from finetrace.api import Index
 from finetrace.attribution import Problem, make
@@ -204,3 +205,31 @@ def test_where_there_is_no_start_the_default_is_the_best_at_the_end(tmp_path: Pa
         assert not any("at=start" in spec for spec in standard(each))
     assert Index(tmp_path / "b", plain).trace(make_examples(2, seed=5)).method == BEST_AT_END
     assert Index(tmp_path / "i", loaded).trace(make_examples(2, seed=5)).method == BEST
+
+
+def test_what_only_looks_like_a_start_is_refused() -> None:
+    merged = learnt().model
+    merged.merge_adapter()
+    beside = learnt().model
+    beside.base_model.model.model.norm.weight.requires_grad_(True)
+    other = get_peft_model(
+        make_llama(), IA3Config(target_modules=["v_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    )
+    other.requires_grad_(False)
+    for model, said in ((merged, "merged"), (beside, "norm.weight is trained beside"), (other, "is not LoRA")):
+        with pytest.raises(FinetraceError, match=said), at_moment(model, "start"):
+            pass
+    with pytest.raises(FinetraceError, match="at=middle: not known; use end or start"), at_moment(merged, "middle"):  # type: ignore[arg-type]
+        pass
+
+
+def test_queries_that_were_kept_at_another_moment_are_refused(tmp_path: Path) -> None:
+    loaded, queries = learnt(), make_examples(2, seed=5)
+    encoder = Encoder(loaded.tokenizer)
+    index, _ = build_index(loaded, make_examples(4), tmp_path / "i", encoder, at="start")
+    kept, _ = build_index(loaded, queries, tmp_path / "q", encoder)
+    with pytest.raises(FinetraceError, match="was not built as"):
+        Problem(index, queries, kept_queries=kept)
+    other, _ = build_index(loaded, queries, tmp_path / "o", Encoder(loaded.tokenizer, "all"), at="start")
+    with pytest.raises(FinetraceError, match="was not built as"):
+        Problem(index, queries, kept_queries=other)

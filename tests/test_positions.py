@@ -23,7 +23,7 @@ from finetrace.forward import Batch
 from finetrace.index import build_index, open_index, view
 from finetrace.models import Loaded
 from finetrace.positions import PROBE, Positions
-from finetrace.tracing import BEST
+from finetrace.tracing import BEST_AT_END
 from tiny import (
     conversation,
     make_encoded,
@@ -348,9 +348,9 @@ def test_a_half_precision_models_products_are_float32() -> None:
         inputs, delta = (each.float() for each in seen[block.name])
         expected = torch.bmm(delta.transpose(1, 2), inputs).flatten(1)
         assert relative_error(rows[:, block.columns], expected) < 1e-5
-        flat = inputs.reshape(-1, inputs.shape[-1])[batch.rows]
+        flat = inputs.reshape(-1, inputs.shape[-1])[batch.carrying]
         assert relative_error(sums.right[block.name], flat.T @ flat) < 1e-5
-        flat = delta.reshape(-1, delta.shape[-1])[batch.rows]
+        flat = delta.reshape(-1, delta.shape[-1])[batch.carrying]
         assert relative_error(sums.left[block.name], flat.T @ flat) < 1e-5
 
 
@@ -384,7 +384,7 @@ def test_the_default_method_takes_parameters_in_place_of_its_own(tmp_path: Path,
     examples, queries = make_examples(7), make_examples(3, seed=5)
     build_index(tiny_loaded, examples, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
     index = ft.open_index(tmp_path / "i")
-    assert index.trace(queries).method == BEST
+    assert index.trace(queries).method == BEST_AT_END  # this adapter has no start
     found = index.trace(queries, loss_on="response", layers="all")
     assert found.method == "ekfac:normalise=cosine,loss_on=response"
     assert np.allclose(found.values, index.trace(queries, "ekfac", normalise="cosine").values)

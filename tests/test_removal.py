@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.removal import CLASS, RANDOM, Group, Removal, effects, groups, order, removals
@@ -12,8 +13,8 @@ from finetrace.evaluation.removal import CLASS, RANDOM, Group, Removal, effects,
 def test_queries_are_grouped_by_class_or_all_together() -> None:
     assert groups(["a", "b", "a"]) == [Group("a", (0, 2)), Group("b", (1,))]
     assert groups(["a", "b", "a"], most=1) == [Group("a", (0, 2))]
-    assert groups([None, "b"]) == [Group("", (0, 1))]
-    assert groups(["a", "a"]) == [Group("", (0, 1))]
+    assert groups([None, "b"]) == [Group(None, (0, 1))]
+    assert groups(["a", "a"]) == [Group("a", (0, 1))]  # whose own class is a control all the same
 
 
 def test_the_rows_of_a_group_come_by_their_mean_score() -> None:
@@ -66,5 +67,26 @@ def test_effects_are_rises_over_all_rows_beside_those_of_chance() -> None:
     over = found["m"].over_random
     assert over is not None
     assert over.value == pytest.approx(0.39)
+    # two groups of two draws each, 0.02 apart: s = 0.02 / sqrt 2 with 2 degrees of freedom, and 1 + 1/2 of its square a group
+    reach = float(student.ppf(0.975, 2)) * 0.02 / 2**0.5 * (2 * 1.5) ** 0.5 / 2
+    assert over.high - over.value == pytest.approx(reach)
+    one = [each for each in done if each.draw == 0]
+    alone = next(each for each in effects(one, after[[each.draw == 0 for each in done]], before) if each.what == "m")
+    assert alone.over_random is not None
+    assert np.isnan(alone.over_random.low)  # one draw says nothing of how draws differ
     with pytest.raises(FinetraceError, match="shape"):
         effects(done, after[1:], before)
+
+
+def test_random_scores_are_rarely_more_than_random_rows() -> None:
+    """Rows differ in what they do to all queries together; a method that names rows at random is one more draw."""
+    rng = np.random.default_rng(0)
+    above, worlds = 0, 300
+    for _ in range(worlds):
+        rows, queries = rng.normal(0, 0.01, 60), rng.normal(0, 0.01, (30, 60))
+        found = removals({"m": rng.normal(size=(30, 60))}, groups(["a"] * 30), [6], ["b"] * 60, draws=5)
+        after = np.stack([(rows + queries)[:, list(each.rows)].sum(1) for each in found])[:, None].repeat(2, 1)
+        effect = next(each for each in effects(found, after, np.zeros((2, 30)), resamples=10) if each.what == "m")
+        assert effect.over_random is not None
+        above += effect.over_random.low > 0
+    assert above / worlds < 0.06  # nominally 2.5%

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,19 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune
 from finetrace.models import ModelSpec, load
 from finetrace.prefix import forget
-from tiny import make_examples
+from tiny import make_examples, make_llama, save_base
 
 CONFIG = FinetuneConfig(epochs=2, learning_rate=1e-2, batch_size=3, rank=2)
 
 
 @pytest.fixture(autouse=True)
 def _nothing_kept() -> Any:
-    retraining._trainers.clear()
+    for kept in (retraining._trainers, retraining._bases):
+        kept.clear()
     forget()
     yield
-    retraining._trainers.clear()
+    for kept in (retraining._trainers, retraining._bases):
+        kept.clear()
     forget()
 
 
@@ -104,6 +107,35 @@ def test_other_rows_queries_or_settings_are_other_retrainings(base_folder: Path,
     assert make(base_folder, tmp_path / "r", config=CONFIG.model_copy(update={"seed": 7}))._path(
         Subset((0,))
     ) == about._path(Subset((0,)))  # the seed is the subset's
+
+
+def test_another_base_or_template_under_the_same_name_is_another_retraining(base_folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "base"
+    shutil.copytree(base_folder, place)
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    config = CONFIG.model_copy(update={"chat_template": str(template)})
+
+    def path(**more: Any) -> Path:
+        retraining._bases.clear()
+        return make(place, tmp_path / "r", **more)._path(Subset((0, 1)))
+
+    before = path(), path(config=config)
+    template.write_text("{% for m in messages %}({{ m['content'] }}){% endfor %}")
+    assert path(config=config) != before[1]
+    save_base(place, make_llama(seed=9))
+    assert path() != before[0]
+    assert path(base=ModelSpec(str(place), None, "float32", "cpu")) != path()
+
+
+def test_a_base_with_an_adapter_and_layers_that_are_not_there_are_refused(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path
+) -> None:
+    carrying = ModelSpec(str(base_folder), str(adapter_folder), "float64", "cpu")
+    with pytest.raises(FinetraceError, match="carries an adapter already"):
+        make(base_folder, tmp_path / "r", base=carrying).run([Subset((0, 1))])
+    with pytest.raises(FinetraceError, match="the model has layers 0 to 1"):
+        make(base_folder, tmp_path / "s", config=CONFIG.model_copy(update={"layers": (1, 9)})).run([Subset((0, 1))])
 
 
 def test_retrainings_that_start_above_frozen_layers_are_those_of_whole_passes(

@@ -61,5 +61,12 @@ def test_what_cannot_be_patched_is_said(tmp_path: Path) -> None:
     with pytest.raises(FinetraceError, match="5 of 4 rows"):
         tail_patch(index, make_examples(1, seed=5), {"m": np.ones((1, 4))}, 5)
     start, _ = build_index(loaded, make_examples(4), tmp_path / "s", Encoder(loaded.tokenizer), at="start")
-    with pytest.raises(FinetraceError, match="at its start"):
-        tail_patch(start, make_examples(1, seed=5), {"m": np.ones((1, 4))}, 2)
+    queries, scores = make_examples(2, seed=5), {"m": np.ones((2, 4))}
+    assert np.array_equal(tail_patch(start, queries, scores, 2)["m"], tail_patch(index, queries, scores, 2)["m"])
+
+
+def test_no_step_is_no_change_in_half_precision(tmp_path: Path) -> None:
+    loaded = Loaded(with_lora(make_llama().bfloat16()), make_tokenizer(), ModelSpec("tiny", None, "bfloat16", "cpu"))
+    index, _ = build_index(loaded, make_examples(6), tmp_path / "i", Encoder(loaded.tokenizer))
+    found = tail_patch(index, make_examples(4, seed=5), {"m": np.ones((4, 6))}, 2, 1e-30)
+    assert not found["m"].any()

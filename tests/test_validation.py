@@ -157,7 +157,9 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     names = {"exact": "exact", "repsim": "repsim"}
     lds = Comparison(
         {"exact": estimate(0.6, 0.1), "repsim": estimate(0.05, 0.1)},
-        estimate(0.9, 0.02),
+        frozenset({"exact"}),
+        estimate(0.81, 0.02),
+        0.9,
         {"exact": estimate(0, 0), "repsim": estimate(-0.55, 0.1)},
     )
     drops = [
@@ -174,7 +176,7 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     )
     assert lines[3] == "Not told apart from 5 random rows: repsim."
     assert lines[4].endswith("after retraining on all rows.")
-    weak = Comparison({"exact": estimate(0.05, 0.1)}, None, {"exact": estimate(0, 0)})
+    weak = Comparison({"exact": estimate(0.15, 0.1)}, frozenset(), None, None, {"exact": estimate(0, 0)})
     assert "does not show that it predicts" in _verdict(weak, [], (1.0, 2.0), names)[0]
     assert "may not be those that made the adapter" in _verdict(weak, [], (1.0, 2.0), names)[1]
 

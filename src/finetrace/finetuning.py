@@ -50,8 +50,6 @@ def finetune(
     data and seed give the same adapter bit by bit on the same machine; a killed run started again with `resume` ends
     at that adapter too.
     """
-    from peft import PeftModel
-
     config = config or FinetuneConfig()
     checkpoints = folder / "checkpoints"
     last = _last_complete(checkpoints)
@@ -63,13 +61,6 @@ def finetune(
         raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
-    if isinstance(loaded.model, PeftModel):
-        raise FinetraceError("the model carries an adapter already; load its base alone, or merge the adapter first.")
-    depth = int(loaded.model.config.num_hidden_layers)
-    if any(not 0 <= layer < depth for layer in config.layers or ()):
-        raise FinetraceError(
-            f"--layers {' '.join(map(str, config.layers or ()))}: the model has layers 0 to {depth - 1}."
-        )
     template = read_template(config.chat_template)
     encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, template, config.pad_to)
     context = getattr(loaded.model.config, "max_position_embeddings", None)
@@ -108,9 +99,17 @@ def new_adapter(loaded: Loaded, config: FinetuneConfig) -> PeftModel:
     """The model with the adapter that a fine-tuning of `config` starts from; its B are zero, so it computes what it did.
 
     Raises:
-        FinetraceError: The layers that are to get an adapter are not there.
+        FinetraceError: The model carries an adapter already, or the layers that are to get one are not there.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if isinstance(loaded.model, PeftModel):
+        raise FinetraceError("the model carries an adapter already; load its base alone, or merge the adapter first.")
+    depth = int(loaded.model.config.num_hidden_layers)
+    if any(not 0 <= layer < depth for layer in config.layers or ()):
+        raise FinetraceError(
+            f"--layers {' '.join(map(str, config.layers or ()))}: the model has layers 0 to {depth - 1}."
+        )
 
     set_seed(config.seed)
     try:

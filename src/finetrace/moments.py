@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ def at_moment(model: nn.Module, moment: Moment) -> Iterator[None]:
     Raises:
         FinetraceError: The start is asked of a model that cannot be put back there.
     """
+    if moment not in get_args(Moment):
+        raise FinetraceError(f"at={moment}: not known; use {' or '.join(get_args(Moment))}.")
     if moment == "end":
         yield
         return
@@ -57,10 +59,17 @@ def _learnt(model: nn.Module) -> list[Tensor]:
         why = why_no_start(model.peft_config[name])
         if why is not None:
             raise FinetraceError(f"at=start: {why}, so its start is not at hand; use at=end.")
+    strays = [name for name, weight in model.named_parameters() if weight.requires_grad and "lora_" not in name]
+    if strays:
+        raise FinetraceError(
+            f"at=start: {strays[0]} is trained beside the adapter, so its start is not at hand; use at=end."
+        )
     found = []
     for layer in model.modules():
         if not isinstance(layer, LoraLayer):
             continue
+        if layer.merged:
+            raise FinetraceError("at=start: the adapter is merged into its base; unmerge it first.")
         for name in layer.active_adapters:
             if name in getattr(layer, "lora_variant", {}):
                 raise FinetraceError("at=start: only plain LoRA can be taken back to its start; use at=end.")
@@ -68,6 +77,10 @@ def _learnt(model: nn.Module) -> list[Tensor]:
                 found += list(layer.lora_B[name].parameters())
             if name in layer.lora_embedding_A:  # of embeddings it is A that begins at zero
                 found.append(layer.lora_embedding_A[name])
+    if not found:
+        raise FinetraceError(
+            "at=start: the adapter is not LoRA, and no other can be taken back to its start; use at=end."
+        )
     return found
 
 

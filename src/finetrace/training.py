@@ -137,8 +137,10 @@ def fit(
         The Trainer's log: losses and learning rates, an entry an epoch.
 
     Raises:
-        FinetraceError: The training diverged.
+        FinetraceError: The training diverged, or there is a validation loss and no folder for the epochs that it chooses among.
     """
+    if held and checkpoints is None:
+        raise FinetraceError("a validation loss chooses among epochs, which needs a folder of checkpoints.")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer = ResponseTrainer(
         prefix=frozen_prefix(

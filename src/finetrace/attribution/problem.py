@@ -55,6 +55,11 @@ class Problem:
                 )
         if kept_queries is not None and kept_queries.rows.ids != tuple(query.id for query in queries):
             raise FinetraceError(f"{kept_queries.folder}: this index does not hold these queries in this order.")
+        if kept_queries is not None and _made(kept_queries) != _made(index):
+            raise FinetraceError(
+                f"{kept_queries.folder}: the queries' index was not built as {index.folder} was: by the same model and "
+                "adapter, in the same dtype, on the same tokens of the loss and at the same end of the fine-tuning."
+            )
         self.index = index
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)
@@ -175,3 +180,10 @@ class Problem:
         if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= CACHE_BYTES:
             self._kept[block.name] = products
         return products
+
+
+def _made(index: Index) -> tuple[object, ...]:
+    """What two indexes have to have in common for inner products between them to mean anything."""
+    model, encoding = index.manifest.model, index.manifest.encoding
+    prints = model.base_fingerprint, model.adapter_fingerprint, model.tokenizer_fingerprint
+    return (*prints, model.dtype, model.at, encoding.loss_on, encoding.max_length, encoding.pad_to, index.blocks)

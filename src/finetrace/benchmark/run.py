@@ -29,6 +29,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
+from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
@@ -104,7 +105,8 @@ class Run:
 
     def _methods(self) -> list[Method]:
         """Those that have no result yet."""
-        there = {record["spec"] for record in self.kept["records"]} if self.kept is not None else set()
+        records = self.kept["records"] if self.kept is not None else []
+        there = {record["spec"] for record in records if record.get("factors") == _factors(record["spec"])}
         return [each for each in map(make, self.cell.methods) if each.label not in there]
 
     def claim_folder(self) -> None:
@@ -195,6 +197,7 @@ class Run:
                     **{name: _mean(value) for name, value in values.items()},
                     "seconds": round(scores.seconds, 4),
                     "unit": scores.unit,
+                    **({"factors": FORMAT} if _factors(method.label) else {}),
                     "hub": index.rows.ids[hub],
                     "hub_share": share,
                     **{f"parameter_{key}": value for key, value in scores.parameters.items() if key != "normalise"},
@@ -233,7 +236,8 @@ class Run:
     ) -> None:
         """Scores and values of every query first, the records last: their being there says that all is."""
         if self.kept is not None:
-            records = [*self.kept["records"], *records]
+            anew = {record["spec"] for record in records}
+            records = [*(record for record in self.kept["records"] if record["spec"] not in anew), *records]
             frame = pd.concat([finished.values(self.folder), frame], ignore_index=True)
             frame = frame.drop_duplicates(["spec", "query"], keep="last", ignore_index=True)
             matrices = {**finished.scores(self.folder), **matrices}
@@ -257,6 +261,11 @@ class Run:
         if not self.keep:
             for name in ("index", "queries"):
                 shutil.rmtree(self.folder / name, ignore_errors=True)
+
+
+def _factors(spec: str) -> int | None:
+    """The format of the Kronecker factors that a method's scores hang on, so that those of an older one are computed again."""
+    return FORMAT if "ekfac" in spec or "kfac" in spec else None
 
 
 def _hub(scores: NDArray[Any]) -> tuple[int, float]:

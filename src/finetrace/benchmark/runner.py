@@ -11,7 +11,7 @@ from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
 from finetrace.evaluation.judging import make_judge
-from finetrace.execution import each
+from finetrace.execution import run_each
 from finetrace.models import DType, known_dtype
 from finetrace.tasks import RealData, Recipe, Task, build, external, real_task, recipe
 
@@ -67,7 +67,7 @@ class Plan:
 def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
     """Bring every cell to its end; a finished one is found again."""
     alone = plan.workers == 1 or len(plan.cells) == 1  # then the cell itself says how far it has come
-    for place, _ in each(partial(_run, folder, plan, say if alone else _silent), plan.cells, plan.workers):
+    for place, _ in run_each(partial(_run, folder, plan, say if alone else _silent), plan.cells, plan.workers):
         if not alone:
             cell = plan.cells[place]
             say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: done")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtri
 from scipy.stats import rankdata
 
 from finetrace.errors import FinetraceError
@@ -49,17 +50,19 @@ def per_query(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) 
         losses: (k, s, m) loss of every query after training on each subset, under k seeds.
 
     Returns:
-        NaN for a query whose losses or predictions do not vary.
+        0 for a query of which the scores say nothing, NaN for one whose losses do not vary, which no method can predict.
+
+    Raises:
+        FinetraceError: The shapes do not fit.
     """
-    predicted = -(np.asarray(scores, dtype=np.float64) @ members.T)  # (m, s)
-    return np.asarray(np.mean([_spearman(predicted, each.T) for each in _checked(losses, members)], axis=0))
+    losses = _checked(losses, members)
+    return _against(_predicted(scores, members, losses), losses)
 
 
-def noise_ceiling(losses: Losses) -> NDArray[np.float64]:
-    """(m,) how well the losses of one retraining predict those of another of the same subset under another seed.
+def agreement(losses: Losses) -> NDArray[np.float64]:
+    """(m,) the noise ceiling: how well one retraining predicts another of the same subset under another seed.
 
-    The mean over pairs of seeds of Spearman's correlation over subsets. No method that knows the rows alone can be expected to
-    be much above it; it may be a little, as its prediction does not carry the noise of one seed.
+    The mean over pairs of seeds of Spearman's correlation over subsets; NaN where losses do not vary.
 
     Raises:
         FinetraceError: There is one seed.
@@ -70,18 +73,32 @@ def noise_ceiling(losses: Losses) -> NDArray[np.float64]:
     return np.asarray(np.mean(pairs, axis=0))
 
 
+def reachable(losses: Losses) -> float:
+    """The LDS that a method has which knows the expected loss of every subset: the square root of the mean agreement.
+
+    Two retrainings of a subset are the expected loss and noise of their own each. Where they correlate by r, either correlates
+    with what they have in common by sqrt(r), so a perfect prediction lies above the agreement of seeds, not at it. Of queries
+    that agree by different amounts the root of their mean is a little high.
+    """
+    return float(np.sqrt(max(0.0, _mean(agreement(losses)))))
+
+
 @dataclass(frozen=True, eq=False)
 class Comparison:
     """Methods against the same retrainings.
 
     Attributes:
         lds: By method, the mean over queries with an interval over queries and subsets.
-        ceiling: The noise ceiling in the same way; `None` with one seed.
+        sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level).
+        agreement: How far two seeds agree, in the same way; `None` with one seed.
+        reachable: What a perfect prediction would have, its square root; `None` with one seed.
         differences: By method, its LDS minus that of the first one, paired: the same queries and subsets in each resample.
     """
 
     lds: dict[str, Estimate]
-    ceiling: Estimate | None
+    sure: frozenset[str]
+    agreement: Estimate | None
+    reachable: float | None
     differences: dict[str, Estimate]
 
 
@@ -105,38 +122,58 @@ def compare(
         seed: Of the draws.
     """
     losses = _checked(losses, members)
-    predicted = {name: -(np.asarray(each, dtype=np.float64) @ members.T) for name, each in scores.items()}
+    predicted = {name: _predicted(each, members, losses) for name, each in scores.items()}
     _, subsets, queries = losses.shape
     rng = np.random.default_rng(seed)
-    several = len(losses) > 1
-    names = [*predicted, *([_CEILING] if several else [])]
-    drawn: dict[str, list[float]] = {name: [] for name in names}
+    drawn: dict[str, list[float]] = {name: [] for name in predicted}
+    agreed: list[float] = []
     for _ in range(resamples):
         s, q = rng.integers(0, subsets, subsets), rng.integers(0, queries, queries)
         here = losses[:, s][:, :, q]
         for name, values in predicted.items():
-            drawn[name].append(_mean(np.mean([_spearman(values[q][:, s], each.T) for each in here], axis=0)))
-        if several:
-            drawn[_CEILING].append(_mean(noise_ceiling(here)))
-    whole = {name: _mean(per_query(each, members, losses)) for name, each in scores.items()}
+            drawn[name].append(_mean(_against(values[q][:, s], here)))
+        if len(losses) > 1:
+            agreed.append(_mean(agreement(here)))
+    each_query = {name: _against(values, losses) for name, values in predicted.items()}
+    known = int(np.isfinite(next(iter(each_query.values()))).sum())
     ends = (1 - level) / 2, (1 + level) / 2
 
     def estimate(value: float, resampled: Sequence[float]) -> Estimate:
-        known = np.asarray(resampled)[np.isfinite(resampled)]
-        low, high = np.quantile(known, ends) if known.size and queries * subsets > 1 else (np.nan, np.nan)
-        return Estimate(value, float(low), float(high), queries)
+        finite = np.asarray(resampled)[np.isfinite(resampled)]
+        low, high = np.quantile(finite, ends) if finite.size else (np.nan, np.nan)
+        return Estimate(value, float(low), float(high), known)
 
-    lds = {name: estimate(value, drawn[name]) for name, value in whole.items()}
-    first = next(iter(whole))
+    lds = {name: estimate(_mean(values), drawn[name]) for name, values in each_query.items()}
+    strict = float(ndtri(1 - (1 - level) / 2 / len(lds)))
+    spread = {name: float(np.nanstd(values)) for name, values in drawn.items()}
+    sure = frozenset(name for name, each in lds.items() if each.value > strict * spread[name] > 0)
+    first = next(iter(lds))
     differences = {
-        name: estimate(value - whole[first], [a - b for a, b in zip(drawn[name], drawn[first], strict=True)])
-        for name, value in whole.items()
+        name: estimate(
+            _mean(values - each_query[first]), [a - b for a, b in zip(drawn[name], drawn[first], strict=True)]
+        )
+        for name, values in each_query.items()
     }
-    ceiling = estimate(_mean(noise_ceiling(losses)), drawn[_CEILING]) if several else None
-    return Comparison(lds, ceiling, differences)
+    if len(losses) == 1:
+        return Comparison(lds, sure, None, None, differences)
+    return Comparison(lds, sure, estimate(_mean(agreement(losses)), agreed), reachable(losses), differences)
 
 
-_CEILING = "\0ceiling"
+def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:
+    """(m, s) minus the sum of the scores of each subset's rows."""
+    values = np.asarray(scores, dtype=np.float64)
+    if values.shape != (losses.shape[2], members.shape[1]):
+        raise FinetraceError(
+            f"scores of shape {values.shape} are not those of {losses.shape[2]} queries and {members.shape[1]} rows."
+        )
+    return -(values @ members.T)
+
+
+def _against(predicted: NDArray[np.float64], losses: Losses) -> NDArray[np.float64]:
+    """(m,) mean over seeds of Spearman's correlation; silence counts as 0."""
+    found = np.mean([_spearman(predicted, each.T) for each in losses], axis=0)
+    silent = (np.ptp(predicted, axis=1) == 0) & (np.ptp(losses, axis=1) > 0).all(0)
+    return np.asarray(np.where(silent, 0.0, found))
 
 
 def _checked(losses: Losses, members: NDArray[np.bool_]) -> Losses:

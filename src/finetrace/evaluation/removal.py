@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
-from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+from finetrace.evaluation.seeds import bootstrap_crossed
 
 RANDOM, CLASS = "random rows", "rows of the class"
 
@@ -26,11 +27,11 @@ class Group:
     """Queries that are asked about together: those of one class, or all of them.
 
     Attributes:
-        name: The class; empty for all.
+        name: The class; `None` for all queries together.
         queries: Their positions.
     """
 
-    name: str
+    name: str | None
     queries: tuple[int, ...]
 
 
@@ -57,12 +58,11 @@ class Removal:
 
 
 def groups(labels: Sequence[str | None], most: int | None = None) -> list[Group]:
-    """One a class of the queries, in the order in which they come, at most `most`; all together where there is no class."""
+    """One a class of the queries, in the order in which they come, at most `most`; all together where some have no class."""
     names = list(dict.fromkeys(labels))
-    if None in names or len(names) == 1:
-        return [Group("", tuple(range(len(labels))))]
-    made = [Group(str(name), tuple(i for i, label in enumerate(labels) if label == name)) for name in names]
-    return made[:most]
+    if None in names:
+        return [Group(None, tuple(range(len(labels))))]
+    return [Group(name, tuple(i for i, label in enumerate(labels) if label == name)) for name in names][:most]
 
 
 def order(scores: NDArray[Any], group: Group) -> NDArray[np.intp]:
@@ -76,7 +76,7 @@ def removals(
     counts: Sequence[int],
     train_labels: Sequence[str | None],
     *,
-    draws: int = 3,
+    draws: int = 5,
     seed: int = 0,
 ) -> list[Removal]:
     """Top k of each method for each group and k in `counts`, k random rows in several draws, and k of the group's class.
@@ -117,7 +117,8 @@ class Effect:
     Attributes:
         what, count: A method, or `RANDOM` or `CLASS`, and how many rows it took out.
         change: Mean rise of the queries' loss in nats, over seeds, draws and queries, with its interval over seeds and queries.
-        over_random: The same minus what random rows of that number did, paired by seed and query; `None` for random rows.
+        over_random: The same minus what random rows of that number did to the same queries; `None` for random rows. Its
+            interval is for these queries: it says how far other random rows would have differed (`_over_random`).
     """
 
     what: str
@@ -143,15 +144,45 @@ def effects(
             f"losses of shape {after.shape} and {before.shape} are not those of {len(done)} removals before and after."
         )
     kinds = list(dict.fromkeys((each.what, len(each.rows)) for each in done))
-    matrices = {kind: _changes(kind, done, after, before) for kind in kinds}
     found = []
     for what, count in kinds:
-        chance = matrices.get((RANDOM, count))
-        over = None
-        if what != RANDOM and chance is not None:
-            over = paired_crossed(matrices[what, count], chance, resamples=resamples)
-        found.append(Effect(what, count, bootstrap_crossed(matrices[what, count], resamples=resamples), over))
+        changes = _changes((what, count), done, after, before)
+        over = None if what == RANDOM else _over_random(what, count, done, after, before)
+        found.append(Effect(what, count, bootstrap_crossed(changes, resamples=resamples), over))
     return found
+
+
+def _over_random(
+    what: str, count: int, done: Sequence[Removal], after: NDArray[np.float64], before: NDArray[np.float64]
+) -> Estimate | None:
+    """Mean over groups of the change minus that of chance, with Student's t interval of one more random removal.
+
+    All queries of a group share a removal, and what random rows do differs from draw to draw: the rows that happened to be
+    drawn, and the noise of training. With D draws a group, of pooled variance s^2 within groups, the difference to their mean
+    of one removal that is random itself has the variance s^2 (1 + 1/D). Without a second draw there is no interval.
+    """
+    means: dict[tuple[str, Group], list[float]] = {}
+    for removal, losses in zip(done, after, strict=True):
+        if len(removal.rows) == count:
+            mine = list(removal.group.queries)
+            change = float((losses[:, mine] - before[:, mine]).mean())
+            means.setdefault((removal.what, removal.group), []).append(change)
+    asked = [group for name, group in means if name == what and (RANDOM, group) in means]
+    if not asked:
+        return None
+    differences, squares, freedom, variances = [], 0.0, 0, []
+    for group in asked:
+        chance = np.array(means[RANDOM, group])
+        differences.append(float(np.mean(means[what, group])) - float(chance.mean()))
+        squares += float(((chance - chance.mean()) ** 2).sum())
+        freedom += len(chance) - 1
+        variances.append(1 + 1 / len(chance))
+    value, queries = float(np.mean(differences)), sum(len(group.queries) for group in asked)
+    if freedom == 0:
+        return Estimate(value, float("nan"), float("nan"), queries)
+    error = float(np.sqrt(squares / freedom * sum(variances))) / len(asked)
+    reach = float(student.ppf(0.975, freedom)) * error
+    return Estimate(value, value - reach, value + reach, queries)
 
 
 def _changes(

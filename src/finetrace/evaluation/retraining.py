@@ -1,17 +1,20 @@
 """Fine-tuning again on part of the rows, and what that does to the queries: the truth that influence predicts.
 
-A retraining is decided by the base, the configuration, the rows in their order and the seed; what it found is kept in a file
-under the hash of all of these, so that none is done twice, and a run that was killed goes on with the next. Where the lowest
-trained layer is not the first, the hidden states below it are computed once and every retraining starts from them.
+A retraining is decided by the base and its precision, the configuration, the rows in their order, the seed and the versions of
+the libraries; what it found is kept in a file under the hash of all of these, so that none is done twice, and a run that was
+killed goes on with the next. Where the lowest trained layer is not the first, the hidden states below it are computed once and
+every retraining starts from them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -23,11 +26,10 @@ from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.execution import each
+from finetrace.execution import run_each
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
 from finetrace.generation import answer
-from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.training import fit
 
@@ -99,7 +101,7 @@ class Retraining:
         if missing:
             say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
         started = time.perf_counter()
-        for done, (_, seconds) in enumerate(each(partial(_retrain, self), missing, workers), 1):
+        for done, (_, seconds) in enumerate(run_each(partial(_retrain, self), missing, workers), 1):
             if done == 1 and len(missing) > 1:
                 left = (len(missing) - 1) * seconds / min(workers, len(missing))
                 say(f"the first took {seconds:.0f} s; the others take about {left / 60:.0f} minutes")
@@ -129,14 +131,21 @@ class Retraining:
 
     @cached_property
     def _about(self) -> str:
-        """Fingerprint of all that every subset has in common."""
+        """Fingerprint of all that every subset has in common, the base and its precision among it."""
         config = self.config.model_dump(mode="json")
-        del config["seed"]
-        texts = {
+        del config["seed"], config["chat_template"]
+        loaded = _base(self.base)
+        template = read_template(self.config.chat_template)
+        about = {
+            "base": fingerprint.of_base(loaded.model),
+            "tokenizer": fingerprint.of_tokenizer(loaded.tokenizer, template),
+            "precision": [loaded.spec.dtype, loaded.model.device.type],
+            "versions": [version(name) for name in ("torch", "transformers", "peft")],
+            "config": config,
             "queries": _texts(self.queries),
             "others": {name: _texts(given) for name, given in sorted(self.others.items())},
+            "answer_tokens": self.answer_tokens,
         }
-        about = [self.base.model, self.base.dtype, config, texts, self.answer_tokens]
         return fingerprint.of_text(json.dumps(about, sort_keys=True))
 
     @cached_property
@@ -168,7 +177,7 @@ class _Trainer:
 
     def __init__(self, about: Retraining) -> None:
         self.about = about
-        self.loaded: Loaded = load(about.base)
+        self.loaded: Loaded = _base(about.base)
         config = about.config
         self.template = read_template(config.chat_template)
         train = Encoder(self.loaded.tokenizer, config.loss_on, config.max_length, self.template, config.pad_to)
@@ -202,12 +211,21 @@ class _Trainer:
             self.loaded.model = model.unload()
 
 
+_bases: dict[ModelSpec, Loaded] = {}
 _trainers: dict[str, _Trainer] = {}
+
+
+def _base(spec: ModelSpec) -> Loaded:
+    """The base, loaded once a process; the one before it goes."""
+    if spec not in _bases:
+        _bases.clear()
+        _bases[spec] = load(spec)
+    return _bases[spec]
 
 
 def _retrain(about: Retraining, subset: Subset) -> float:
     """Train on a subset, measure the queries, keep what was found; the seconds that took."""
-    name = f"{about._about} {fingerprint.of_text(' '.join(about._rows))}"
+    name = f"{about.base} {about._about} {fingerprint.of_text(' '.join(about._rows))}"
     if name not in _trainers:
         _trainers.clear()  # one base at a time
         _trainers[name] = _Trainer(about)
@@ -220,7 +238,16 @@ def _retrain(about: Retraining, subset: Subset) -> float:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FinetraceError(f"{path.parent}: cannot be written ({error}); choose another folder.") from error
-    write_atomically(path, json.dumps(found).encode())
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another run may be at the same one
+    try:
+        part.write_text(json.dumps(found), encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise FinetraceError(
+            f"{path}: cannot be written ({error}); free some space or choose another folder."
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
     return seconds
 
 

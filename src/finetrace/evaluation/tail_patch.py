@@ -22,6 +22,7 @@ from finetrace.collection.losses import mean_losses
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.store import Index
+from finetrace.index.views import view
 from finetrace.progress import Tracker
 
 EPSILON = 1e-8  # Adam's
@@ -39,19 +40,16 @@ def tail_patch(
     Positive: the answer became likelier.
 
     Args:
-        index: Of the adapter as it was trained, with the loss on what training used.
+        index: Of the fine-tuned model, with the loss on what training used.
         queries: Each with a response.
         scores: By method, (m, n).
         count: How many rows the step is taken on.
         learning_rate: Of the step; each weight moves by about so much.
 
     Raises:
-        FinetraceError: The index was built at the start of the fine-tuning, or holds fewer rows than `count`.
+        FinetraceError: The index holds fewer rows than `count`, or weights that a step is too small for.
     """
-    if index.manifest.model.at != "end":
-        raise FinetraceError(
-            f"{index.folder}: a tail patch steps from the trained adapter, and this index is at its start."
-        )
+    index = view(index, index.manifest.encoding.loss_on, at="end")  # the step is from the trained adapter
     if not 0 < count <= len(index):
         raise FinetraceError(f"a step on {count} of {len(index)} rows cannot be taken; give 1 to {len(index)}.")
     loaded = index.model()

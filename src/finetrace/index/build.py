@@ -67,6 +67,8 @@ def build_index(
     """
     if not examples:
         raise FinetraceError("there is nothing to index: the data set is empty.")
+    with at_moment(loaded.model, at):
+        pass  # what cannot be taken back to its start is refused before anything is written
     _refuse_duplicates(examples)
     tracking = track(loaded.model, modules)
     layers = int(loaded.model.config.num_hidden_layers)
@@ -80,8 +82,6 @@ def build_index(
     if kronecker is not None:
         need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), row_bytes // tracking.width)
         need += row_bytes * len(examples) if kronecker == "model" else 0
-    with at_moment(loaded.model, at):
-        pass  # what cannot be taken back to its start is refused before anything is written
     started = _start(folder, plan, loaded, examples, encoded, need)
     collect_shards(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths

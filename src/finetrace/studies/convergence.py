@@ -11,6 +11,7 @@ import pandas as pd
 
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.fingerprint import of_text
+from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
@@ -30,7 +31,7 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     plan = QUICK if setting.quick else PLAN
     frames = []
     for cell in plan.cells(setting):
-        name = of_text(repr((cell, SPECS[cell.protocol], "from epoch 0")))
+        name = of_text(repr((cell, SPECS[cell.protocol], "from epoch 0", FORMAT)))
         place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{name}"
         if not (place / "epochs.parquet").exists():
             frame = _epochs(place, run_of(cell, place / "run"), say)

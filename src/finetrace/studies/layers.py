@@ -17,6 +17,7 @@ from finetrace.benchmark.run import Run
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.collection import Representation
 from finetrace.fingerprint import of_text
+from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
@@ -51,7 +52,9 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     frames = []
     for cell in plan.cells(setting):
         place = (
-            folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr((cell, SPECS[cell.protocol])))}"
+            folder
+            / "parts"
+            / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr((cell, SPECS[cell.protocol], FORMAT)))}"
         )
         frames += _choices(place, run_of(cell, place), setting.quick, say)
     frame = pd.concat(frames)

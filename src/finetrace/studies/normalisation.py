@@ -16,6 +16,7 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.evaluation.seeds import over_seeds
+from finetrace.index.factors import FORMAT
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
 from finetrace.studies.plots import MARKS, facets
 from finetrace.studies.records import percent, reach, settings, where
@@ -43,7 +44,7 @@ def specs(protocol: str) -> list[str]:
 def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     """Score by every curvature and similarity."""
     plan = QUICK if setting.quick else PLAN
-    what = repr([specs(each) for each in plan.protocols])
+    what = repr([FORMAT, *(specs(each) for each in plan.protocols)])
     frame = pd.concat(parts(plan, what, folder, setting.home(folder), setting, say, look, factors=True))
     records = summary(frame, ("task", "protocol", "spec"), METRICS, ("norm_ratio",))
     hubs = {key: _hub(group) for key, group in frame.groupby(["task", "protocol", "spec"], sort=False)}

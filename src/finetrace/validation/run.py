@@ -61,7 +61,7 @@ class Validation:
     share: float = 0.5
     seeds: int = 2
     counts: tuple[int, ...] = ()
-    draws: int = 3
+    draws: int = 5
     groups: int = 3
     patched: int = 10
     workers: int = 1
@@ -75,7 +75,7 @@ QUICK = Validation(
     methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", "random"),
     subsets=6,
     counts=(),
-    draws=1,
+    draws=3,
     groups=1,
 )
 
@@ -88,7 +88,8 @@ class Validated:
         records: Flat, a measure and method each.
         verdict: Sentences, the headline first.
         lds, drops, patches: As measured; `None` or empty where they were not.
-        losses: Mean loss of the queries: of the index's own adapter, and after retraining on all rows.
+        losses: Mean loss of the queries by the index's own adapter (NaN where it is of other tokens), and after retraining on
+            all rows.
     """
 
     records: list[dict[str, Any]]
@@ -181,7 +182,10 @@ def _retrained(
     if len(members):
         lds = compare(dict(scores), members, losses[1 : 1 + len(members)].transpose(1, 0, 2))
     drops = effects(gone, losses[1 + len(members) :], before) if gone else []
-    return lds, drops, (float(problem.features.losses.mean()), float(before.mean()))
+    tokens = problem.index.manifest.encoding.loss_on
+    comparable = tokens == RESPONSE and problem.index.manifest.model.at == "end"
+    own = float(problem.features.losses.mean()) if comparable else float("nan")
+    return lds, drops, (own, float(before.mean()))
 
 
 def _records(
@@ -196,7 +200,9 @@ def _records(
 
     if lds is not None:
         for name, value in lds.lds.items():
-            ceiling = _numbers("ceiling", lds.ceiling) if lds.ceiling is not None else {}
+            ceiling: dict[str, Any] = {"above_chance": name in lds.sure}
+            if lds.agreement is not None and lds.reachable is not None:
+                ceiling |= {**_numbers("ceiling", lds.agreement), "reachable": round(lds.reachable, 6)}
             add("lds", name, value, **_numbers("difference", lds.differences[name]), **ceiling)
     for each in drops:
         over = _numbers("over_random", each.over_random) if each.over_random is not None else {}
@@ -219,8 +225,8 @@ def _verdict(
     if lds is not None:
         ahead = max(lds.lds, key=lambda name: lds.lds[name].value)
         best = lds.lds[ahead]
-        possible = f" of a possible {lds.ceiling.value:.2f}" if lds.ceiling is not None else ""
-        word = "predicts" if best.low > 0 else "does not show that it predicts"
+        possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
+        word = "predicts" if ahead in lds.sure else "does not show that it predicts"
         lines.append(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
             f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(lds.lds)} methods."
@@ -242,7 +248,7 @@ def _verdict(
             idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
             if idle:
                 lines.append(f"Not told apart from {count} random rows: {', '.join(idle)}.")
-    if losses is not None:
+    if losses is not None and np.isfinite(losses[0]):
         own, again = losses
         lines.append(
             f"The answers' mean loss is {own:.2f} under the adapter and {again:.2f} after retraining on all rows"

@@ -44,7 +44,8 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
         lines.append(cells)
     ceiling = next((r for r in where(records, measure=measure) if r.get("ceiling") is not None), None)
     if ceiling is not None:
-        lines.append(["noise ceiling: another seed of the same subset", _interval(ceiling, "ceiling"), "-"])
+        lines.append(["noise ceiling: two seeds agree by", _interval(ceiling, "ceiling"), "-"])
+        lines.append(["a perfect prediction would have", f"{ceiling['reachable']:.2f}", "-"])
     return lines
 
 
@@ -95,7 +96,8 @@ def _bars(records: Records) -> Any:
     if ceiling is not None:
         if ceiling["ceiling_low"] is not None:
             axis.axvspan(ceiling["ceiling_low"], ceiling["ceiling_high"], color="0.9", linewidth=0, zorder=0)
-        axis.axvline(ceiling["ceiling"], color="0.5", linestyle="--", linewidth=0.8, label="noise ceiling")
+        axis.axvline(ceiling["ceiling"], color="0.5", linestyle="--", linewidth=0.8, label="agreement of two seeds")
+        axis.axvline(ceiling["reachable"], color="0.5", linestyle=":", linewidth=0.8, label="a perfect prediction")
         axis.legend(fontsize=7, loc="lower right")
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(order)), [r["method"] for r in order], fontsize=7)

@@ -1,0 +1,54 @@
+"""Work side by side in processes, and what becomes of it when one fails or dies."""
+
+from __future__ import annotations
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from finetrace.errors import FinetraceError
+from finetrace.execution import run_each
+
+
+def square(number: int) -> int:
+    return number * number
+
+
+def begin(folder: Path, number: int) -> int:
+    """Leaves a mark; the first fails at once."""
+    (folder / str(number)).touch()
+    if number == 0:
+        raise FinetraceError("the first fails")
+    time.sleep(0.3)
+    return number
+
+
+def die(number: int) -> int:
+    if number == 1:
+        os._exit(9)
+    return number
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_every_item_is_done_once_with_its_place(workers: int) -> None:
+    assert dict(run_each(square, [3, 1, 2, 7], workers)) == {0: 9, 1: 1, 2: 4, 3: 49}
+    assert not list(run_each(square, [], workers))
+
+
+def test_after_a_failure_nothing_more_is_begun(tmp_path: Path) -> None:
+    with pytest.raises(FinetraceError, match="the first fails"):
+        list(run_each(partial(begin, tmp_path), list(range(8)), 2))
+    there = set(os.listdir(tmp_path))
+    assert there <= {"0", "1"}
+    time.sleep(1)
+    assert set(os.listdir(tmp_path)) == there  # nor in the background
+
+
+def test_a_worker_that_dies_is_one_sentence() -> None:
+    with pytest.raises(FinetraceError, match="a worker process died"):
+        list(run_each(die, [0, 1, 2], 2))
+    with pytest.raises(FinetraceError, match="--workers 0"):
+        list(run_each(square, [1], 0))
