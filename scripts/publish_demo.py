@@ -12,23 +12,27 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetrace.tracing import BEST
+from finetrace.tracing import BEST, BEST_AT_END
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
     "repsim",
+    "repsim:pooling=mean-response",
     "gradsim",
     "gradcos",
     "datainf",
     "lissa",
     "exact",
-    "exact:normalise=cosine",
+    "ekfac",
     "ekfac:normalise=cosine",
-)
-PROBED = (
     "gradcos:loss_on=probe",
-    "ekfac:normalise=cosine,loss_on=probe",
-    "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth",
+    BEST_AT_END,
+    "gradsim:at=start",
+    "gradcos:at=start",
+    "datainf:at=start",
+    "exact:normalise=cosine,at=start",
+    "ekfac:at=start",
+    "ekfac:normalise=cosine,at=start",
     BEST,
 )
 CONTROLS = ("random", "length", "bm25", "tfidf:text=response", "tfidf")
@@ -44,7 +48,7 @@ def main() -> None:
     runs = [json.loads((folder / "results.json").read_text()) for folder in (args.small, args.default)]
     tables = {
         "rates": _rates(runs),
-        "short": _methods(runs[1], (*SHORT, *PROBED, *CONTROLS)),
+        "short": _methods(runs[1], (*SHORT, *CONTROLS)),
         "default": _methods(runs[1], None),
         "small": _methods(runs[0], None),
     }
