@@ -14,12 +14,25 @@ from scipy.stats import rankdata
 from finetrace.attribution import make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, Cell
+from finetrace.tracing import BEST
 
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
 
 PROBED = "ekfac:normalise=cosine,loss_on=probe"
-SHOWN = ("repsim", "gradsim", "gradcos", "datainf", "lissa", "exact", "ekfac:normalise=cosine", PROBED, "tfidf")
+SHOWN = (
+    "repsim",
+    "gradsim",
+    "gradcos",
+    "datainf",
+    "lissa",
+    "exact",
+    "ekfac:normalise=cosine",
+    PROBED,
+    "gradsim:at=start",
+    BEST,
+    "tfidf",
+)
 NAMED = 12  # more classes than this have no room for their names
 
 
