@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from finetrace import training
-from finetrace.collection import losses as measuring
+from finetrace.collection import precision
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -145,7 +145,7 @@ def test_retrainings_that_start_above_frozen_layers_are_those_of_whole_passes(
     subsets = [Subset((0, 2, 4, 6)), Subset((1, 2, 3))]
     spared = make(base_folder, tmp_path / "spared", config=config).run(subsets)
     kept = []
-    for module in (training, measuring):
+    for module in (training, precision):
         monkeypatch.setattr(module, "frozen_prefix", lambda *_, **__: kept.append(1))
     retraining._trainers.clear()
     whole = make(base_folder, tmp_path / "whole", config=config).run(subsets)

@@ -13,12 +13,12 @@ from finetrace.batching import batches
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
-from finetrace.collection.precision import HALF, Narrowing, wide_residual
+from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
-from finetrace.prefix import Prefix, frozen_prefix
+from finetrace.prefix import Prefix
 
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
@@ -119,7 +119,7 @@ class Collector:
     def _prefix(self) -> Prefix | None:
         """What lies below the lowest tracked layer: another loss of the same batches starts above it."""
         wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
-        return frozen_prefix(self.model, wanted, f"wide {next(self.model.parameters()).dtype}", singly=False)
+        return wide_prefix(self.model, wanted)
 
     def _pass(
         self,

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.batching import batches
-from finetrace.collection.precision import wide_residual
+from finetrace.collection.precision import wide_prefix, wide_residual
 from finetrace.encoding import Encoded
 from finetrace.forward import Batch, example_losses, token_losses
-from finetrace.prefix import frozen_prefix
 
 
 def mean_losses(
@@ -28,9 +27,7 @@ def mean_losses(
     """
     device = next(model.parameters()).device
     losses = torch.empty(len(items), dtype=torch.float64)
-    prefix = None
-    if learnt:
-        prefix = frozen_prefix(model, learnt, f"wide {next(model.parameters()).dtype}", singly=False)
+    prefix = wide_prefix(model, learnt) if learnt else None
     with torch.no_grad(), wide_residual(model) as narrowing:
         for chosen in batches(items, batch_tokens):
             batch = Batch.of([items[i] for i in chosen]).to(device)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
+
+from finetrace.prefix import Prefix, frozen_prefix
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -19,6 +21,11 @@ Narrowing = Callable[[], AbstractContextManager[Any]]
 def wide(device: torch.device) -> AbstractContextManager[Any]:
     """No autocast: products in the precision of their factors."""
     return torch.autocast(device.type, enabled=False)
+
+
+def wide_prefix(model: nn.Module, wanted: Iterable[nn.Parameter]) -> Prefix | None:
+    """The frozen prefix of passes under `wide_residual`, shared by all that want gradients or losses of one model."""
+    return frozen_prefix(model, wanted, f"wide {next(model.parameters()).dtype}", singly=False)
 
 
 @contextmanager
