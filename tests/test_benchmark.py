@@ -294,6 +294,24 @@ def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monke
     assert [row.metrics for row in report(there)] == [row.metrics for row in rows]
 
 
+def test_results_of_older_kronecker_factors_are_computed_again(finished, tmp_path):
+    folder, made, _ = finished
+    there, cell = tmp_path / "older", made[0]
+    shutil.copytree(folder, there)
+    path = there / cell.folder / "records.json"
+    document = json.loads(path.read_text())
+    assert [r["spec"] for r in document["records"] if "factors" in r] == ["ekfac:normalise=cosine"]
+    for record in document["records"]:
+        record.pop("factors", None)
+        record["coverage"] = 0.123
+    path.write_text(json.dumps(document))
+    run_all(there, Plan(made[:1]), silent)
+    again = {record["spec"]: record for record in numbers(there, cell)}
+    wanted = {record["spec"]: record for record in numbers(folder, cell)}
+    assert again["ekfac:normalise=cosine"] == wanted["ekfac:normalise=cosine"]
+    assert again["gradcos"]["coverage"] == 0.123  # what does not hang on factors is left alone
+
+
 def test_methods_asked_for_later_are_refused_other_queries(base, tmp_path):
     there = tmp_path / "other"
     run_all(there, Plan(planned(base, methods=METHODS[:2])), silent)
