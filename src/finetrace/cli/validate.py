@@ -28,16 +28,20 @@ def validate(
     measure: Annotated[
         list[str] | None, typer.Option(help="lds, drop or tail-patch; may repeat; all if not given.")
     ] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Few methods, subsets and removals: a first look.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few methods and subsets, one seed and no removals: a first look.")
+    ] = False,
     subsets: Annotated[int | None, typer.Option(min=3, help="Random subsets of the rows, for lds; 30, or 6.")] = None,
     share: Annotated[float, typer.Option(help="Of the rows that each subset has.")] = 0.5,
-    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each subset and removal.")] = 2,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Fine-tunings of each subset and removal; 2, or 1 with --quick.")
+    ] = None,
     remove: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Rows to remove, for drop; may repeat; a tenth and a quarter if not given."),
     ] = None,
     groups: Annotated[
-        int | None, typer.Option(min=1, help="Classes of queries to remove rows for, at most; 3, or 1.")
+        int | None, typer.Option(min=1, help="Classes of queries to remove rows for, at most; 3 if not given.")
     ] = None,
     config: Annotated[
         Path | None,
@@ -85,9 +89,10 @@ def validate(
             "subsets": subsets,
             "counts": tuple(remove) if remove else None,
             "groups": groups,
+            "seeds": seeds,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-        plan = replace(plan, share=share, seeds=seeds, workers=workers)
+        plan = replace(plan, share=share, workers=workers)
         opened.model(None, device, trust_remote_code)
         about: dict[str, object] = {
             "finetuning": finetuning.model_dump(mode="json"),

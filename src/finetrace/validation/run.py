@@ -73,10 +73,9 @@ class Validation:
 
 QUICK = Validation(
     methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", "random"),
+    measures=("lds", "tail-patch"),
     subsets=6,
-    counts=(),
-    draws=3,
-    groups=1,
+    seeds=1,
 )
 
 
@@ -168,7 +167,10 @@ def _retrained(
     gone = []
     if "drop" in config.measures:
         asked = groups([query.label for query in again.queries], config.groups)
-        gone = removals(scores, asked, config.removed(n), problem.rows.labels, draws=config.draws, seed=first)
+        named = {
+            name: values for name, values in scores.items() if not name.startswith("random")
+        }  # chance is drawn anew
+        gone = removals(named, asked, config.removed(n), problem.rows.labels, draws=config.draws, seed=first)
     rows = [
         again.everything,
         *(tuple(np.flatnonzero(row).tolist()) for row in members),
