@@ -101,9 +101,10 @@ class Retraining:
         if missing:
             say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
         started = time.perf_counter()
-        for done, (_, seconds) in enumerate(run_each(partial(_retrain, self), missing, workers), 1):
+        for done, (place, seconds) in enumerate(run_each(partial(_retrain, self), missing, workers), 1):
             if done == 1 and len(missing) > 1:
-                left = (len(missing) - 1) * seconds / min(workers, len(missing))
+                rows = sum(len(subset.rows) for subset in missing) / len(missing[place].rows)
+                left = (rows - 1) * seconds / min(workers, len(missing))
                 say(f"the first took {seconds:.0f} s; the others take about {left / 60:.0f} minutes")
             elif done == len(missing):
                 say(f"{done} retrainings in {(time.perf_counter() - started) / 60:.1f} minutes")
