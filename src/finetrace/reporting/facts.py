@@ -15,7 +15,7 @@ def index_facts(index: Index) -> dict[str, str]:
         "adapter": f"{manifest.model.adapter_fingerprint} (kept in the index)" if manifest.model.adapter else "none",
         "training examples": f"{manifest.examples:,} ({manifest.tokens:,} tokens)",
         "loss on": manifest.encoding.loss_on,
-        "gradients at": f"the {manifest.model.at} of the fine-tuning",
+        "gradients at": f"the {manifest.model.at} of the fine-tuning, unless a method says otherwise",
         "gradient entries": f"{width:,} in {len(index.blocks)} matrices",
         "computed in": f"{manifest.model.dtype}, kept in {manifest.feature_dtype}",
         "sign": "positive = proponent: training on the example makes the answer more likely",
