@@ -203,7 +203,11 @@ def test_length_and_gradient_norm_do_not_look_at_the_query(problem):
     assert make("length").score(problem).values.tolist() == [tokens] * problem.m
 
 
-def test_every_method_is_listed_explained_and_runs(problem):
+def test_every_method_is_listed_explained_and_runs(base_loaded, tmp_path):
+    model = with_lora(base_loaded.model)
+    model.peft_config["default"].init_lora_weights = True  # an adapter whose start is at hand
+    index = build_index(model, base_loaded.tokenizer, make_examples(8), tmp_path / "i")
+    problem = Problem(index, make_examples(3, seed=5))
     results = run_methods(problem, [make(spec) for spec in STANDARD])
     assert {result.method.name for result in results} == set(available())
     for result in results:
