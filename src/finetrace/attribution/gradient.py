@@ -49,8 +49,8 @@ class GradientMethod(Method):
     `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
     those the index was built with. `layers`: `all`, `last-half`, `last-fifth`, a number or `FIRST-LAST`. Several of either,
     joined by `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-half` looks at the response's
-    loss in all layers and at the probe's in the last half. `at`: where along the fine-tuning gradients are taken, at its
-    `end` or at its `start` (`finetrace.moments`); empty for where the index took them.
+    loss in all layers and at the probe's in the last half. `at`: gradients of the `end` or `start` of training, or
+    empty, where the index took them (`finetrace.moments`).
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
@@ -93,11 +93,10 @@ class GradientMethod(Method):
 
     def used(self, problem: Problem) -> dict[str, Any]:
         """The parameters, with the tokens of the loss by their full names."""
-        several = self._several()
-        if not several:
+        if not (several := self._several()):
             return super().used(problem)
         used = [each.used(each.prepared(problem)) for each in several]
-        return {**self.parameters, "loss_on": "+".join(each["loss_on"] for each in used), "at": used[0]["at"]}
+        return {**used[0], "layers": self.layers, "loss_on": "+".join(each["loss_on"] for each in used)}
 
     @abstractmethod
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
