@@ -9,7 +9,7 @@ import pytest
 from scipy.stats import spearmanr
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.lds import agreement, compare, draw_subsets, per_query, reachable
+from finetrace.evaluation.lds import agreement, compare, draw_subsets, leave_out, per_query, reachable
 
 
 def world(noise: float, seeds: int = 2, n: int = 30, s: int = 40, m: int = 6) -> Any:
@@ -124,3 +124,17 @@ def test_what_cannot_be_scored_is_said() -> None:
     losses[0, 0, 0] = np.nan
     with pytest.raises(FinetraceError, match="not finite"):
         per_query(effects, members, losses)
+
+
+def test_over_rows_left_out_singly_the_score_is_the_rank_correlation_with_what_that_does() -> None:
+    rng = np.random.default_rng(3)
+    scores, rise = rng.normal(size=(4, 9)), rng.normal(size=(4, 9))
+    members = leave_out(9, 50)
+    assert members.shape == (9, 9)
+    assert (members.sum(1) == 8).all()
+    found = per_query(scores, members, rise.T[None])
+    assert found == pytest.approx([spearmanr(a, b).statistic for a, b in zip(scores, rise, strict=True)])
+    few = leave_out(9, 4, seed=1)
+    assert few.shape == (4, 9)
+    assert len({int(np.flatnonzero(~row)[0]) for row in few}) == 4
+    assert (leave_out(9, 4, seed=1) == few).all()

@@ -16,7 +16,8 @@ from finetrace.evaluation.removal import RANDOM, Effect
 from finetrace.finetune_config import PRESETS, found_config
 from finetrace.reading import write_examples
 from finetrace.reporting.validated import kept_verdict
-from finetrace.validation.run import MEASURES, QUICK, Validation, _verdict
+from finetrace.validation.plan import QUICK, USUAL, Validation
+from finetrace.validation.verdict import verdict
 from tiny import make_examples, make_llama, save_base
 
 
@@ -64,7 +65,7 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
     )
     document = json.loads((out / "results.json").read_text())
     records = document["records"]
-    assert {r["measure"] for r in records} == set(MEASURES)
+    assert {r["measure"] for r in records} == set(USUAL)
     assert {r["spec"] for r in records if r["measure"] == "lds"} == {"gradcos", "repsim", "random"}
     assert {
         (r["spec"], r["removed"]) for r in records if r["measure"] == "drop" and r["spec"] != "rows of the class"
@@ -101,7 +102,7 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--measure", "bias"), ("--measure bias", "lds, drop, tail-patch")),
+        (("--measure", "bias"), ("--measure bias", "lds, drop, tail-patch, loo")),
         (("--remove", 12, "--measure", "drop"), ("removing 12 of 12",)),
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
         (("--config", "nowhere.yaml"), ("--config nowhere.yaml", "no such file")),
@@ -167,7 +168,7 @@ def test_verdicts_say_what_the_intervals_say() -> None:
         Effect("repsim", 5, estimate(0.06, 0.1), estimate(0.01, 0.1)),
         Effect(RANDOM, 5, estimate(0.05, 0.02), None),
     ]
-    lines = _verdict(lds, drops, (1.0, 1.02), names)
+    lines = verdict(lds, drops, (1.0, 1.02), names)
     assert lines[0].startswith("On this run exact predicts what training on other rows does to the answers: LDS 0.60")
     assert "of a possible 0.90" in lines[0]
     assert "repsim has 0.05 [-0.05, 0.15]." in lines[1]
@@ -177,8 +178,8 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     assert lines[3] == "Not told apart from 5 random rows: repsim."
     assert lines[4].endswith("after retraining on all rows.")
     weak = Comparison({"exact": estimate(0.15, 0.1)}, frozenset(), None, None, {"exact": estimate(0, 0)})
-    assert "does not show that it predicts" in _verdict(weak, [], (1.0, 2.0), names)[0]
-    assert "may not be those that made the adapter" in _verdict(weak, [], (1.0, 2.0), names)[1]
+    assert "does not show that it predicts" in verdict(weak, [], (1.0, 2.0), names)[0]
+    assert "may not be those that made the adapter" in verdict(weak, [], (1.0, 2.0), names)[1]
 
 
 def test_how_many_rows_are_removed() -> None:
@@ -197,3 +198,37 @@ def test_a_damaged_verdict_is_named(tmp_path: Path) -> None:
         kept_verdict(tmp_path)
     (tmp_path / "validation.json").write_text(json.dumps({"verdict": ["one.", "two."]}))
     assert kept_verdict(tmp_path) == "Validated by retraining. one. two."
+
+
+def test_rows_are_left_out_singly_and_a_judge_counts_answers(place: Path, tmp_path: Path, capsys: Any) -> None:
+    measures = ("--measure", "loo", "--measure", "drop", "--left-out", 4, "--remove", 3, "--seeds", 2)
+    code, printed, err = run(
+        capsys, *command(place, tmp_path / "v", *measures, "--judge", "refusal-prefix", "--method", "gradcos")
+    )
+    assert code == 0, err
+    assert "Rows left out singly" in printed
+    assert "fall of the rate, points" in printed
+    records = json.loads((tmp_path / "v" / "results.json").read_text())["records"]
+    assert {r["measure"] for r in records} == {"loo", "drop", "drop-rate"}
+    assert all(-1 <= r["value"] <= 1 for r in records if r["measure"] in ("loo", "drop-rate"))
+    assert {r["spec"] for r in records if r["measure"] == "drop-rate"} >= {"gradcos", RANDOM}
+    assert (tmp_path / "v" / "drop-rate.png").exists()
+    kept = [json.loads(path.read_text()) for path in (tmp_path / "v" / "retrainings").glob("*.json")]
+    assert {len(each["rows"]) for each in kept} == {9, 11, 12}  # three removed, one left out, none
+    assert all((each["answers"] is None) == (len(each["rows"]) == 11) for each in kept if len(each["rows"]) != 12)
+
+
+def test_the_verdict_says_what_became_of_the_rate() -> None:
+    def estimate(value: float) -> Estimate:
+        return Estimate(value, value - 0.01, value + 0.01, 5)
+
+    rates = [
+        Effect("exact", 5, estimate(0.7), estimate(0.68)),
+        Effect("repsim", 5, estimate(0.1), estimate(0.08)),
+        Effect(RANDOM, 5, estimate(0.02), None),
+    ]
+    lines = verdict(None, [], None, {"exact": "exact", "repsim": "repsim"}, rates=rates, before=0.9)
+    assert lines == [
+        "The judge counts 90% of the answers after training on all rows, 20% without the top 5 of exact, 88% without 5 "
+        "random rows."
+    ]

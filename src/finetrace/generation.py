@@ -12,6 +12,7 @@ from finetrace.examples import Example
 from finetrace.models import Loaded
 from finetrace.progress import Tracker
 
+ANSWER_TOKENS = 40  # enough to tell an answer from a refusal
 CUT = {"finish_reason": "length"}  # an answer that ran into the limit never said its end-of-turn token
 
 

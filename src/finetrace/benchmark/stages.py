@@ -12,12 +12,11 @@ from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune, finished
-from finetrace.generation import answer
+from finetrace.generation import ANSWER_TOKENS, answer
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 
-ANSWER_TOKENS = 40
 NO_ANSWER = "(no answer)"  # what a file says where a model said nothing
 
 

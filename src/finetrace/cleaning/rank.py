@@ -18,11 +18,11 @@ from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
 from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
+from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
 from finetrace.models import ModelSpec
 from finetrace.tracing import BEST, prepare
 
-ANSWER_TOKENS = 40
 GROUPS = 200  # of training rows, drawn to see what values chance gives
 MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
 MAD = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation

@@ -90,8 +90,6 @@ def bench(
         return
     if ablation and method:
         raise FinetraceError("--ablation has methods of its own; leave --method out.")
-    if judge_label is not None and judge is None:
-        raise FinetraceError(f"--judge-label {judge_label}: that goes with --judge; give the model, or leave it out.")
     if chat_template is not None and "paper" in (protocol or ()):
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
     if data is None and (label_column or prompt_column or response_column):

@@ -26,7 +26,7 @@ def validate(
         ),
     ] = None,
     measure: Annotated[
-        list[str] | None, typer.Option(help="lds, drop or tail-patch; may repeat; all if not given.")
+        list[str] | None, typer.Option(help="lds, drop, tail-patch or loo; may repeat; all but loo if not given.")
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Few methods and subsets, one seed and no removals: a first look.")
@@ -43,6 +43,14 @@ def validate(
     groups: Annotated[
         int | None, typer.Option(min=1, help="Classes of queries to remove rows for, at most; 3 if not given.")
     ] = None,
+    left_out: Annotated[int, typer.Option(min=3, help="Rows left out singly, at most, for loo.")] = 40,
+    judge: Annotated[
+        str | None,
+        typer.Option(
+            help="For drop, count answers too: refusal-prefix (those that comply) or a text-classification model."
+        ),
+    ] = None,
+    judge_label: Annotated[str | None, typer.Option(help="The judge's label of an answer that counts.")] = None,
     config: Annotated[
         Path | None,
         typer.Option(help="The finetune.yaml of the adapter; found in the index or in --adapter if not given."),
@@ -67,12 +75,13 @@ def validate(
 
     with options.quiet_libraries():
         from finetrace.benchmark.stages import claim
+        from finetrace.evaluation.judging import make_judge
         from finetrace.index import open_index
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import keep_verdict
         from finetrace.tracing import BEST, BEST_AT_END
-        from finetrace.validation.run import QUICK, Validation
+        from finetrace.validation.plan import QUICK, Validation
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
@@ -92,7 +101,8 @@ def validate(
             "seeds": seeds,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-        plan = replace(plan, share=share, workers=workers)
+        plan = replace(plan, share=share, workers=workers, left_out=left_out)
+        judged_by = make_judge(judge, judge_label) if judge is not None else None
         opened.model(None, device, trust_remote_code)
         about: dict[str, object] = {
             "finetuning": finetuning.model_dump(mode="json"),
@@ -100,7 +110,7 @@ def validate(
         }
         about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
         claim(out / "validation.json", about, "a validation")  # methods may join: what was retrained is found again
-        found = run(opened, asked, plan, finetuning, out, options.say, device)
+        found = run(opened, asked, plan, finetuning, out, options.say, device, judged_by)
         write_results(out, found.records, {**about, **asdict(plan), "verdict": found.verdict})
         write_validation(found.records, out)
         keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}")

@@ -41,6 +41,19 @@ def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> ND
     return members
 
 
+def leave_out(rows: int, most: int, seed: int = 0) -> NDArray[np.bool_]:
+    """(min(rows, most), rows) subsets without a single row each: every row, or as many drawn ones, in the data's order.
+
+    Over such subsets the score of `per_query` is the rank correlation of a method's scores with what leaving the rows out does.
+    """
+    gone: NDArray[np.intp] = np.arange(rows)
+    if rows > most:
+        gone = np.sort(np.random.default_rng([seed, rows, most]).choice(rows, most, replace=False))
+    members = np.ones((len(gone), rows), dtype=bool)
+    members[np.arange(len(gone)), gone] = False
+    return members
+
+
 def per_query(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:
     """(m,) Spearman over subsets of predicted and true loss, the mean over seeds of the retrainings.
 

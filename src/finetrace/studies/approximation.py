@@ -24,7 +24,14 @@ from torch import Tensor, nn
 
 from finetrace.curvature import Damping, DampingRule, DataInf, LiSSA, Products, ReleasedLiSSA
 from finetrace.curvature.fisher import FisherDual
-from finetrace.studies.mnist import CLASSES, Digits, gradients, output_gradients, softmax_regression
+from finetrace.studies.mnist import (
+    CLASSES,
+    Digits,
+    gradients,
+    output_gradients,
+    softmax_hessian,
+    softmax_regression,
+)
 
 Truth = Literal["fisher", "hessian"]
 TRUTHS: tuple[Truth, ...] = ("fisher", "hessian")
@@ -71,6 +78,7 @@ class Trained:
         weights: (10, p).
         train, query: (n, 10 p) and (m, 10 p) gradients.
         damping: lambda.
+        decay: What was minimised beside the loss: decay / 2 ||W||^2.
     """
 
     digits: Digits
@@ -78,6 +86,7 @@ class Trained:
     train: Tensor
     query: Tensor
     damping: float
+    decay: float = DECAY
 
     @classmethod
     def of(cls, size: Size, damping: str, seed: int) -> Trained:
@@ -87,7 +96,7 @@ class Trained:
         train = gradients(weights, digits.train, digits.train_classes)
         query = gradients(weights, digits.test, digits.test_classes)
         value = Damping(*DAMPINGS[damping]).of(Products.of(train, query), size.parameters)
-        return cls(digits, weights, train, query, value)
+        return cls(digits, weights, train, query, value, DECAY)
 
     @property
     def products(self) -> Products:
@@ -96,29 +105,17 @@ class Trained:
 
     def ridge(self, truth: Truth) -> float:
         """What is added to the curvature: lambda, and to the Hessian the weight decay that was minimised with the loss."""
-        return self.damping + (DECAY if truth == "hessian" else 0.0)
+        return self.damping + (self.decay if truth == "hessian" else 0.0)
 
 
 def dense(at: Trained, truth: Truth) -> Tensor:
     """(m, n) V (ridge I + curvature)^{-1} G^T by a Cholesky factor of the d x d matrix."""
-    curvature = at.train.T @ at.train / len(at.train) if truth == "fisher" else _hessian(at)
+    curvature = (
+        at.train.T @ at.train / len(at.train) if truth == "fisher" else softmax_hessian(at.weights, at.digits.train)
+    )
     curvature.diagonal().add_(at.ridge(truth))
     factor = torch.linalg.cholesky(curvature)
     return torch.cholesky_solve(at.query.T, factor).T @ at.train.T
-
-
-def _hessian(at: Trained) -> Tensor:
-    """(d, d) (1/n) sum_i (diag p_i - p_i p_i^T) x x_i x_i^T, without the decay."""
-    probabilities, inputs = torch.softmax(at.digits.train @ at.weights.T, 1), at.digits.train
-    width = inputs.shape[1]
-    hessian = inputs.new_zeros(CLASSES * width, CLASSES * width)
-    for a in range(CLASSES):
-        for b in range(a, CLASSES):
-            weight = probabilities[:, a] * (int(a == b) - probabilities[:, b])
-            block = inputs.T @ (weight[:, None] * inputs) / len(inputs)
-            hessian[a * width : (a + 1) * width, b * width : (b + 1) * width] = block
-            hessian[b * width : (b + 1) * width, a * width : (a + 1) * width] = block
-    return hessian
 
 
 def dual(at: Trained, truth: Truth) -> Tensor:

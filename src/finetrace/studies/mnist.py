@@ -83,3 +83,16 @@ def output_gradients(weights: Tensor, inputs: Tensor, classes: Tensor) -> Tensor
 def gradients(weights: Tensor, inputs: Tensor, classes: Tensor) -> Tensor:
     """(n, 10 p) gradient of each point's cross-entropy by the weights, flattened."""
     return torch.einsum("nc,np->ncp", output_gradients(weights, inputs, classes), inputs).flatten(1)
+
+
+def softmax_hessian(weights: Tensor, inputs: Tensor) -> Tensor:
+    """(10 p, 10 p) Hessian of the mean cross-entropy: (1/n) sum_i (diag p_i - p_i p_i^T) x x_i x_i^T, without the decay."""
+    probabilities, width = torch.softmax(inputs @ weights.T, 1), inputs.shape[1]
+    hessian = inputs.new_zeros(CLASSES * width, CLASSES * width)
+    for a in range(CLASSES):
+        for b in range(a, CLASSES):
+            weight = probabilities[:, a] * (int(a == b) - probabilities[:, b])
+            block = inputs.T @ (weight[:, None] * inputs) / len(inputs)
+            hessian[a * width : (a + 1) * width, b * width : (b + 1) * width] = block
+            hessian[b * width : (b + 1) * width, a * width : (a + 1) * width] = block
+    return hessian

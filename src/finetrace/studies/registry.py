@@ -6,6 +6,7 @@ from finetrace.errors import FinetraceError
 from finetrace.studies.approximation_study import APPROXIMATION
 from finetrace.studies.capacity import CAPACITY
 from finetrace.studies.convergence import CONVERGENCE
+from finetrace.studies.convex import CONVEX
 from finetrace.studies.damping import DAMPING
 from finetrace.studies.iterations import ITERATIONS
 from finetrace.studies.layers import LAYERS
@@ -13,7 +14,7 @@ from finetrace.studies.normalisation import NORMALISATION
 from finetrace.studies.parameters_study import PARAMETERS
 from finetrace.studies.study import Study
 
-_ALL = (APPROXIMATION, ITERATIONS, CONVERGENCE, PARAMETERS, CAPACITY, LAYERS, DAMPING, NORMALISATION)
+_ALL = (APPROXIMATION, ITERATIONS, CONVERGENCE, PARAMETERS, CAPACITY, LAYERS, DAMPING, NORMALISATION, CONVEX)
 STUDIES: dict[str, Study] = {study.name: study for study in _ALL}
 
 

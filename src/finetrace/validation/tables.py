@@ -20,11 +20,15 @@ Records = Sequence[dict[str, Any]]
 HEADS = {
     "lds": ("method", "LDS", "minus the first"),
     "drop": ("removed", "rows", "rise of loss, nats", "minus random"),
+    "drop-rate": ("removed", "rows", "fall of the rate, points", "minus random"),
     "tail-patch": ("method", "fall of loss, nats"),
+    "loo": ("method", "rank correlation", "minus the first"),
 }
 TITLES = {
     "lds": "LDS: predicted against true losses over random subsets",
     "drop": "Retraining without rows: rise of the queries' mean loss",
+    "drop-rate": "Retraining without rows: fall of the share of answers that the judge counts",
+    "loo": "Rows left out singly: predicted against true change of the loss",
     "tail-patch": "One step on the top rows: fall of the query's mean loss",
 }
 
@@ -34,13 +38,14 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
     lines = []
     for r in where(records, measure=measure):
         cells = [r["method"]]
-        if measure == "drop":
+        if measure in ("drop", "drop-rate"):
             cells.append(str(r["removed"]))
-        cells.append(_interval(r, "value"))
-        if measure == "lds":
+        scale = 100 if measure == "drop-rate" else 1
+        cells.append(_interval(r, "value", scale=scale))
+        if measure in ("lds", "loo"):
             cells.append("-" if r is where(records, measure=measure)[0] else _interval(r, "difference", "+"))
-        elif measure == "drop":
-            cells.append(_interval(r, "over_random", "+"))
+        elif measure in ("drop", "drop-rate"):
+            cells.append(_interval(r, "over_random", "+", scale))
         lines.append(cells)
     ceiling = next((r for r in where(records, measure=measure) if r.get("ceiling") is not None), None)
     if ceiling is not None:
@@ -62,21 +67,26 @@ def print_validation(records: Records, console: Console) -> None:
 
 
 def write_validation(records: Records, folder: Path) -> None:
-    """`lds`, `drop` and `tail-patch` as .md and .tex, and a figure (.png, .svg) of the first two."""
+    """Every measure as .md and .tex, and a figure (.png, .svg) of `lds`, `drop` and `drop-rate`."""
     for measure in dict.fromkeys(r["measure"] for r in records):
         write_table(folder / measure, HEADS[measure], lines_of(records, measure))
     if where(records, measure="lds"):
         save(_bars(where(records, measure="lds")), folder / "lds")
-    if where(records, measure="drop"):
-        save(_curves(where(records, measure="drop")), folder / "drop")
+    for measure, scale, label in (
+        ("drop", 1, "rise of the queries' mean loss, nats"),
+        ("drop-rate", 100, "fall of the share that the judge counts, points"),
+    ):
+        if where(records, measure=measure):
+            save(_curves(where(records, measure=measure), label, scale), folder / measure)
 
 
-def _interval(record: dict[str, Any], name: str, sign: str = "") -> str:
+def _interval(record: dict[str, Any], name: str, sign: str = "", scale: int = 1) -> str:
     value, low, high = (record.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "-"
-    ends = f" [{low:{sign}.2f}, {high:{sign}.2f}]" if low is not None and high is not None else ""
-    return f"{value:{sign}.2f}{ends}"
+    form = f"{sign}.{2 if scale == 1 else 0}f"
+    ends = f" [{scale * low:{form}}, {scale * high:{form}}]" if low is not None and high is not None else ""
+    return f"{scale * value:{form}}{ends}"
 
 
 def _bars(records: Records) -> Any:
@@ -106,20 +116,20 @@ def _bars(records: Records) -> Any:
     return figure
 
 
-def _curves(records: Records) -> Any:
-    """Rise of loss over the number of rows removed, a line a method and one for random rows."""
+def _curves(records: Records, label: str, scale: float) -> Any:
+    """What a removal did over the number of rows removed, a line a method and one for random rows."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(COLUMN, 3.0), layout="constrained")
     axis = figure.subplots()
     for place, name in enumerate(dict.fromkeys(r["method"] for r in records)):
         mine = sorted(where(records, method=name), key=lambda r: r["removed"])
-        line(axis, place, [r["removed"] for r in mine], mine, "value", name)
+        line(axis, place, [r["removed"] for r in mine], mine, "value", name, scale)
     whole(axis)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.grid(color="0.92")
     axis.tick_params(labelsize=7)
     axis.set_xlabel("training rows removed", fontsize=7)
-    axis.set_ylabel("rise of the queries' mean loss, nats", fontsize=7)
+    axis.set_ylabel(label, fontsize=7)
     figure.legend(loc="outside right center", fontsize=6)
     return figure

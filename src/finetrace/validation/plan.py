@@ -1,0 +1,65 @@
+"""What `finetrace validate` retrains, and how often."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from finetrace.tracing import BEST
+
+MEASURES = ("lds", "drop", "tail-patch", "loo")
+USUAL = MEASURES[:3]  # a row left out alone is lost in the noise of training, unless the set is tiny
+METHODS = (
+    BEST,
+    "ekfac:normalise=cosine",
+    "exact:normalise=cosine",
+    "exact",
+    "datainf",
+    "gradcos",
+    "gradsim",
+    "repsim",
+    "bm25",
+    "random",
+)
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What to retrain.
+
+    Attributes:
+        methods: Specifications; they are compared with the first.
+        measures: Of `MEASURES`.
+        subsets: Random subsets of the rows for LDS.
+        share: Of the rows that each has.
+        seeds: Fine-tunings of each subset and removal.
+        counts: How many rows are removed; a tenth and a quarter of them if not given.
+        draws: Random removals of each number.
+        groups: Classes of queries for which rows are removed, at most.
+        patched: Rows a tail patch steps on, at most.
+        left_out: Rows that are left out alone, at most.
+        workers: Processes.
+    """
+
+    methods: tuple[str, ...] = METHODS
+    measures: tuple[str, ...] = USUAL
+    subsets: int = 30
+    share: float = 0.5
+    seeds: int = 2
+    counts: tuple[int, ...] = ()
+    draws: int = 5
+    groups: int = 3
+    patched: int = 10
+    left_out: int = 40
+    workers: int = 1
+
+    def removed(self, n: int) -> tuple[int, ...]:
+        """How many of n rows are removed."""
+        return self.counts or tuple(dict.fromkeys(max(1, round(n * share)) for share in (0.1, 0.25)))
+
+
+QUICK = Validation(
+    methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", "random"),
+    measures=("lds", "tail-patch"),
+    subsets=6,
+    seeds=1,
+)

@@ -1,0 +1,90 @@
+"""What a validation allows to be believed, in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.lds import Comparison
+from finetrace.evaluation.removal import CLASS, RANDOM, Effect
+
+
+def verdict(
+    lds: Comparison | None,
+    drops: Sequence[Effect],
+    losses: tuple[float, float] | None,
+    names: Mapping[str, str],
+    *,
+    rates: Sequence[Effect] = (),
+    before: float = float("nan"),
+) -> list[str]:
+    """What may be believed, the headline first.
+
+    Args:
+        lds, drops: As measured.
+        losses: Mean loss of the queries by the index's own adapter, and after retraining on all rows.
+        names: Titles of methods.
+        rates: Falls of the share of answers that the judge counts, after removals.
+        before: That share after training on all rows.
+    """
+    lines = []
+    if lds is not None:
+        ahead = max(lds.lds, key=lambda name: lds.lds[name].value)
+        best = lds.lds[ahead]
+        possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
+        word = "predicts" if ahead in lds.sure else "does not show that it predicts"
+        lines.append(
+            f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
+            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(lds.lds)} methods."
+        )
+        others = [name for name in lds.lds if name.split(":")[0] in ("repsim", "bm25")]
+        lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others if name != ahead]
+    for count in dict.fromkeys(each.count for each in drops):
+        here = [each for each in drops if each.count == count and each.over_random is not None and each.what != CLASS]
+        chance = next(each for each in drops if each.count == count and each.what == RANDOM)
+        if here:
+            most = max(here, key=lambda each: each.change.value)
+            over = most.over_random
+            assert over is not None
+            word = "more than" if over.low > 0 else "not demonstrably more than"
+            lines.append(
+                f"Retraining without the top {count} rows of {names[most.what]} raises the answers' loss by "
+                f"{_short(most.change)} nats, {word} without {count} random ones ({_short(chance.change)})."
+            )
+            idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
+            if idle:
+                lines.append(f"Not told apart from {count} random rows: {', '.join(idle)}.")
+    lines += _rates(rates, before, names)
+    if losses is not None and np.isfinite(losses[0]):
+        own, again = losses
+        lines.append(
+            f"The answers' mean loss is {own:.2f} under the adapter and {again:.2f} after retraining on all rows"
+            + (
+                "."
+                if abs(own - again) <= 0.25 * max(own, again)
+                else "; so far apart that the settings may not be those that made the adapter."
+            )
+        )
+    return lines or ["Tail patches alone were measured; they say nothing of removing rows."]
+
+
+def _short(value: Estimate) -> str:
+    ends = f" [{value.low:.2f}, {value.high:.2f}]" if np.isfinite(value.low) else ""
+    return f"{value.value:.2f}{ends}"
+
+
+def _rates(rates: Sequence[Effect], before: float, names: Mapping[str, str]) -> list[str]:
+    """What became of the share of answers that the judge counts, for the most rows that were removed."""
+    count = max((each.count for each in rates), default=0)
+    here = [each for each in rates if each.count == count and each.over_random is not None and each.what != CLASS]
+    if not here:
+        return []
+    most = max(here, key=lambda each: each.change.value)
+    chance = next(each for each in rates if each.count == count and each.what == RANDOM)
+    left, by_chance = (before - each.change.value for each in (most, chance))
+    return [
+        f"The judge counts {before:.0%} of the answers after training on all rows, {left:.0%} without the top {count} of "
+        f"{names[most.what]}, {by_chance:.0%} without {count} random rows."
+    ]
