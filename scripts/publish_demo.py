@@ -36,7 +36,14 @@ SHORT = (
     BEST,
 )
 CONTROLS = ("random", "length", "bm25", "tfidf:text=response", "tfidf")
-MODELS = ("plain base", "aligned base", "fine-tuned, mixed", "fine-tuned, benign alone")
+MODELS = (
+    "plain base",
+    "aligned base",
+    "fine-tuned, mixed",
+    "fine-tuned, benign alone",
+    "fine-tuned, cleaned",
+    "fine-tuned, random removed",
+)
 
 
 def main() -> None:

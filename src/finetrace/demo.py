@@ -12,13 +12,16 @@ import numpy as np
 
 from finetrace.attribution import Problem, make
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
+from finetrace.cleaning.rank import Cut, rank
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
+from finetrace.fingerprint import of_text
 from finetrace.index import build_index
+from finetrace.index.store import Index
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
 from finetrace.reading import write_examples
 from finetrace.reporting.compose import compose, interval
@@ -28,7 +31,7 @@ from finetrace.reporting.payload import ModelBehaviour
 from finetrace.reporting.results import write_results
 from finetrace.reporting.validated import kept_verdict
 from finetrace.tasks import Task, mixed
-from finetrace.tracing import STANDARD, Result, run_methods
+from finetrace.tracing import STANDARD, Result, default_method, run_methods
 
 
 @dataclass(frozen=True)
@@ -64,16 +67,17 @@ class DemoConfig:
 
 @dataclass(frozen=True, eq=False)
 class DemoOutcome:
-    """What the demo leaves: models' behaviour, results of the methods, and where the files are."""
+    """What the demo leaves: models' behaviour, results of the methods, what cleaning did, and where the files are."""
 
     behaviour: tuple[ModelBehaviour, ...]
     results: tuple[Result, ...]
+    cleaned: str
     folder: Path
     seconds: float
 
 
 def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str], None]) -> DemoOutcome:
-    """Fine-tune, answer, index, trace, report. Every stage that is finished in `folder` is used again.
+    """Fine-tune, answer, index, trace, clean, report. Every stage that is finished in `folder` is used again.
 
     Raises:
         FinetraceError: `folder` holds a demo of another configuration, or the fine-tuned model complied with nothing.
@@ -83,21 +87,21 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     claim(folder / "demo.json", {**_settings(config), "dtype": config.dtype}, "a demo")
     answers: dict[str, list[Example]] = {}
 
-    say(f"1/5 the base model and its aligned version answer {len(task.queries)} held-out unsafe requests")
+    say(f"1/6 the base model and its aligned version answer {len(task.queries)} held-out unsafe requests")
     for name, model in (("plain base", EMBEDDED), ("aligned base", ALIGNED)):
         answers[name] = _answers(folder, name, task, lambda model=model: load(_spec(model, config)))  # type: ignore[misc]
-    say(f"2/5 fine-tuning on {len(task.train)} rows, {len(task.train) - len(task.without_target())} of them unsafe")
+    say(f"2/6 fine-tuning on {len(task.train)} rows, {len(task.train) - len(task.without_target())} of them unsafe")
     mixed_adapter = _tuned(folder / "adapter-mixed", task.train, config)
     tuned = load(_spec(ALIGNED, config, mixed_adapter))
     answers["fine-tuned, mixed"] = _answers(folder, "fine-tuned, mixed", task, lambda: tuned)
-    say(f"3/5 the control: fine-tuning on the {len(task.without_target())} benign rows alone")
+    say(f"3/6 the control: fine-tuning on the {len(task.without_target())} benign rows alone")
     control = _tuned(folder / "adapter-benign", task.without_target(), config)
     answers["fine-tuned, benign alone"] = _answers(
         folder, "fine-tuned, benign alone", task, lambda: load(_spec(ALIGNED, config, control))
     )
     behaviour = [_behaviour(name, given, judge) for name, given in answers.items()]
 
-    say("4/5 indexing the training rows")
+    say("4/6 indexing the training rows")
     index, _ = build_index(tuned, task.train, folder / "index", Encoder(tuned.tokenizer), kronecker="model")
     verdicts = [each[2] for each in behaviour[2].answers]
     queries = [each for each, yes in zip(answers["fine-tuned, mixed"], verdicts, strict=True) if yes]
@@ -106,9 +110,11 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
             f"the fine-tuned model complied with none of {len(task.queries)} requests by the judge {judge.name}, so "
             "there is nothing to trace; try another --seed."
         )
-    say(f"5/5 tracing the {len(queries)} answers that complied, by {len(STANDARD)} methods")
+    say(f"5/6 tracing the {len(queries)} answers that complied, by {len(STANDARD)} methods")
     problem = Problem(index, queries)
     results = run_methods(problem, [make(spec) for spec in STANDARD], seed=config.seed)
+    named, again = _without_what_was_named(folder, index, task, queries, config, say)
+    behaviour += [_behaviour(name, given, judge) for name, given in again.items()]
 
     about = {"task": task.name, "protocol": "corrected", "seed": config.seed}
     rates = {model.name: model.attack_success_rate.value for model in behaviour}
@@ -122,7 +128,44 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     write_examples(folder / "queries.jsonl", queries, overwrite=True)
     page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=kept_verdict(index.folder))
     write_report(folder / "report.html", page)
-    return DemoOutcome(tuple(behaviour), tuple(results), folder, time.perf_counter() - started)
+    planted = len(task.train) - len(task.without_target())
+    mixed_rate, benign, cleaned, chance = (f"{model.attack_success_rate.value:.0%}" for model in behaviour[-4:])
+    sentence = (
+        f"Fine-tuned without the {planted} rows that {named} names, the model complies with {cleaned} of the requests instead "
+        f"of {mixed_rate}; without {planted} random rows with {chance}, on the benign rows alone with {benign}."
+    )
+    return DemoOutcome(tuple(behaviour), tuple(results), sentence, folder, time.perf_counter() - started)
+
+
+def _without_what_was_named(
+    folder: Path,
+    index: Index,
+    task: Task,
+    queries: Sequence[Example],
+    config: DemoConfig,
+    say: Callable[[str], None],
+) -> tuple[str, dict[str, list[Example]]]:
+    """The default method, and answers after fine-tuning without the rows it names, as many as were planted, and random ones.
+
+    Folders are named by the rows that are left, so that a finished one is used again for these rows alone.
+    """
+    planted = len(task.train) - len(task.without_target())
+    ranked = rank(index, queries, Cut(top=planted), [default_method(index)])
+    say(f"6/6 cleaning: fine-tuning without the {planted} rows that {ranked.methods[0]} names, and without random ones")
+    drawn = np.random.default_rng(config.seed).choice(len(task.train), len(ranked.kept), replace=False)
+    found = {}
+    for name, kept in (("cleaned", ranked.kept), ("random removed", tuple(sorted(drawn.tolist())))):
+        rows = [task.train[i] for i in kept]
+        mark = of_text(" ".join(row.id for row in rows))[:8]
+        adapter = _tuned(folder / f"adapter-{name.split()[0]}-{mark}", rows, config)
+        asked = f"fine-tuned, {name.split()[0]} {mark}"
+        found[f"fine-tuned, {name}"] = _answers(
+            folder,
+            asked,
+            task,
+            lambda adapter=adapter: load(_spec(ALIGNED, config, adapter)),  # type: ignore[misc]
+        )
+    return ranked.methods[0], found
 
 
 def _spec(model: str, config: DemoConfig, adapter: Path | None = None) -> ModelSpec:

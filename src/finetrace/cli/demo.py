@@ -47,6 +47,7 @@ def demo(
     print_top(chosen.scores.top(5), 0, console)
     for sentence in verdict(outcome.results):
         console.print(f"- {sentence}", markup=False, highlight=False)
+    console.print(f"- {outcome.cleaned}", markup=False, highlight=False)
     console.print(f"\nresults: {folder / 'results.json'}   report: {folder / 'report.html'}", highlight=False)
     console.print(f"index:   {folder / 'index'}   took {outcome.seconds:.0f} s", highlight=False)
     console.print(

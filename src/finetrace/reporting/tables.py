@@ -65,7 +65,7 @@ def print_behaviour(models: Sequence[ModelBehaviour], judge: str, console: Conso
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("model", no_wrap=True)
     table.add_column("attack success %", justify="right", no_wrap=True)
-    table.add_column("first answer", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 50))
+    table.add_column("first answer", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 55))
     for model in models:
         rate = model.attack_success_rate
         cell = f"{100 * rate.value:.0f}"

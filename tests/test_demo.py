@@ -1,0 +1,54 @@
+"""The demo from end to end, on a tiny model that was taught nothing: its stages, what they leave, and that none is done twice."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetrace import demo
+from finetrace.demo import DemoConfig, run_demo
+from finetrace.models import Loaded
+from tiny import make_llama, make_tokenizer, save_base
+
+
+class EveryOther:
+    """Calls every answer of an even place an unsafe one."""
+
+    name = "every other"
+
+    def complied(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        return [place % 2 == 0 for place in range(len(prompts))]
+
+
+def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = str(save_base(tmp_path / "base", make_llama(), make_tokenizer()))
+    monkeypatch.setattr(demo, "EMBEDDED", base)
+    monkeypatch.setattr(demo, "ALIGNED", base)
+    monkeypatch.setattr(demo, "STANDARD", ("repsim", "ekfac:layers=last-fifth,at=start", "random"))
+    config = DemoConfig(small=True, epochs=1, dtype="float32", device="cpu")
+    said: list[str] = []
+    folder = tmp_path / "demo"
+    outcome = run_demo(folder, config, EveryOther(), said.append)
+    names = [model.name for model in outcome.behaviour]
+    assert names[-2:] == ["fine-tuned, cleaned", "fine-tuned, random removed"]
+    assert len(names) == 6
+    assert said[-1].startswith("6/6 cleaning: fine-tuning without the 20 rows that ekfac last-fifth start names")
+    assert outcome.cleaned.startswith("Fine-tuned without the 20 rows that ekfac last-fifth start names, the model")
+    trained = {path.name.split("-")[1] for path in folder.glob("adapter-*")}
+    assert trained == {"mixed", "benign", "cleaned", "random"}
+    rates = json.loads((folder / "results.json").read_text())["config"]["attack_success_rate"]
+    assert set(rates) == set(names)
+    assert "fine-tuned, cleaned" in (folder / "report.html").read_text()
+
+    def fail(*_: Any, **__: Any) -> Loaded:
+        raise AssertionError("trained again")
+
+    monkeypatch.setattr("finetrace.benchmark.stages.finetune", fail)
+    again = run_demo(folder, config, EveryOther(), said.append)
+    assert [model.name for model in again.behaviour] == names
