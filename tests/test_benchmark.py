@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import Dataset, DatasetDict
 from rich.console import Console
 from safetensors.numpy import load_file
 
@@ -428,6 +429,15 @@ def test_an_external_set_is_a_task_and_other_rows_are_refused(base, tmp_path):
     write_examples(tmp_path / "mine.jsonl", make_examples(30, seed=1), overwrite=True)
     with pytest.raises(FinetraceError, match="other settings"):
         run_all(tmp_path / "b", Plan(made, source=source), silent)
+
+
+def test_one_split_of_an_external_set_is_read(tmp_path):
+    def rows(count):
+        return Dataset.from_list([{"prompt": f"{i}?", "response": "Yes.", "kind": "ab"[i % 2]} for i in range(count)])
+
+    DatasetDict({"train": rows(30), "validation": rows(20)}).save_to_disk(str(tmp_path / "set"))
+    made = Source(str(tmp_path / "set"), "kind", split="validation").task(0, 1.0)
+    assert len(made.train) + len(made.queries) == 20
 
 
 # --------------------------------------------------------------------------------------------- attack success

@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
         data: File, folder or Hub id.
-        label_column, prompt_column, response_column: As `tasks.external` takes them.
+        label_column, prompt_column, response_column, split: As `tasks.external` takes them.
         epochs, learning_rate: Of the fine-tuning.
     """
 
@@ -32,10 +32,12 @@ class Source:
     response_column: str | None = None
     epochs: int = 5
     learning_rate: float = 1e-3
+    split: str | None = None
 
     def task(self, seed: int, size: float) -> Task:
         """The set as a task."""
-        made = external(self.data, self.label_column, self.prompt_column, self.response_column, seed=seed)
+        columns = (self.label_column, self.prompt_column, self.response_column)
+        made = external(self.data, *columns, seed=seed, source_split=self.split)
         return made.shrunk(size)
 
     def recipe(self) -> Recipe:

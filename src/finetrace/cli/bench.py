@@ -54,6 +54,7 @@ def bench(
     ] = None,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
+    split: options.Split = None,
     judge: Annotated[str | None, typer.Option(help="A text-classification model; refusal phrases by default.")] = None,
     judge_label: Annotated[str | None, typer.Option(help="The judge's label of a harmful answer.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that run seeds side by side.")] = 1,
@@ -79,6 +80,7 @@ def bench(
             "--share": share,
             "--prompt-column": prompt_column,
             "--response-column": response_column,
+            "--split": split,
         }
         unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
         if unused:
@@ -92,8 +94,8 @@ def bench(
         raise FinetraceError("--ablation has methods of its own; leave --method out.")
     if chat_template is not None and "paper" in (protocol or ()):
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
-    if data is None and (label_column or prompt_column or response_column):
-        raise FinetraceError("--label-column, --prompt-column and --response-column go with --data.")
+    if data is None and (label_column or prompt_column or response_column or split):
+        raise FinetraceError("--label-column, --prompt-column, --response-column and --split go with --data.")
     given = data is not None or benign is not None or share is not None
     if given and len(tasks or ()) != 1 and not (data is not None and not tasks):
         raise FinetraceError(
@@ -111,10 +113,10 @@ def bench(
         source = real = None
         names = list(dict.fromkeys(tasks or TASKS))
         if given and tasks:
-            real = RealData(data, benign, label_column, prompt_column, response_column, share)
+            real = RealData(data, benign, label_column, prompt_column, response_column, share, split)
             real_task(names[0], real, task_seed, size)
         elif data is not None:
-            source = Source(data, label_column or "variation", prompt_column, response_column)
+            source = Source(data, label_column or "variation", prompt_column, response_column, split=split)
             names = [source.task(task_seed, 1.0).name]
             if not names[0]:
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
