@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("finetune")(finetune.finetune)
-app.command("index")(index.index)
+app.add_typer(index.app, name="index")
 app.command("trace")(trace.trace)
 app.command("clean")(clean.clean)
 app.command("validate")(validate.validate)

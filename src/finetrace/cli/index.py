@@ -1,11 +1,12 @@
-"""`finetrace index`: per-example gradients of a training set, kept on disk."""
+"""`finetrace index`: per-example gradients of a training set, kept on disk, checked and mended."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from finetrace.cli import options
 
@@ -13,7 +14,28 @@ if TYPE_CHECKING:
     from finetrace.collection.factors import Labels
     from finetrace.moments import Moment
 
+BUILD = "build"
 
+
+class _BuildsByDefault(TyperGroup):
+    """`finetrace index DATA` builds; a file that is called like a command is written ./verify."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put `build` before anything that is no command of its own."""
+        if args and args[0] not in self.commands:
+            args = [BUILD, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=_BuildsByDefault,
+    help="Collect gradients of a training set (build, or nothing), check an index (verify), mend one (repair).",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@app.command(BUILD)
 def index(
     data: Annotated[str, typer.Argument(help="The rows the adapter was trained on: a file, a saved set, or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
@@ -45,7 +67,10 @@ def index(
     id_column: options.IdColumn = None,
     split: options.Split = None,
 ) -> None:
-    """Collect gradients and representations of a training set; run it again to finish a killed run."""
+    """Collect gradients and representations of a training set; run it again to finish a killed run.
+
+    `build` may be left out. See also: finetrace index verify, finetrace index repair.
+    """
     with options.quiet_libraries():
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
         from finetrace.encoding import Encoder, read_template
@@ -81,3 +106,39 @@ def index(
         f"index: {out}   {len(built)} examples, {built.manifest.tokens:,} tokens, {len(built.blocks)} matrices, "
         f"{width:,} gradient entries an example"
     )
+
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
+
+
+@app.command("verify")
+def verify(folder: Folder) -> None:
+    """Compare every file of an index with its checksum and name what is broken; exit code 1 if anything is."""
+    with options.quiet_libraries():
+        from finetrace.index.checking import verify as check
+
+        damage = check(folder)
+    for each in damage:
+        typer.echo(f"broken: {each.what}")
+    if damage:
+        typer.echo(f"finetrace index repair {folder} computes again what can be.")
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: every file is whole")
+
+
+@app.command("repair")
+def repair(folder: Folder) -> None:
+    """Compute broken shards again, and remove broken factors and views, which are made when asked for.
+
+    Exit code 1 if some damage is left.
+    """
+    with options.quiet_libraries():
+        from finetrace.index.checking import repair as mend
+
+        left = mend(folder, options.say)
+    for each in left:
+        typer.echo(f"left: {each.what}")
+    if left:
+        typer.echo("Run finetrace index with the data and the adapter on this folder again.")
+        raise typer.Exit(1)
+    typer.echo(f"{folder}: every file is whole")

@@ -20,7 +20,8 @@ from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
-from finetrace.index import factors, manifest, rows, shards
+from finetrace.index import factors, lock, manifest, rows, shards
+from finetrace.index.lock import writing
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.models import Loaded, active_adapter, save_adapter
@@ -82,8 +83,10 @@ def build_index(
     if kronecker is not None:
         need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), row_bytes // tracking.width)
         need += row_bytes * len(examples) if kronecker == "model" else 0
-    started = _start(folder, plan, loaded, examples, encoded, need)
-    collect_shards(folder, started, collector, examples, encoded, kronecker)
+    _open(folder)
+    with writing(folder):
+        started = _start(folder, plan, loaded, examples, encoded, need)
+        collect_shards(folder, started, collector, examples, encoded, kronecker)
     return Index(folder, loaded), lengths
 
 
@@ -130,6 +133,23 @@ def _plan(
     )
 
 
+def _open(folder: Path) -> None:
+    """Make the folder; one that holds something else than an index, finished or not, is refused."""
+    known = (manifest.PART, lock.NAME)
+    try:
+        if (folder / manifest.NAME).exists():
+            return
+        if folder.exists() and (not folder.is_dir() or any(path.name not in known for path in folder.iterdir())):
+            raise FinetraceError(
+                f"{folder}: there is something else already; choose another --out or empty the folder."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(
+            f"{folder}: cannot be written ({error}); free some space or choose another folder."
+        ) from error
+
+
 def _start(
     folder: Path,
     plan: Manifest,
@@ -145,26 +165,18 @@ def _start(
     if (folder / manifest.NAME).exists():
         there = manifest.read(folder)
         _refuse_other(folder, there, plan)
-        started = there.model_copy(update={"shards": tuple(s for s in there.shards if _whole(folder, s))})
+        started = there.model_copy(update={"shards": tuple(s for s in there.shards if whole(folder, s))})
         if not started.shards or not _furnished(folder, started):
             _furnish(folder, started, loaded, examples, encoded)
         elif rows.read(folder, there.data_fingerprint).examples != tuple(examples):
             rows.write(folder, examples, encoded)  # same ids and tokens: labels or metadata were changed
         return started
-    if folder.exists() and (not folder.is_dir() or any(path.name != manifest.PART for path in folder.iterdir())):
-        raise FinetraceError(f"{folder}: there is something else already; choose another --out or empty the folder.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(folder).free
-        if need > free:
-            raise FinetraceError(
-                f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "
-                "space or choose another folder."
-            )
-    except OSError as error:
+    free = shutil.disk_usage(folder).free
+    if need > free:
         raise FinetraceError(
-            f"{folder}: cannot be written ({error}); free some space or choose another folder."
-        ) from error
+            f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "
+            "space or choose another folder."
+        )
     manifest.write(folder, plan)
     _furnish(folder, plan, loaded, examples, encoded)
     return plan
@@ -257,7 +269,8 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
     return dict(sorted(flat.items(), key=lambda pair: (not pair[0].endswith("fingerprint"), pair[0])))
 
 
-def _whole(folder: Path, shard: ShardRecord) -> bool:
+def whole(folder: Path, shard: ShardRecord) -> bool:
+    """Whether a shard is there with the size and the checksum that the manifest has."""
     path = folder / shards.FOLDER / shard.file
     return path.is_file() and path.stat().st_size == shard.bytes and fingerprint.of_file(path) == shard.sha256
 

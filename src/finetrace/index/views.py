@@ -8,6 +8,7 @@ from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
 from finetrace.index.build import build_index, collect_shards
+from finetrace.index.lock import writing
 from finetrace.index.store import Index
 from finetrace.models import Loaded
 from finetrace.moments import Moment
@@ -34,7 +35,7 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
                 f"{folder}: cannot be written ({error}); what the index was not built with is kept there."
             ) from error
         build_index(
-            _loaded(index),
+            model_of(index),
             index.rows.examples,
             folder,
             index.encoder(positions.text),
@@ -62,14 +63,15 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
     """The factors of every block by name, fitted now in one pass over the rows unless the index holds them."""
     if not factors.there(index.folder, labels):
-        loaded, manifest = _loaded(index), index.manifest
+        loaded, manifest = model_of(index), index.manifest
         wanted = tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, track(loaded.model, manifest.modules), wanted, manifest.batch_tokens)
-        collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
+        with writing(index.folder):
+            collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)
 
 
-def _loaded(index: Index) -> Loaded:
+def model_of(index: Index) -> Loaded:
     """The index's model, in the dtype that its gradients were collected in."""
     loaded = index.model()
     dtype = str(loaded.model.dtype).removeprefix("torch.")

@@ -1,0 +1,137 @@
+"""`finetrace index verify` and `repair`, and one writer at a time."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import run
+from finetrace.errors import FinetraceError
+from finetrace.index import open_index, view
+from finetrace.index.checking import repair, verify
+from finetrace.index.lock import writing
+from finetrace.index.views import kronecker_factors
+from finetrace.reading import write_examples
+from test_index import files
+from tiny import make_examples, make_llama, save_base
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned tiny model's index, with a view and factors."""
+
+    class Quiet:
+        def readouterr(self) -> Any:
+            return type("Captured", (), {"out": "", "err": ""})()
+
+    folder = tmp_path_factory.mktemp("checking")
+    save_base(folder / "base", make_llama().float())
+    write_examples(folder / "train.jsonl", make_examples(40))
+    here = ["--model", folder / "base"]
+    tuned = ["--epochs", 1, "--learning-rate", 0.01, "--rank", 2, "--out", folder / "adapter"]
+    assert run(Quiet(), "finetune", folder / "train.jsonl", *here, *tuned)[0] == 0
+    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
+    assert run(Quiet(), "index", folder / "train.jsonl", *built, *here)[0] == 0
+    index = open_index(folder / "idx")
+    assert len(index.manifest.shards) == 1
+    kronecker_factors(index, "data")
+    view(index, "response", at="start")
+    return folder
+
+
+@pytest.fixture
+def idx(made: Path, tmp_path: Path) -> Path:
+    shutil.copytree(made / "idx", tmp_path / "idx")
+    return tmp_path / "idx"
+
+
+def test_a_whole_index_is_whole(idx: Path, capsys: Any) -> None:
+    assert verify(idx) == []
+    code, out, _ = run(capsys, "index", "verify", idx)
+    assert (code, "every file is whole" in out) == (0, True)
+    before = files(idx)
+    assert run(capsys, "index", "repair", idx)[0] == 0
+    assert files(idx) == before
+
+
+@pytest.mark.parametrize("place", ["shards", "views/response-at-start/shards"])
+@pytest.mark.parametrize("how", ["cut", "turned", "gone"])
+def test_a_broken_shard_is_named_and_collected_again_with_the_same_bytes(
+    place: str, how: str, idx: Path, capsys: Any
+) -> None:
+    path = idx / place / "000000000.safetensors"
+    whole = path.read_bytes()
+    if how == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(whole[: len(whole) // 2] if how == "cut" else whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
+    code, out, _ = run(capsys, "index", "verify", idx)
+    assert code == 1
+    assert str(path) in out
+    assert "rows 1 to 40" in out
+    others = {name: data for name, data in files(idx).items() if name != str(path.relative_to(idx))}
+    code, out, err = run(capsys, "index", "repair", idx)
+    assert code == 0, out + err
+    assert path.read_bytes() == whole
+    assert {name: data for name, data in files(idx).items() if name != str(path.relative_to(idx))} == others
+    assert verify(idx) == []
+
+
+def test_broken_factors_go_and_come_again(idx: Path) -> None:
+    path = idx / "factors" / "data.safetensors"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\x00\x01")
+    assert [each.kind for each in verify(idx)] == ["factors"]
+    assert repair(idx) == []
+    assert not path.exists()
+    kronecker_factors(open_index(idx), "data")
+    assert path.read_bytes() == whole
+
+
+def test_a_broken_view_goes_and_broken_examples_are_left_with_what_to_do(idx: Path, capsys: Any) -> None:
+    (idx / "views" / "response-at-start" / "manifest.json").write_text("{}")
+    assert [each.kind for each in verify(idx)] == ["manifest"]
+    assert repair(idx) == []
+    assert not (idx / "views" / "response-at-start").exists()
+    (idx / "examples.parquet").write_bytes(b"nothing")
+    (idx / "shards" / "000000000.safetensors").unlink()
+    code, out, _ = run(capsys, "index", "repair", idx)
+    assert code == 1
+    assert "examples.parquet" in out
+    assert "with the data and the adapter" in out
+    (idx / "adapter" / "adapter_model.safetensors").write_bytes(b"nothing")
+    assert {each.kind for each in verify(idx)} == {"examples", "shard", "adapter"}
+
+
+def test_the_second_writer_is_refused_and_a_killed_one_leaves_no_lock(made: Path, idx: Path, capsys: Any) -> None:
+    holding = "import sys, time; from pathlib import Path; from finetrace.index.lock import writing\n"
+    holding += "with writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holder = subprocess.Popen([sys.executable, "-c", holding, str(idx)], stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        (idx / "shards" / "000000000.safetensors").unlink()
+        again = ["index", made / "train.jsonl", "--out", idx, "--adapter", made / "adapter", "--model", made / "base"]
+        for command in (again, ["index", "repair", idx]):
+            code, _, err = run(capsys, *command)
+            assert code == 2
+            assert "another process is writing this index" in err
+    finally:
+        holder.kill()
+        holder.wait()
+    assert run(capsys, *again)[0] == 0
+    assert verify(idx) == []
+    with writing(idx), pytest.raises(FinetraceError, match="another process"), writing(idx):
+        pass
+
+
+def test_no_index_is_said_in_one_sentence(tmp_path: Path, capsys: Any) -> None:
+    for command in ("verify", "repair"):
+        code, _, err = run(capsys, "index", command, tmp_path)
+        assert code == 2
+        assert "no index there" in err
