@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from finetrace.attribution import Problem, make
-from finetrace.benchmark.stages import tuned_adapter
+from finetrace.benchmark.stages import claim, tuned_adapter
 from finetrace.encoding import Encoder
 from finetrace.evaluation.lds import compare, draw_subsets, per_query
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
-from finetrace.index import build_index, open_index
-from finetrace.models import EMBEDDED, ModelSpec, load
+from finetrace.index import build_index
+from finetrace.models import EMBEDDED, ModelSpec, known_dtype, load
 from finetrace.tasks import recipe
 from finetrace.tracing import BEST, prepare
 
@@ -51,17 +51,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
     train, queries = rows()
-    spec = ModelSpec(EMBEDDED, None, args.dtype, "cpu")
+    dtype = known_dtype(args.dtype, "cpu")
+    settings = {"dtype": dtype, "rows": ROWS, "queries": QUERIES, "finetuning": TUNING.model_dump(mode="json")}
+    claim(args.out / "choose.json", settings, "a search")
+    spec = ModelSpec(EMBEDDED, None, dtype, "cpu")
     adapter = tuned_adapter(args.out / "adapter", spec, train, TUNING)
-    if not (args.out / "index" / "manifest.json").exists():
-        tuned = load(ModelSpec(EMBEDDED, str(adapter), args.dtype, "cpu"))
-        build_index(tuned, train, args.out / "index", Encoder(tuned.tokenizer), kronecker="model")
-    problem = Problem(open_index(args.out / "index"), queries)
+    tuned = load(ModelSpec(EMBEDDED, str(adapter), dtype, "cpu"))
+    index, _ = build_index(tuned, train, args.out / "index", Encoder(tuned.tokenizer), kronecker="model")
+    problem = Problem(index, queries)
     methods = {make(each).label: make(each) for each in (*GRID, *OTHERS)}
     prepare(problem, list(methods.values()))
     scores = {label: np.asarray(method.score(problem).values) for label, method in methods.items()}
-    base = ModelSpec(EMBEDDED, None, load(spec).spec.dtype, "cpu")
-    again = Retraining(base, TUNING, tuple(train), tuple(queries), args.out)
+    again = Retraining(spec, TUNING, tuple(train), tuple(queries), args.out)
 
     def losses(members: np.ndarray, seeds: range) -> np.ndarray:  # (k, s, m)
         kept = [tuple(np.flatnonzero(row).tolist()) for row in members]

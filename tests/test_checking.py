@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 
 from commands import run
+from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
-from finetrace.index import open_index, view
+from finetrace.index import build_index, checking, open_index, shards, view
+from finetrace.index import manifest as manifests
 from finetrace.index.checking import repair, verify
 from finetrace.index.lock import writing
 from finetrace.index.views import kronecker_factors
-from finetrace.reading import write_examples
+from finetrace.models import ModelSpec, load
+from finetrace.reading import read_examples, write_examples
 from test_index import files
 from tiny import make_examples, make_llama, save_base
 
@@ -106,6 +109,79 @@ def test_a_broken_view_goes_and_broken_examples_are_left_with_what_to_do(idx: Pa
     assert "with the data and the adapter" in out
     (idx / "adapter" / "adapter_model.safetensors").write_bytes(b"nothing")
     assert {each.kind for each in verify(idx)} == {"examples", "shard", "adapter"}
+
+
+def test_what_is_missing_is_damage_and_several_kinds_in_one_view_are_mended_together(idx: Path) -> None:
+    (idx / "adapter" / "adapter_config.json").rename(idx / "kept.json")
+    assert [each.kind for each in verify(idx)] == ["adapter"]
+    (idx / "kept.json").rename(idx / "adapter" / "adapter_config.json")
+    (idx / "factors" / "data.safetensors").unlink()
+    assert [each.kind for each in verify(idx)] == ["factors"]
+    home = idx / "views" / "response-at-start"
+    shutil.copytree(idx / "factors", home / "factors")
+    (home / "examples.parquet").write_bytes(b"nothing")
+    assert [each.kind for each in verify(idx)] == ["factors", "examples", "factors"]
+    assert repair(idx) == []
+    assert not home.exists()
+
+
+def test_a_view_that_is_being_collected_is_left_alone(idx: Path) -> None:
+    home = idx / "views" / "response-at-start"
+    about = manifests.read(home)
+    manifests.write(home, about.model_copy(update={"shards": ()}))
+    assert verify(idx) == []  # unfinished: it goes on when a method asks for it
+    (home / "examples.parquet").write_bytes(b"half")
+    with writing(home), pytest.raises(FinetraceError, match="another process is writing"):
+        repair(idx)
+    assert home.exists()
+
+
+def several(made: Path, folder: Path) -> Path:
+    """The same index in five shards."""
+    loaded = load(ModelSpec(str(made / "base"), str(made / "adapter"), "float32", "cpu"))
+    rows = read_examples(made / "train.jsonl")
+    build_index(loaded, rows, folder / "five", Encoder(loaded.tokenizer), rows_per_shard=8)
+    return folder / "five"
+
+
+def test_a_repair_that_was_killed_is_started_again(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    five = several(made, tmp_path)
+    before = files(five)
+    for start in (0, 16, 32):
+        (five / "shards" / f"{start:09d}.safetensors").unlink()
+    really, seen = shards.write, []
+
+    def dying(folder: Path, features: Any, start: int) -> Any:
+        if seen:
+            raise KeyboardInterrupt
+        seen.append(start)
+        return really(folder, features, start)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "write", dying)
+        with pytest.raises(KeyboardInterrupt):
+            repair(five)
+    assert [each.path.name for each in verify(five)] == ["000000016.safetensors", "000000032.safetensors"]
+    assert repair(five) == []
+    assert files(five) == before
+
+
+def test_other_bytes_than_before_are_said_and_old_factors_go(made: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    five = several(made, tmp_path)
+    kronecker_factors(open_index(five), "data")
+    (five / "shards" / "000000008.safetensors").unlink()
+    really = checking.Collector.collect
+
+    def otherwise(self: Any, *given: Any, **more: Any) -> Any:
+        found = really(self, *given, **more)
+        found.gradients *= 1.001
+        return found
+
+    monkeypatch.setattr(checking.Collector, "collect", otherwise)
+    said: list[str] = []
+    assert repair(five, said.append) == []
+    assert any("not bit by bit" in each for each in said)
+    assert not list((five / "factors").glob("data.*"))
 
 
 def test_the_second_writer_is_refused_and_a_killed_one_leaves_no_lock(made: Path, idx: Path, capsys: Any) -> None:

@@ -28,14 +28,14 @@ def test_the_minimum_without_some_rows_has_no_slope_and_one_step_comes_near_it()
     assert near < 0.2 * start
 
 
-def test_exact_influence_is_the_derivative_of_the_minimum() -> None:
-    """The loss of a query after a row's weight fell by epsilon, against epsilon times its score over n."""
-    at = train(120, 1)
-    scores = dense(at, "hessian") / 120
-    everything = torch.arange(120)
-    without = query_losses(at, minimum(at, everything[everything != 7])) - query_losses(at, at.weights)
-    # a second-order term of the row's own leverage is left: the sizes are close, and the order is the same
-    assert torch.corrcoef(torch.stack([without, scores[:, 7]]))[0, 1] > 0.99
+def test_exact_influence_is_what_leaving_a_row_out_does_but_for_the_rows_own_leverage() -> None:
+    at = train(300, 1)
+    scores = dense(at, "hessian") / 300
+    everything = torch.arange(300)
+    for row in (7, 100):
+        without = query_losses(at, minimum(at, everything[everything != row])) - query_losses(at, at.weights)
+        assert torch.corrcoef(torch.stack([without, scores[:, row]]))[0, 1] > 0.99
+        assert 1 < float(without.norm() / scores[:, row].norm()) < 1.25  # a first-order score falls a little short
 
 
 @pytest.mark.slow

@@ -107,6 +107,9 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
         (("--config", "nowhere.yaml"), ("--config nowhere.yaml", "no such file")),
         (("--adapter", "nowhere"), ("--adapter nowhere",)),
+        (("--judge", "refusal-prefix", "--measure", "lds"), ("--judge refusal-prefix", "--measure drop")),
+        (("--judge-label", "bad"), ("--judge-label bad", "--judge")),
+        (("--judge", "refusal-prefix", "--judge-label", "bad"), ("--judge-label bad", "no labels")),
     ],
 )
 def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any) -> None:
@@ -229,6 +232,13 @@ def test_the_verdict_says_what_became_of_the_rate() -> None:
     ]
     lines = verdict(None, [], None, {"exact": "exact", "repsim": "repsim"}, rates=rates, before=0.9)
     assert lines == [
-        "The judge counts 90% of the answers after training on all rows, 20% without the top 5 of exact, 88% without 5 "
-        "random rows."
+        "The judge counts 90% of the answers after training on all rows, 20% without the top 5 of exact, fewer than without 5 "
+        "random rows (88%)."
+    ]
+    weak = [Effect("exact", 5, estimate(0.04), Estimate(0.02, -0.3, 0.3, 5)), rates[-1]]
+    assert "not demonstrably fewer" in verdict(None, [], None, {"exact": "exact"}, rates=weak, before=0.9)[0]
+    loo = Comparison({"exact": estimate(0.3)}, frozenset(), None, None, {"exact": estimate(0)})
+    assert verdict(None, [], (float("nan"), 1.0), {"exact": "exact"}, loo=loo) == [
+        "Rows left out singly: exact orders what that does by a rank correlation of 0.30 [0.29, 0.31], the best of 1 methods, "
+        "not demonstrably above chance."
     ]

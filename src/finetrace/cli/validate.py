@@ -102,16 +102,21 @@ def validate(
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         plan = replace(plan, share=share, workers=workers, left_out=left_out)
-        judged_by = make_judge(judge, judge_label) if judge is not None else None
+        judged_by = make_judge(judge, judge_label)
+        if judge is not None and "drop" not in plan.measures:
+            raise FinetraceError(
+                f"--judge {judge}: it counts answers after removals; add --measure drop, or leave it out."
+            )
         opened.model(None, device, trust_remote_code)
         about: dict[str, object] = {
             "finetuning": finetuning.model_dump(mode="json"),
             "queries": [each.id for each in asked],
         }
+        judging = {"judge": judged_by.name if judge is not None else None, "judge_label": judge_label}
         about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
         claim(out / "validation.json", about, "a validation")  # methods may join: what was retrained is found again
-        found = run(opened, asked, plan, finetuning, out, options.say, device, judged_by)
-        write_results(out, found.records, {**about, **asdict(plan), "verdict": found.verdict})
+        found = run(opened, asked, plan, finetuning, out, options.say, device, judged_by if judge is not None else None)
+        write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
         keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}")
     console = Console()

@@ -126,6 +126,8 @@ def make_judge(name: str | None, label: str | None = None) -> Judge:
     """The judge of `--judge`: refusal phrases by default, else a text-classification model."""
     if label is not None and name is None:
         raise FinetraceError(f"--judge-label {label}: that goes with --judge; give the model, or leave it out.")
+    if label is not None and name == RefusalPrefixJudge.name:
+        raise FinetraceError(f"--judge-label {label}: {name} has no labels; leave it out.")
     if name is None or name == RefusalPrefixJudge.name:
         return RefusalPrefixJudge()
     return ClassifierJudge(name, (label,)) if label else ClassifierJudge(name)

@@ -1,9 +1,10 @@
-"""Is an index whole? Every checksum is compared, what is broken is named, and only that is computed again."""
+"""Is an index whole? Every shard's checksum is compared, what is broken is named, and only that is computed again."""
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from finetrace.collection import Collector, Representation, track
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, manifest, rows, shards
-from finetrace.index.build import collect_shards, whole
+from finetrace.index.build import whole
 from finetrace.index.lock import writing
+from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
 from finetrace.index.views import FOLDER as VIEWS
 from finetrace.index.views import model_of
+from finetrace.moments import at_moment
 
 Kind = Literal["unfinished", "manifest", "examples", "adapter", "shard", "factors"]
 
@@ -42,14 +45,23 @@ class Damage:
 
 
 def verify(folder: Path) -> list[Damage]:
-    """Compare every file of an index and its views with its checksum; an empty list where all are whole.
+    """Look at every file of an index and of its views; an empty list where nothing is broken or missing.
 
-    The adapter's tensors are read; that they are those of the index is checked whenever its model is loaded.
+    Shards and factors are compared with their checksums, examples with their fingerprint. The adapter is read: that it is the
+    index's own is checked whenever its model is loaded. A view that is not finished is no damage, since it goes on when a
+    method asks for it.
 
     Raises:
         FinetraceError: There is no index, or its manifest cannot be read.
     """
-    found = _verify_one(folder, manifest.read(folder))
+    about = manifest.read(folder)
+    found = _verify_one(folder, about)
+    if not about.complete:
+        done = sum(shard.stop - shard.start for shard in about.shards)
+        what = f"{folder}: unfinished, {done} of {about.examples} rows are there."
+        found.append(Damage(folder, folder / manifest.NAME, "unfinished", what))
+    if about.model.adapter is not None:
+        found += _verify_adapter(folder, folder / about.model.adapter)
     for view in sorted(path for path in (folder / VIEWS).glob("*") if path.is_dir()):
         try:
             found += _verify_one(view, manifest.read(view))
@@ -59,11 +71,8 @@ def verify(folder: Path) -> list[Damage]:
 
 
 def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
+    """What an index and a view have in common: shards, examples and factors."""
     found = []
-    if not about.complete:
-        done = sum(shard.stop - shard.start for shard in about.shards)
-        what = f"{folder}: unfinished, {done} of {about.examples} rows are there."
-        found.append(Damage(folder, folder / manifest.NAME, "unfinished", what))
     for shard in about.shards:
         if not whole(folder, shard):
             path = folder / shards.FOLDER / shard.file
@@ -74,67 +83,99 @@ def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
         rows.read(folder, about.data_fingerprint)
     except FinetraceError as error:
         found.append(Damage(folder, folder / rows.NAME, "examples", str(error)))
-    if about.model.adapter is not None and folder.parent.name != VIEWS:
-        path = folder / about.model.adapter / "adapter_model.safetensors"
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    file.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            found.append(Damage(folder, path, "adapter", f"{path}: cannot be read ({error})."))
     for labels in get_args(Labels):
-        if factors.path(folder, labels).exists():
+        path = factors.path(folder, labels)
+        if path.exists() or path.with_suffix(".json").exists():
             try:
                 factors.read(folder, about, labels)
             except FinetraceError as error:
-                found.append(Damage(folder, factors.path(folder, labels), "factors", str(error)))
+                found.append(Damage(folder, path, "factors", str(error)))
     return found
+
+
+def _verify_adapter(folder: Path, adapter: Path) -> list[Damage]:
+    path = adapter / "adapter_config.json"
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+        path = adapter / "adapter_model.safetensors"
+        with safe_open(str(path), framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                file.get_tensor(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        return [Damage(folder, path, "adapter", f"{path}: cannot be read ({error}).")]
+    return []
 
 
 def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Damage]:
     """Compute again what `verify` finds broken and the index itself can make; what is left is returned.
 
-    Shards are collected anew by the index's own model and end with the bytes they had. Broken factors, and views whose
-    examples or manifest are broken, are removed: a method that asks for them has them computed. Broken examples or an
-    adapter need `finetrace index` with the data and the adapter.
+    Shards are collected anew by the index's own model. On the machine and with the versions that made them they have the
+    bytes that they had; where they have not, this is said, the manifest takes over their checksums, and factors of the old
+    gradients go. Broken factors, and views whose examples or manifest are broken, are removed: a method that asks for them
+    has them computed. Broken examples or a broken adapter of the index need `finetrace index` with the data and the adapter.
+    The manifest stands as it is until all shards are there, so that a repair that was killed can be started again.
 
     Args:
         folder: The index.
         say: Hears what is done.
 
     Raises:
-        FinetraceError: There is no index, the model cannot be loaded, or another process is writing there.
+        FinetraceError: There is no index, the model cannot be loaded, or another process is writing to the index or a
+            broken view of it.
     """
-    damage = verify(folder)
-    if not damage:
-        return []
+    manifest.read(folder)
     with writing(folder):
-        for each in damage:
-            view = each.folder != folder
-            if each.kind == "factors":
-                say(f"{each.path}: removed; computed again when a method asks for them")
-                each.path.unlink()
-                each.path.with_suffix(".json").unlink(missing_ok=True)
-            elif view and each.kind != "shard" and each.folder.exists():
-                say(f"{each.folder}: removed; collected again when a method asks for it")
-                shutil.rmtree(each.folder)
-        lost = {each.kind for each in damage if each.folder == folder} & {"examples", "adapter", "unfinished"}
-        broken = dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists())
-        if broken and not lost:
-            root = Index(folder)
-            for home in broken:
-                with nullcontext() if home == folder else writing(home):
-                    _collect_again(root if home == folder else Index(home, parent=root), say)
-    return verify(folder)
+        damage = verify(folder)
+        for home in dict.fromkeys(each.folder for each in damage):
+            with nullcontext() if home == folder else writing(home):
+                _mend(folder, home, [each for each in damage if each.folder == home], say)
+        if any(each.kind in ("examples", "adapter", "unfinished") for each in damage if each.folder == folder):
+            return verify(folder)  # without them nothing can be collected
+        root = Index(folder)
+        for home in dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists()):
+            with nullcontext() if home == folder else writing(home):
+                _collect_again(root if home == folder else Index(home, parent=root), say)
+        return verify(folder)
+
+
+def _mend(root: Path, home: Path, damage: Sequence[Damage], say: Callable[[str], None]) -> None:
+    """Remove what is made again when a method asks for it: of a view everything, of an index its factors."""
+    if home != root and any(each.kind in ("examples", "manifest") for each in damage):
+        say(f"{home}: removed; collected again when a method asks for it")
+        shutil.rmtree(home)
+        return
+    for each in damage:
+        if each.kind == "factors":
+            say(f"{each.path}: removed; computed again when a method asks for them")
+            _remove_factors(each.path)
+
+
+def _remove_factors(path: Path) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _collect_again(index: Index, say: Callable[[str], None]) -> None:
-    """The shards of one index or view that are not whole."""
+    """The shards of one index or view that are not whole; the manifest is changed at the end, and only if it has to be."""
     about = index.manifest
-    good = tuple(shard for shard in about.shards if whole(index.folder, shard))
-    say(f"{index.folder}: collecting {len(about.shards) - len(good)} of {len(about.shards)} shards again")
+    broken = [shard for shard in about.shards if not whole(index.folder, shard)]
+    say(f"{index.folder}: collecting {len(broken)} of {len(about.shards)} shards again")
     loaded = model_of(index)
     wanted = tuple(map(Representation.parse, about.representations))
     collector = Collector(loaded.model, track(loaded.model, about.modules), wanted, about.batch_tokens)
-    started = about.model_copy(update={"shards": good})
-    collect_shards(index.folder, started, collector, index.rows.examples, index.rows.encoded, None)
+    ids, encoded = index.rows.ids, index.rows.encoded
+    fresh: dict[str, ShardRecord] = {}
+    with at_moment(loaded.model, about.model.at):
+        for shard in broken:
+            features = collector.collect(encoded[shard.start : shard.stop], ids[shard.start : shard.stop])
+            fresh[shard.file] = shards.write(index.folder, features, shard.start)
+    if all(fresh[shard.file] == shard for shard in broken):
+        return
+    say(
+        f"{index.folder}: not bit by bit what was there (another machine, or other versions); the manifest has the new "
+        "checksums, and factors of the old gradients are removed"
+    )
+    for labels in get_args(Labels):
+        _remove_factors(factors.path(index.folder, labels))
+    records = tuple(fresh.get(shard.file, shard) for shard in about.shards)
+    manifest.write(index.folder, about.model_copy(update={"shards": records}))

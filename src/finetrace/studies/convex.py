@@ -1,7 +1,7 @@
 """Influence where it is exact: softmax regression on digits, trained to its minimum, against training again.
 
-Nothing here is noise: a convex loss has one minimum, Newton's method reaches it from anywhere, and what a row does to an answer
-is known by leaving it out. A score that is right has to show it here before it is believed of a language model. The loss of
+Training adds no noise here: a convex loss has one minimum, and what a row does to an answer is known by leaving it out and
+minimising again. A score that is right has to show it here before it is believed of a language model. The loss of
 a row always weighs 1/n, so that leaving rows out takes away their terms and changes neither the others' nor the decay.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
+from finetrace.errors import FinetraceError
 from finetrace.evaluation.lds import draw_subsets, per_query
 from finetrace.evaluation.removal import Group, order
 from finetrace.fingerprint import of_text
@@ -51,7 +53,9 @@ def minimum(at: Trained, kept: Tensor) -> Tensor:
         if float(slope.norm()) < ENOUGH:
             return weights
         weights = weights - _solved(at, weights, kept, slope)
-    raise ArithmeticError("Newton's method did not converge")
+    raise FinetraceError(
+        f"Newton's method did not converge on {len(kept)} of {len(at.train)} points; leave more of them in."
+    )
 
 
 def one_step(at: Trained, kept: Tensor) -> Tensor:
@@ -228,22 +232,21 @@ def _figure(records: Records) -> Any:
 def _reading(records: Records, points: int) -> list[str]:
     lines = [
         f"Over random halves of {points:,} rows the exact influence with the true Hessian has an LDS of "
-        f"{spread(_over_seeds(records, 'lds', EXACT), '.3f')}; one of 1 is possible, since nothing here is drawn.",
+        f"{spread(_over_seeds(records, 'lds', EXACT), '.3f')}; one of 1 is possible, since training has no noise.",
         "Rows left out singly: its scores order them by a rank correlation of "
         f"{spread(_over_seeds(records, 'loo', EXACT), '.3f')}, and their values are off by "
         f"{spread(of_seeds([r['value'] for r in where(records, measure='loo-error')]), '.1%')} (relative L2).",
     ]
     for key, name in (("sum", "The sum of scores"), ("newton", "One Newton step on the rows that are left")):
-        within = [count for count in COUNTS if _errors(records, count, key)[0] <= 0.05]
-        most = max(within, default=0)
-        if most:
-            median, worst = _errors(records, most, key)
+        within = list(takewhile(lambda count: _errors(records, count, key)[1] <= 0.05, COUNTS))  # noqa: B023
+        if within:
+            worst = _errors(records, within[-1], key)[1]
             lines.append(
-                f"{name} predicts removing up to {most} top rows to within 5% (at {most} rows the median error is "
-                f"{median:.1%}, the largest {worst:.1%})."
+                f"{name} predicts removing up to {within[-1]} top rows to within 5% for every class and seed (at "
+                f"{within[-1]} rows the largest error is {worst:.1%})."
             )
         else:
-            lines.append(f"{name} predicts no removal that was tried to within 5%.")
+            lines.append(f"{name} predicts no removal that was tried to within 5% for every class and seed.")
     return lines
 
 

@@ -100,7 +100,7 @@ def validate(
         found = _retrained(again, problem, scores, config, finetuning.seed, say, judge)
     names = {method.label: method.title for method in chosen}
     records = _records(found, patches, names)
-    said = verdict(found.lds, found.drops, found.losses, names, rates=found.rates, before=found.rate)
+    said = verdict(found.lds, found.drops, found.losses, names, loo=found.loo, rates=found.rates, before=found.rate)
     return Validated(records, said, found.lds, found.loo, found.drops, found.rates, patches, found.losses)
 
 
@@ -146,12 +146,14 @@ def _retrained(
     members = [tuple(np.flatnonzero(row).tolist()) for row in (*subsets, *singly)]
     kept = [each.kept(n) for each in gone]
     answering = judge is not None and bool(kept)
-    done = trained(again, [again.everything, *members, *(() if answering else kept)])
-    removed = done[(1 + len(members)) * config.seeds :]
+    named_rows, seeds_each = [again.everything, *kept], config.seeds
     if answering:
-        removed = trained(replace(again, answer_tokens=ANSWER_TOKENS), [again.everything, *kept])
-        whole, removed = removed[: config.seeds], removed[config.seeds :]
-    before, after = losses(done[: config.seeds])[0], losses(done)[1 : 1 + len(members)].transpose(1, 0, 2)
+        done = trained(replace(again, answer_tokens=ANSWER_TOKENS), named_rows) + trained(again, members)
+    else:
+        done = trained(again, [*named_rows, *members])
+    whole, removed = done[:seeds_each], done[seeds_each : len(named_rows) * seeds_each]
+    before = losses(whole)[0]
+    after = losses(done)[len(named_rows) :].transpose(1, 0, 2)
     found = _Found(losses=(_own_loss(problem), float(before.mean())))
     if len(subsets):
         found.lds = compare(dict(scores), subsets, after[:, : len(subsets)])

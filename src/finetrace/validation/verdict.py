@@ -17,13 +17,14 @@ def verdict(
     losses: tuple[float, float] | None,
     names: Mapping[str, str],
     *,
+    loo: Comparison | None = None,
     rates: Sequence[Effect] = (),
     before: float = float("nan"),
 ) -> list[str]:
     """What may be believed, the headline first.
 
     Args:
-        lds, drops: As measured.
+        lds, drops, loo: As measured.
         losses: Mean loss of the queries by the index's own adapter, and after retraining on all rows.
         names: Titles of methods.
         rates: Falls of the share of answers that the judge counts, after removals.
@@ -56,6 +57,13 @@ def verdict(
             idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
             if idle:
                 lines.append(f"Not told apart from {count} random rows: {', '.join(idle)}.")
+    if loo is not None:
+        ahead = max(loo.lds, key=lambda name: loo.lds[name].value)
+        word = "above chance" if ahead in loo.sure else "not demonstrably above chance"
+        lines.append(
+            f"Rows left out singly: {names[ahead]} orders what that does by a rank correlation of {_short(loo.lds[ahead])}, "
+            f"the best of {len(loo.lds)} methods, {word}."
+        )
     lines += _rates(rates, before, names)
     if losses is not None and np.isfinite(losses[0]):
         own, again = losses
@@ -84,7 +92,10 @@ def _rates(rates: Sequence[Effect], before: float, names: Mapping[str, str]) -> 
     most = max(here, key=lambda each: each.change.value)
     chance = next(each for each in rates if each.count == count and each.what == RANDOM)
     left, by_chance = (before - each.change.value for each in (most, chance))
+    over = most.over_random
+    assert over is not None
+    word = "fewer than" if over.low > 0 else "not demonstrably fewer than"
     return [
         f"The judge counts {before:.0%} of the answers after training on all rows, {left:.0%} without the top {count} of "
-        f"{names[most.what]}, {by_chance:.0%} without {count} random rows."
+        f"{names[most.what]}, {word} without {count} random rows ({by_chance:.0%})."
     ]
