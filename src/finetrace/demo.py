@@ -21,7 +21,6 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
-from finetrace.index.store import Index
 from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
 from finetrace.reading import write_examples
 from finetrace.reporting.compose import compose, interval
@@ -113,7 +112,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     say(f"5/6 tracing the {len(queries)} answers that complied, by {len(STANDARD)} methods")
     problem = Problem(index, queries)
     results = run_methods(problem, [make(spec) for spec in STANDARD], seed=config.seed)
-    named, again = _without_what_was_named(folder, index, task, queries, config, say)
+    named, again = _without_what_was_named(folder, problem, task, config, say)
     behaviour += [_behaviour(name, given, judge) for name, given in again.items()]
 
     about = {"task": task.name, "protocol": "corrected", "seed": config.seed}
@@ -139,9 +138,8 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
 
 def _without_what_was_named(
     folder: Path,
-    index: Index,
+    problem: Problem,
     task: Task,
-    queries: Sequence[Example],
     config: DemoConfig,
     say: Callable[[str], None],
 ) -> tuple[str, dict[str, list[Example]]]:
@@ -150,7 +148,8 @@ def _without_what_was_named(
     Folders are named by the rows that are left, so that a finished one is used again for these rows alone.
     """
     planted = len(task.train) - len(task.without_target())
-    ranked = rank(index, queries, Cut(top=planted), [default_method(index)])
+    index, queries = problem.index, problem.queries
+    ranked = rank(index, queries, Cut(top=planted), [default_method(index)], problem=problem)
     say(f"6/6 cleaning: fine-tuning without the {planted} rows that {ranked.methods[0]} names, and without random ones")
     drawn = np.random.default_rng(config.seed).choice(len(task.train), len(ranked.kept), replace=False)
     found = {}

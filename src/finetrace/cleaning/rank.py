@@ -79,7 +79,14 @@ class Ranked:
         return tuple(i for i in range(len(self.values)) if i not in gone)
 
 
-def rank(index: Index, bad: Sequence[Example], cut: Cut, specs: Sequence[str] = (BEST,), seed: int = 0) -> Ranked:
+def rank(
+    index: Index,
+    bad: Sequence[Example],
+    cut: Cut,
+    specs: Sequence[str] = (BEST,),
+    seed: int = 0,
+    problem: Problem | None = None,
+) -> Ranked:
     """Rank the rows of an index by their scores for all the bad answers together.
 
     Each answer's scores are put in robust standard deviations over the rows, (score - median) / (1.4826 MAD), so that no
@@ -91,12 +98,13 @@ def rank(index: Index, bad: Sequence[Example], cut: Cut, specs: Sequence[str] = 
         cut: How many rows go.
         specs: Methods; several vote by the mean of their values.
         seed: Of the groups that calibrate a threshold.
+        problem: Of the same answers, with what it has computed already.
 
     Raises:
         FinetraceError: Nothing or everything would go, or the set is too large for a calibrated threshold.
     """
     methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
-    scores = _standard(Problem(index, bad), methods)  # (m, n)
+    scores = _standard(problem or Problem(index, bad), methods)  # (m, n)
     values = scores.mean(axis=0)
     n, threshold = len(values), None
     if cut.top is None and cut.share is None:
