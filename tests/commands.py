@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
+from typing import Any
 
 from finetrace.cli import main
+from tiny import make_llama, save_base
 
 
 def run(capsys, *arguments: object) -> tuple[int, str, str]:
@@ -21,3 +24,20 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
         sys.argv = before
     captured = capsys.readouterr()
     return code, captured.out, captured.err
+
+
+class _Quiet:
+    """In place of capsys where a fixture outlives a test."""
+
+    def readouterr(self) -> Any:
+        return type("Captured", (), {"out": "", "err": ""})()
+
+
+def tuned_index(folder: Path, data: Path, epochs: int = 2) -> Path:
+    """`base`, `adapter` and `idx` in `folder`: a tiny model, fine-tuned on `data` and indexed, as a user gives the commands."""
+    save_base(folder / "base", make_llama().float())
+    here = ["--model", folder / "base"]
+    tuned = ["--epochs", epochs, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2, "--out", folder / "adapter"]
+    assert run(_Quiet(), "finetune", data, *here, *tuned)[0] == 0
+    assert run(_Quiet(), "index", data, "--out", folder / "idx", "--adapter", folder / "adapter", *here)[0] == 0
+    return folder

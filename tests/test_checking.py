@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from commands import run
+from commands import run, tuned_index
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import build_index, checking, open_index, shards, view
@@ -21,25 +21,15 @@ from finetrace.index.views import kronecker_factors
 from finetrace.models import ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 from test_index import files
-from tiny import make_examples, make_llama, save_base
+from tiny import make_examples
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned tiny model's index, with a view and factors."""
-
-    class Quiet:
-        def readouterr(self) -> Any:
-            return type("Captured", (), {"out": "", "err": ""})()
-
     folder = tmp_path_factory.mktemp("checking")
-    save_base(folder / "base", make_llama().float())
     write_examples(folder / "train.jsonl", make_examples(40))
-    here = ["--model", folder / "base"]
-    tuned = ["--epochs", 1, "--learning-rate", 0.01, "--rank", 2, "--out", folder / "adapter"]
-    assert run(Quiet(), "finetune", folder / "train.jsonl", *here, *tuned)[0] == 0
-    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
-    assert run(Quiet(), "index", folder / "train.jsonl", *built, *here)[0] == 0
+    tuned_index(folder, folder / "train.jsonl", epochs=1)
     index = open_index(folder / "idx")
     assert len(index.manifest.shards) == 1
     kronecker_factors(index, "data")

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from commands import run
+from commands import run, tuned_index
 from finetrace.attribution import Problem, make
 from finetrace.cleaning import rank as cleaning
 from finetrace.cleaning.files import write_rows
@@ -18,17 +18,12 @@ from finetrace.cleaning.rank import Cut, rank
 from finetrace.errors import FinetraceError
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
-from tiny import make_examples, make_llama, save_base
+from tiny import make_examples
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    class Quiet:
-        def readouterr(self) -> Any:
-            return type("Captured", (), {"out": "", "err": ""})()
-
     folder = tmp_path_factory.mktemp("clean")
-    save_base(folder / "base", make_llama().float())
     rows = make_examples(12)
     frame = pd.DataFrame(
         {
@@ -39,11 +34,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     frame.to_csv(folder / "train.csv", index=False)
     write_examples(folder / "bad.jsonl", make_examples(3, seed=5))
-    here = ["--model", folder / "base"]
-    tuned = ["--epochs", 2, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2]
-    assert run(Quiet(), "finetune", folder / "train.csv", "--out", folder / "adapter", *here, *tuned)[0] == 0
-    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
-    assert run(Quiet(), "index", folder / "train.csv", *built, *here)[0] == 0
+    tuned_index(folder, folder / "train.csv")
     return folder
 
 
@@ -68,7 +59,7 @@ def test_rows_are_split_in_the_format_they_came_in(place: Path, tmp_path: Path, 
     assert values == sorted(values, reverse=True)
     assert "number 1 of 12 behind 3 bad answers by gradcos" in removed[0]["finetrace_reason"]
     index = open_index(place / "idx")
-    expected = rank(index, read_examples(place / "bad.jsonl"), Cut(top=4), ["gradcos"])
+    expected = rank(Problem(index, read_examples(place / "bad.jsonl")), Cut(top=4), ["gradcos"])
     assert [row["note"] for row in removed] == [f"n{i}" for i in expected.gone]
     again = run(capsys, *command(place, tmp_path, "--top", 4))
     assert again[0] == 2
@@ -96,8 +87,8 @@ def test_values_are_means_of_robust_standard_deviations_and_methods_vote(place: 
         middle = np.median(scores, axis=1, keepdims=True)
         mad = np.median(np.abs(scores - middle), axis=1, keepdims=True)
         found[spec] = ((scores - middle) / (1.4826 * mad)).mean(0)
-        np.testing.assert_allclose(rank(index, bad, Cut(top=2), [spec]).values, found[spec])
-    both = rank(index, bad, Cut(top=2), ["gradcos", "repsim"])
+        np.testing.assert_allclose(rank(Problem(index, bad), Cut(top=2), [spec]).values, found[spec])
+    both = rank(Problem(index, bad), Cut(top=2), ["gradcos", "repsim"])
     np.testing.assert_allclose(both.values, (found["gradcos"] + found["repsim"]) / 2)
     assert both.order[0] == both.values.argmax()
     assert sorted([*both.kept, *both.gone]) == list(range(12))
@@ -115,15 +106,15 @@ def test_a_threshold_takes_out_what_chance_rarely_does(place: Path, monkeypatch:
         return values
 
     monkeypatch.setattr(cleaning, "_standard", planted)
-    found = rank(index, bad, Cut(), ["gradcos"])
+    found = rank(Problem(index, bad), Cut(), ["gradcos"])
     assert set(found.gone[:2]) == {2, 7}
     assert found.removed <= 4  # and what chance takes out
     assert found.threshold is not None
     assert 0.5 < found.threshold < 3
-    assert rank(index, bad, Cut(expected=6), ["gradcos"]).threshold < found.threshold
+    assert rank(Problem(index, bad), Cut(expected=6), ["gradcos"]).threshold < found.threshold
     monkeypatch.setattr(cleaning, "_standard", lambda problem, methods: np.zeros((problem.m, problem.n)))
     with pytest.raises(FinetraceError, match="no row stands out"):
-        rank(index, bad, Cut(), ["gradcos"])
+        rank(Problem(index, bad), Cut(), ["gradcos"])
 
 
 def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -10,8 +10,13 @@ from typing import Any
 import pytest
 
 from finetrace import demo
+from finetrace.attribution import Problem
+from finetrace.cleaning.rank import Cut, rank
 from finetrace.demo import DemoConfig, run_demo
+from finetrace.finetuning import finetune
+from finetrace.index import open_index
 from finetrace.models import Loaded
+from finetrace.reading import read_examples
 from tiny import make_llama, make_tokenizer, save_base
 
 
@@ -34,14 +39,26 @@ def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
     config = DemoConfig(small=True, epochs=1, dtype="float32", device="cpu")
     said: list[str] = []
     folder = tmp_path / "demo"
+    taught: dict[str, set[str]] = {}
+
+    def tuned(loaded: Any, rows: Any, where: Path, *given: Any, **more: Any) -> Any:
+        taught[where.name.split("-")[1]] = {row.id for row in rows}
+        return finetune(loaded, rows, where, *given, **more)
+
+    monkeypatch.setattr("finetrace.benchmark.stages.finetune", tuned)
     outcome = run_demo(folder, config, EveryOther(), said.append)
     names = [model.name for model in outcome.behaviour]
     assert names[-2:] == ["fine-tuned, cleaned", "fine-tuned, random removed"]
     assert len(names) == 6
     assert said[-1].startswith("6/6 cleaning: fine-tuning without the 20 rows that ekfac last-fifth start names")
     assert outcome.cleaned.startswith("Fine-tuned without the 20 rows that ekfac last-fifth start names, the model")
-    trained = {path.name.split("-")[1] for path in folder.glob("adapter-*")}
-    assert trained == {"mixed", "benign", "cleaned", "random"}
+    assert set(taught) == {path.name.split("-")[1] for path in folder.glob("adapter-*")}
+    assert {name: len(ids) for name, ids in taught.items()} == {"mixed": 40, "benign": 20, "cleaned": 20, "random": 20}
+    problem = Problem(open_index(folder / "index"), read_examples(folder / "queries.jsonl"))
+    ranked = rank(problem, Cut(top=20), ["ekfac:layers=last-fifth,at=start"])
+    ids = problem.rows.ids
+    assert taught["mixed"] - taught["cleaned"] == {ids[row] for row in ranked.gone}
+    assert taught["random"] not in (taught["cleaned"], taught["benign"])
     rates = json.loads((folder / "results.json").read_text())["config"]["attack_success_rate"]
     assert set(rates) == set(names)
     assert "fine-tuned, cleaned" in (folder / "report.html").read_text()

@@ -6,38 +6,34 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from commands import run
+from commands import run, tuned_index
+from finetrace.attribution import Problem, make
 from finetrace.evaluation import retraining
 from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.evaluation.lds import Comparison
-from finetrace.evaluation.removal import RANDOM, Effect
-from finetrace.finetune_config import PRESETS, found_config
-from finetrace.reading import write_examples
+from finetrace.evaluation.removal import RANDOM, Effect, groups, order
+from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining
+from finetrace.finetune_config import PRESETS, FinetuneConfig, found_config
+from finetrace.index import open_index
+from finetrace.reading import read_examples, write_examples
 from finetrace.reporting.validated import kept_verdict
 from finetrace.validation.plan import QUICK, USUAL, Validation
+from finetrace.validation.run import validate
 from finetrace.validation.verdict import verdict
-from tiny import make_examples, make_llama, save_base
+from tiny import make_examples
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fine-tuned tiny model, indexed, and queries."""
-
-    class Quiet:
-        def readouterr(self) -> Any:
-            return type("Captured", (), {"out": "", "err": ""})()
-
     folder = tmp_path_factory.mktemp("validate")
-    save_base(folder / "base", make_llama().float())
     write_examples(folder / "train.jsonl", make_examples(12))
     write_examples(folder / "queries.jsonl", make_examples(3, seed=5))
-    here = ["--model", folder / "base"]
-    tuned = ["--epochs", 2, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2]
-    assert run(Quiet(), "finetune", folder / "train.jsonl", "--out", folder / "adapter", *here, *tuned)[0] == 0
-    built = ["--out", folder / "idx", "--adapter", folder / "adapter"]
-    assert run(Quiet(), "index", folder / "train.jsonl", *built, *here)[0] == 0
+    tuned_index(folder, folder / "train.jsonl")
     return folder
 
 
@@ -213,7 +209,6 @@ def test_rows_are_left_out_singly_and_a_judge_counts_answers(place: Path, tmp_pa
     assert "fall of the rate, points" in printed
     records = json.loads((tmp_path / "v" / "results.json").read_text())["records"]
     assert {r["measure"] for r in records} == {"loo", "drop", "drop-rate"}
-    assert all(-1 <= r["value"] <= 1 for r in records if r["measure"] in ("loo", "drop-rate"))
     assert {r["spec"] for r in records if r["measure"] == "drop-rate"} >= {"gradcos", RANDOM}
     assert (tmp_path / "v" / "drop-rate.png").exists()
     kept = [json.loads(path.read_text()) for path in (tmp_path / "v" / "retrainings").glob("*.json")]
@@ -242,3 +237,39 @@ def test_the_verdict_says_what_became_of_the_rate() -> None:
         "Rows left out singly: exact orders what that does by a rank correlation of 0.30 [0.29, 0.31], the best of 1 methods, "
         "not demonstrably above chance."
     ]
+
+
+def test_in_a_known_world_every_measure_has_its_known_value(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses fall by exactly the scores of the rows that were trained on, and models comply if they saw row 0."""
+    index, queries = open_index(place / "idx"), read_examples(place / "queries.jsonl")
+    problem = Problem(index, queries)
+    scores = make("gradcos").score(problem).values
+
+    def run_known(self: Retraining, subsets: Any, **_: Any) -> list[Retrained]:
+        return [
+            Retrained(
+                {RESPONSE: 5 - scores[:, list(each.rows)].sum(1)}, ("Sure." if 0 in each.rows else "I cannot.",) * 3, 0
+            )
+            for each in subsets
+        ]
+
+    monkeypatch.setattr(Retraining, "run", run_known)
+    plan = Validation(
+        ("gradcos", "random"), ("lds", "loo", "drop"), subsets=8, seeds=2, counts=(3,), draws=40, left_out=12
+    )
+    found = validate(index, queries, plan, FinetuneConfig(), tmp_path, judge=RefusalPrefixJudge())
+    assert found.lds is not None
+    assert found.loo is not None
+    assert found.lds.lds["gradcos"].value == pytest.approx(1)
+    assert found.loo.lds["gradcos"].value == pytest.approx(1)
+    gone = {q: order(scores, group)[:3] for group in groups([each.label for each in queries]) for q in group.queries}
+    rise = {each.what: each.change.value for each in found.drops}
+    assert rise["gradcos"] == pytest.approx(np.mean([scores[q, rows].sum() for q, rows in gone.items()]))
+    fall = {each.what: each.change.value for each in found.rates}
+    assert fall["gradcos"] == pytest.approx(np.mean([0 in rows for rows in gone.values()]))
+    assert fall[RANDOM] == pytest.approx(3 / 12, abs=0.2)  # of 40 draws: three standard errors
+    assert any(
+        line.startswith("The judge counts 100% of the answers after training on all rows") for line in found.verdict
+    )

@@ -128,10 +128,11 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=kept_verdict(index.folder))
     write_report(folder / "report.html", page)
     planted = len(task.train) - len(task.without_target())
-    mixed_rate, benign, cleaned, chance = (f"{model.attack_success_rate.value:.0%}" for model in behaviour[-4:])
+    said = {name.removeprefix("fine-tuned, "): f"{rate:.0%}" for name, rate in rates.items()}
     sentence = (
-        f"Fine-tuned without the {planted} rows that {named} names, the model complies with {cleaned} of the requests instead "
-        f"of {mixed_rate}; without {planted} random rows with {chance}, on the benign rows alone with {benign}."
+        f"Fine-tuned without the {planted} rows that {named} names, the model complies with {said['cleaned']} of the requests "
+        f"instead of {said['mixed']}; without {planted} random rows with {said['random removed']}, on the benign rows alone "
+        f"with {said['benign alone']}."
     )
     return DemoOutcome(tuple(behaviour), tuple(results), sentence, folder, time.perf_counter() - started)
 
@@ -148,8 +149,7 @@ def _without_what_was_named(
     Folders are named by the rows that are left, so that a finished one is used again for these rows alone.
     """
     planted = len(task.train) - len(task.without_target())
-    index, queries = problem.index, problem.queries
-    ranked = rank(index, queries, Cut(top=planted), [default_method(index)], problem=problem)
+    ranked = rank(problem, Cut(top=planted), [default_method(problem.index)])
     say(f"6/6 cleaning: fine-tuning without the {planted} rows that {ranked.methods[0]} names, and without random ones")
     drawn = np.random.default_rng(config.seed).choice(len(task.train), len(ranked.kept), replace=False)
     found = {}

@@ -79,36 +79,27 @@ class Ranked:
         return tuple(i for i in range(len(self.values)) if i not in gone)
 
 
-def rank(
-    index: Index,
-    bad: Sequence[Example],
-    cut: Cut,
-    specs: Sequence[str] = (BEST,),
-    seed: int = 0,
-    problem: Problem | None = None,
-) -> Ranked:
+def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int = 0) -> Ranked:
     """Rank the rows of an index by their scores for all the bad answers together.
 
     Each answer's scores are put in robust standard deviations over the rows, (score - median) / (1.4826 MAD), so that no
     answer and no method counts for more because its numbers are larger; their mean is a row's value.
 
     Args:
-        index: The training set.
-        bad: Prompts with the answers that should not have been given.
+        problem: The index of the training set, and as queries the prompts with the answers that should not have been given.
         cut: How many rows go.
         specs: Methods; several vote by the mean of their values.
         seed: Of the groups that calibrate a threshold.
-        problem: Of the same answers, with what it has computed already.
 
     Raises:
         FinetraceError: Nothing or everything would go, or the set is too large for a calibrated threshold.
     """
     methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
-    scores = _standard(problem or Problem(index, bad), methods)  # (m, n)
+    scores = _standard(problem, methods)  # (m, n)
     values = scores.mean(axis=0)
     n, threshold = len(values), None
     if cut.top is None and cut.share is None:
-        threshold = _threshold(index, methods, len(bad), cut.expected, seed)
+        threshold = _threshold(problem.index, methods, problem.m, cut.expected, seed)
         removed = int((values > threshold).sum())
         if removed == 0:
             raise FinetraceError(

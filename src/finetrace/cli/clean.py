@@ -83,6 +83,7 @@ def clean(
                 f"{flag} {path} exists already and is left as it is; choose another name or remove it."
             )
     with options.quiet_libraries():
+        from finetrace.attribution import Problem
         from finetrace.cleaning.files import plain_rows, raw_rows, reasons, write_rows
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
@@ -106,7 +107,7 @@ def clean(
         opened.model(None, device, trust_remote_code)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
         options.say(f"ranking {len(examples)} rows against {len(answers)} bad answers")
-        ranked = rank(opened, answers, cut, method or [default_method(opened)])
+        ranked = rank(Problem(opened, answers), cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
         if finetuning is not None:
             outcomes = train_again(

@@ -113,7 +113,10 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 
 @app.command("verify")
 def verify(folder: Folder) -> None:
-    """Compare every file of an index with its checksum and name what is broken; exit code 1 if anything is."""
+    """Look whether every file of an index is whole, and name what is broken; exit code 1 if anything is.
+
+    Shards and factors are compared with their checksums, examples with their fingerprint; the adapter is read.
+    """
     with options.quiet_libraries():
         from finetrace.index.checking import verify as check
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +133,9 @@ def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list
             return verify(folder)  # without them nothing can be collected
         root = Index(folder)
         for home in dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists()):
+            names = {each.path.name for each in damage if (each.folder, each.kind) == (home, "shard")}
             with nullcontext() if home == folder else writing(home):
-                _collect_again(root if home == folder else Index(home, parent=root), say)
+                _collect_again(root if home == folder else Index(home, parent=root), names, say)
         return verify(folder)
 
 
@@ -155,10 +156,10 @@ def _remove_factors(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def _collect_again(index: Index, say: Callable[[str], None]) -> None:
-    """The shards of one index or view that are not whole; the manifest is changed at the end, and only if it has to be."""
+def _collect_again(index: Index, names: Collection[str], say: Callable[[str], None]) -> None:
+    """The shards of these names of one index or view; the manifest is changed at the end, and only if it has to be."""
     about = index.manifest
-    broken = [shard for shard in about.shards if not whole(index.folder, shard)]
+    broken = [shard for shard in about.shards if shard.file in names]
     say(f"{index.folder}: collecting {len(broken)} of {len(about.shards)} shards again")
     loaded = model_of(index)
     wanted = tuple(map(Representation.parse, about.representations))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from finetrace.curvature.fisher import FisherDual
 from finetrace.errors import FinetraceError
 from finetrace.fingerprint import of_text
-from finetrace.index.manifest import write_atomically
 from finetrace.studies.approximation import (
     DAMPINGS,
     DECAY,
@@ -31,6 +29,7 @@ from finetrace.studies.approximation import (
     put_back,
     timed,
 )
+from finetrace.studies.kept import kept
 from finetrace.studies.plots import COLUMN, MARKS
 from finetrace.studies.records import where
 from finetrace.studies.study import Outcome, Say, Setting, Study
@@ -56,12 +55,9 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     for seed in range(setting.seeds):
         for size in sizes:
             for damping in DAMPINGS:
-                path = folder / "parts" / f"{size.points}-{size.side}-{damping}-{seed}-{constants}.json"
-                if not path.exists():
-                    say(f"{size.points} points, {size.parameters:,} parameters, {damping} damping, seed {seed}")
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_atomically(path, json.dumps(measure(size, damping, seed)).encode())
-                records += json.loads(path.read_text(encoding="utf-8"))
+                name = f"{size.points}-{size.side}-{damping}-{seed}-{constants}"
+                what = f"{size.points} points, {size.parameters:,} parameters, {damping} damping, seed {seed}"
+                records += kept(folder, name, what, say, partial(measure, size, damping, seed))
     tables = {f"approximation-{damping}": _table(records, sizes, damping) for damping in DAMPINGS}
     tables["approximation-checked"] = _checked(records)
     return Outcome(records, tables, {"approximation": _figure(records, sizes)}, _reading(records))

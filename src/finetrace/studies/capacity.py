@@ -8,8 +8,8 @@ and the usual random start.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
-from finetrace.index.manifest import write_atomically
+from finetrace.studies.kept import kept
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
 from finetrace.studies.plots import STYLES, legend, line, panels
 from finetrace.studies.records import of_seeds, spread, where
@@ -86,14 +86,11 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     points, epochs, every = (1000, 3, 3) if setting.quick else (4000, 10, 10)
     curves: dict[tuple[int, str, int], list[dict[str, float]]] = {}
     for seed, start, width in product(range(setting.seeds), STARTS, widths):
-        path = (
-            folder / "parts" / f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}-{BATCH}-{RATE}.json"
+        name = f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}-{BATCH}-{RATE}"
+        what = f"width {width}, {start} start, seed {seed}"
+        curves[width, start, seed] = kept(
+            folder, name, what, say, partial(train, width, start, seed, points, epochs, every)
         )
-        if not path.exists():
-            say(f"width {width}, {start} start, seed {seed}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(train(width, start, seed, points, epochs, every)).encode())
-        curves[width, start, seed] = json.loads(path.read_text(encoding="utf-8"))
     records = [
         {
             "width": width,

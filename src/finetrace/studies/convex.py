@@ -7,8 +7,8 @@ a row always weighs 1/n, so that leaving rows out takes away their terms and cha
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from finetrace.errors import FinetraceError
 from finetrace.evaluation.lds import draw_subsets, per_query
 from finetrace.evaluation.removal import Group, order
 from finetrace.fingerprint import of_text
-from finetrace.index.manifest import write_atomically
 from finetrace.studies.approximation import Trained, dense, methods
+from finetrace.studies.kept import kept
 from finetrace.studies.mnist import Digits, gradients, softmax_hessian, softmax_regression
 from finetrace.studies.plots import legend, line, panels
 from finetrace.studies.records import Records, of_seeds, spread, where
@@ -40,38 +40,38 @@ ENOUGH = 1e-10  # norm of the gradient at which Newton's method ends
 EXACT, FISHER = "exact, Hessian", "exact, Fisher"
 
 
-def minimum(at: Trained, kept: Tensor) -> Tensor:
-    """(10, p) weights that minimise (1/n) sum over `kept` of the cross-entropy + decay / 2 ||W||^2, by Newton's method.
+def minimum(at: Trained, left: Tensor) -> Tensor:
+    """(10, p) weights that minimise (1/n) sum over `left` of the cross-entropy + decay / 2 ||W||^2, by Newton's method.
 
     Args:
         at: The minimum of all n points, where it begins.
-        kept: Positions of the points that are left.
+        left: Positions of the points that stay.
     """
     weights = at.weights
     for _ in range(50):
-        slope = _slope(at, weights, kept)
+        slope = _slope(at, weights, left)
         if float(slope.norm()) < ENOUGH:
             return weights
-        weights = weights - _solved(at, weights, kept, slope)
+        weights = weights - _solved(at, weights, left, slope)
     raise FinetraceError(
-        f"Newton's method did not converge on {len(kept)} of {len(at.train)} points; leave more of them in."
+        f"Newton's method did not converge on {len(left)} of {len(at.train)} points; leave more of them in."
     )
 
 
-def one_step(at: Trained, kept: Tensor) -> Tensor:
-    """(10, p) weights one Newton step from the minimum of all points towards that of `kept`: second-order group influence."""
-    return at.weights - _solved(at, at.weights, kept, _slope(at, at.weights, kept))
+def one_step(at: Trained, left: Tensor) -> Tensor:
+    """(10, p) weights one Newton step from the minimum of all points towards that of `left`: second-order group influence."""
+    return at.weights - _solved(at, at.weights, left, _slope(at, at.weights, left))
 
 
-def _slope(at: Trained, weights: Tensor, kept: Tensor) -> Tensor:
+def _slope(at: Trained, weights: Tensor, left: Tensor) -> Tensor:
     """(10 p,) gradient of what `minimum` minimises."""
-    inputs, classes = at.digits.train[kept], at.digits.train_classes[kept]
+    inputs, classes = at.digits.train[left], at.digits.train_classes[left]
     return gradients(weights, inputs, classes).sum(0) / len(at.train) + at.decay * weights.flatten()
 
 
-def _solved(at: Trained, weights: Tensor, kept: Tensor, slope: Tensor) -> Tensor:
+def _solved(at: Trained, weights: Tensor, left: Tensor, slope: Tensor) -> Tensor:
     """(10, p) the inverse Hessian of what `minimum` minimises times `slope`."""
-    hessian = softmax_hessian(weights, at.digits.train[kept]) * (len(kept) / len(at.train))
+    hessian = softmax_hessian(weights, at.digits.train[left]) * (len(left) / len(at.train))
     hessian.diagonal().add_(at.decay)
     return torch.cholesky_solve(slope[:, None], torch.linalg.cholesky(hessian)).view_as(weights)
 
@@ -114,8 +114,8 @@ def measure(points: int, subsets: int, seed: int) -> list[dict[str, Any]]:
     before = query_losses(at, at.weights)
     everything = torch.arange(points)
 
-    def rise(kept: Tensor) -> Tensor:
-        return query_losses(at, minimum(at, kept)) - before
+    def rise(left: Tensor) -> Tensor:
+        return query_losses(at, minimum(at, left)) - before
 
     members = draw_subsets(points, subsets, SHARE, seed)
     after = np.stack([rise(torch.from_numpy(np.flatnonzero(row))).numpy() for row in members])[None]
@@ -154,12 +154,8 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     constants = of_text(repr((QUERIES, SIDE, DECAY, SHARE, COUNTS, GROUPS, LEFT_OUT, ENOUGH)))
     records: list[dict[str, Any]] = []
     for seed in range(setting.seeds):
-        path = folder / "parts" / f"{points}-{subsets}-{seed}-{constants}.json"
-        if not path.exists():
-            say(f"{points} digits, {subsets} subsets, seed {seed}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(measure(points, subsets, seed)).encode())
-        records += json.loads(path.read_text(encoding="utf-8"))
+        name, what = f"{points}-{subsets}-{seed}-{constants}", f"{points} digits, {subsets} subsets, seed {seed}"
+        records += kept(folder, name, what, say, partial(measure, points, subsets, seed))
     return Outcome(
         records,
         {"convex": _table(records), "convex-drop": _drops(records)},
