@@ -61,7 +61,10 @@ def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
     assert taught["random"] not in (taught["cleaned"], taught["benign"])
     rates = json.loads((folder / "results.json").read_text())["config"]["attack_success_rate"]
     assert set(rates) == set(names)
-    assert "fine-tuned, cleaned" in (folder / "report.html").read_text()
+    page = (folder / "report.html").read_text()
+    assert "fine-tuned, cleaned" in page
+    assert "One removal was tried, under one seed. Fine-tuned without the 20 rows" in page
+    assert "no retraining has checked" not in page
 
     def fail(*_: Any, **__: Any) -> Loaded:
         raise AssertionError("trained again")

@@ -125,8 +125,6 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     facts |= {"judge": judge.name, "seed": str(config.seed)}
     title = "Which rows made the model comply?"
     write_examples(folder / "queries.jsonl", queries, overwrite=True)
-    page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=kept_verdict(index.folder))
-    write_report(folder / "report.html", page)
     planted = len(task.train) - len(task.without_target())
     said = {name.removeprefix("fine-tuned, "): f"{rate:.0%}" for name, rate in rates.items()}
     sentence = (
@@ -134,6 +132,9 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
         f"instead of {said['mixed']}; without {planted} random rows with {said['random removed']}, on the benign rows alone "
         f"with {said['benign alone']}."
     )
+    validated = kept_verdict(index.folder) or f"One removal was tried, under one seed. {sentence}"
+    page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=validated)
+    write_report(folder / "report.html", page)
     return DemoOutcome(tuple(behaviour), tuple(results), sentence, folder, time.perf_counter() - started)
 
 

@@ -216,7 +216,7 @@ def _figure(records: Records) -> Any:
             known = np.isfinite(found.low)
             ends = (found.low, found.high) if known else (None, None)
             points.append({"rise": found.value, "rise_low": ends[0], "rise_high": ends[1]})
-        line(right, 2 + place, COUNTS, points, "rise", label)
+        line(right, 1 + 2 * place, COUNTS, points, "rise", label)
     right.set_xscale("log")
     right.set_yscale("log")
     right.set_xlabel("top rows removed for a class of queries", fontsize=7)
