@@ -1,0 +1,156 @@
+"""Ground truth on fine-tuned language models: what methods say of rows, held against training without them.
+
+Every task is fine-tuned on some of its rows by a LoRA on the last layers, indexed, scored by every method, and trained again on
+random halves of the rows and without the top rows of some methods. No method is chosen on what is reported here: all are, and
+the best of them is called the best afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finetrace.benchmark.stages import complied, kept_answers, tuned_adapter
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.evaluation.judging import make_judge
+from finetrace.examples import Example
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.fingerprint import of_text
+from finetrace.index import build_index
+from finetrace.index.store import Index
+from finetrace.models import ALIGNED, EMBEDDED, ModelSpec, load
+from finetrace.studies.ground_truth_tables import curves, drop_table, forest, lds_table, patch_table, reading
+from finetrace.studies.kept import kept
+from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.tasks import recipe
+from finetrace.tracing import BEST, STANDARD
+from finetrace.validation.plan import Validation
+from finetrace.validation.run import validate
+
+# whose top rows are removed; each one more retraining a number of rows and seed
+REMOVED = (BEST, "exact", "gradcos", "repsim", "bm25")
+LAYERS = 4  # the last so many layers are trained
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What is taken of a task, and what is done with it.
+
+    Attributes:
+        rows: Training rows of each class, at most.
+        queries: Of each class, at most; where the model answers them itself, those that it complies with.
+        epochs: Of every fine-tuning.
+        counts: How many rows are removed.
+        subsets: Random halves.
+        groups: Classes of queries for which rows are removed.
+        draws: Random removals of each number.
+    """
+
+    rows: int
+    queries: int
+    epochs: int
+    counts: tuple[int, ...]
+    subsets: int = 24
+    groups: int = 2
+    draws: int = 3
+
+
+PLAN = {
+    "grammars": Ground(6, 2, 10, (6, 15)),
+    "mathqa": Ground(5, 2, 8, (5, 12)),
+    "mixed-small": Ground(20, 10, 10, (4, 10)),
+    "mixed-large": Ground(60, 10, 6, (8, 20)),
+    "backdoor-3": Ground(12, 4, 8, (5, 12)),
+}
+QUICK = {"emotion": Ground(3, 1, 2, (3,), 4, 1, 2)}
+
+
+def run(folder: Path, setting: Setting, say: Say) -> Outcome:
+    """Every task; a finished one is found again, and so is every retraining."""
+    plan = QUICK if setting.quick else PLAN
+    records: list[dict[str, Any]] = []
+    for task, ground in plan.items():
+        methods = (BEST, "exact", "gradcos", "repsim", "bm25", "random") if setting.quick else STANDARD
+        constants = of_text(repr((asdict(ground), methods, REMOVED, LAYERS, setting.seeds)))
+        what = f"{task}: fine-tuning, scoring and retraining"
+        records += kept(
+            folder, f"{task}-{constants}", what, say, partial(measure, task, ground, folder, setting, methods, say)
+        )
+    tables = {"ground-truth-lds": lds_table(records), "ground-truth-drop": drop_table(records)}
+    tables["ground-truth-tail-patch"] = patch_table(records)
+    figures = {"ground-truth-lds": forest(records), "ground-truth-drop": curves(records)}
+    return Outcome(records, tables, figures, reading(records), {"plan": {k: asdict(v) for k, v in plan.items()}})
+
+
+def measure(
+    task: str, ground: Ground, folder: Path, setting: Setting, methods: Sequence[str], say: Say
+) -> list[dict[str, Any]]:
+    """The records of `finetrace validate` for one task: LDS and tail patch of all methods, removals of some."""
+    home = folder / "runs" / task
+    made = recipe(task)
+    spec = ModelSpec(setting.model or (ALIGNED if made.aligned else EMBEDDED), None, setting.dtype, setting.device)
+    whole = made.build(0)
+    train, asked = first(whole.train, ground.rows), first(whole.queries, ground.queries)
+    depth = int(load(spec).model.config.num_hidden_layers)
+    tuning = FinetuneConfig(
+        epochs=ground.epochs,
+        learning_rate=made.learning_rate,
+        batch_size=8,
+        layers=tuple(range(max(0, depth - LAYERS), depth)),
+    )
+    adapter = tuned_adapter(home / "adapter", spec, train, tuning)
+    tuned = load(replace(spec, adapter=str(adapter)))
+    if not whole.answered:
+        answers = kept_answers(home / "answers.jsonl", asked, lambda: tuned)
+        asked = [each for each, yes in zip(answers, complied(make_judge(None, None), answers), strict=True) if yes]
+        if not asked:
+            raise FinetraceError(f"{task}: the model complied with none of its requests, so there is nothing to trace.")
+    index, _ = build_index(tuned, train, home / "index", Encoder(tuned.tokenizer), kronecker="model")
+    said = partial(_validated, index, asked, tuning, home, setting, say)
+    plan = Validation(tuple(methods), ("lds", "tail-patch"), ground.subsets, seeds=setting.seeds)
+    found = said(plan)
+    fewer = tuple(each for each in REMOVED if each in methods)
+    found += said(
+        replace(plan, methods=fewer, measures=("drop",), counts=ground.counts, groups=ground.groups, draws=ground.draws)
+    )
+    about = {"task": task, "n_train": len(train), "n_queries": len(asked), "epochs": ground.epochs}
+    return [{**about, **record} for record in found]
+
+
+def _validated(
+    index: Index,
+    queries: Sequence[Example],
+    tuning: FinetuneConfig,
+    home: Path,
+    setting: Setting,
+    say: Say,
+    plan: Validation,
+) -> list[dict[str, Any]]:
+    found = validate(index, queries, plan, tuning, home, say, setting.device)
+    losses = dict(zip(("loss_adapter", "loss_again"), found.losses or (None, None), strict=True))
+    return [{**record, **losses} for record in found.records]
+
+
+def first(examples: Sequence[Example], count: int) -> list[Example]:
+    """The first `count` of each class, in the order they stood."""
+    seen: dict[str | None, int] = {}
+    found = []
+    for each in examples:
+        seen[each.label] = seen.get(each.label, 0) + 1
+        if seen[each.label] <= count:
+            found.append(each)
+    return found
+
+
+GROUND_TRUTH = Study(
+    "ground-truth",
+    "beyond",
+    "LDS, removal and tail patch of every method, by retraining on five tasks",
+    50,
+    2,
+    run,
+)
