@@ -56,7 +56,7 @@ class Ground:
     counts: tuple[int, ...]
     subsets: int = 16
     groups: int = 1
-    draws: int = 2
+    draws: int = 4
 
 
 PLAN = {
