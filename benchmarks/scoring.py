@@ -62,37 +62,34 @@ def write_index(folder: Path, n: int, per_shard: int = 145) -> None:
     width = blocks[-1].offset + blocks[-1].shape[0] * blocks[-1].shape[1]
     folder.mkdir(parents=True)
     rows.write(folder, examples, encoded)
+    about = Manifest(
+        finetrace=__version__,
+        model=ModelRecord(
+            name="none",
+            dtype="float32",
+            adapter=None,
+            base_fingerprint="-",
+            adapter_fingerprint=None,
+            tokenizer_fingerprint="-",
+            layers=LAYERS,
+        ),
+        encoding=EncodingRecord(loss_on="response", max_length=None, template=None),
+        data_fingerprint=of_data([e.id for e in examples], encoded),
+        examples=n,
+        tokens=50 * n,
+        feature_dtype="float32",
+        batch_tokens=2048,
+        rows_per_shard=per_shard,
+        modules=None,
+        blocks=blocks,
+        representations=("last-prompt@-1", "last-token@-1", "mean-response@-1"),
+        skipped={},
+    )
     written = []
     for start in range(0, n, per_shard):
         count = min(per_shard, n - start)
-        written.append(shards.write(folder, random_features(count, width, start), start))
-    manifest.write(
-        folder,
-        Manifest(
-            finetrace=__version__,
-            model=ModelRecord(
-                name="none",
-                dtype="float32",
-                adapter=None,
-                base_fingerprint="-",
-                adapter_fingerprint=None,
-                tokenizer_fingerprint="-",
-                layers=LAYERS,
-            ),
-            encoding=EncodingRecord(loss_on="response", max_length=None, template=None),
-            data_fingerprint=of_data([e.id for e in examples], encoded),
-            examples=n,
-            tokens=50 * n,
-            feature_dtype="float32",
-            batch_tokens=2048,
-            rows_per_shard=per_shard,
-            modules=None,
-            blocks=blocks,
-            representations=("last-prompt@-1", "last-token@-1", "mean-response@-1"),
-            skipped={},
-            shards=tuple(written),
-        ),
-    )
+        written.append(shards.write(folder, random_features(count, width, start), start, about))
+    manifest.write(folder, about.model_copy(update={"shards": tuple(written)}))
 
 
 def write_factors(index: Index) -> None:
@@ -107,9 +104,8 @@ def write_factors(index: Index) -> None:
                 side[block.name] += tokens.T @ tokens
             sums.tokens[block.name] = 50 * (shard.stop - shard.start)
         width = sum(block.size for block in index.blocks)
-        factors.write_part(
-            index.folder, sums, random_features(shard.stop - shard.start, width, shard.start).gradients, shard.start
-        )
+        sampled = random_features(shard.stop - shard.start, width, shard.start).gradients
+        factors.write_part(index.folder, sums, sampled, shard.start, index.manifest)
     factors.finish(index.folder, index.manifest, "model")
 
 

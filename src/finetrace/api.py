@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetrace.collection.factors import Labels
+    from finetrace.index.stored import FeatureDtype
     from finetrace.moments import Moment
 
 Rows = str | Path | Iterable[Mapping[str, Any] | Example]
@@ -82,6 +83,7 @@ def build_index(
     batch_tokens: int = 2048,
     kronecker: Labels | None = None,
     at: Moment = "end",
+    feature_dtype: FeatureDtype | None = None,
 ) -> Index:
     """Index training examples under a model in memory.
 
@@ -99,6 +101,7 @@ def build_index(
         batch_tokens: Padded tokens a batch holds at most.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
         at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.
+        feature_dtype: Store gradients in `bfloat16` or `float16`, half the disk of `float32`; scores are taken in float32.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -116,6 +119,7 @@ def build_index(
         batch_tokens=batch_tokens,
         kronecker=kronecker,
         at=at,
+        feature_dtype=feature_dtype,
     )
     return Index(Path(folder), loaded)
 

@@ -12,9 +12,11 @@ from finetrace.cli import options
 
 if TYPE_CHECKING:
     from finetrace.collection.factors import Labels
+    from finetrace.index.stored import FeatureDtype
     from finetrace.moments import Moment
 
 BUILD = "build"
+STORED = ("float32", "bfloat16", "float16")
 
 
 class _BuildsByDefault(TyperGroup):
@@ -56,6 +58,10 @@ def index(
         str | None,
         typer.Option(help="Fit K-FAC and EK-FAC factors now: labels drawn from the `model`, or those of the `data`."),
     ] = None,
+    feature_dtype: Annotated[
+        str | None,
+        typer.Option(help="Store gradients in float32, bfloat16 or float16; as they are computed if not given."),
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -81,6 +87,7 @@ def index(
 
         Positions.parse(loss_on)
         labels = options.one_of("--kronecker", kronecker, ("model", "data")) if kronecker is not None else None
+        stored = options.one_of("--feature-dtype", feature_dtype, STORED) if feature_dtype is not None else None
         wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
         template = read_template(chat_template)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
@@ -97,6 +104,7 @@ def index(
             batch_tokens=batch_tokens,
             kronecker=cast("Labels | None", labels),
             at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
+            feature_dtype=cast("FeatureDtype | None", stored),
         )
     options.say_lengths(lengths)
     for name, reason in list(built.manifest.skipped.items())[:5]:
@@ -106,6 +114,11 @@ def index(
         f"index: {out}   {len(built)} examples, {built.manifest.tokens:,} tokens, {len(built.blocks)} matrices, "
         f"{width:,} gradient entries an example"
     )
+    if built.manifest.rounding:
+        typer.echo(
+            f"stored in {built.manifest.feature_dtype}: no gradient moved by more than {built.manifest.rounding:.2%} of its "
+            "length, so no cosine by more than that"
+        )
 
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]

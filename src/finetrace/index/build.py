@@ -24,6 +24,7 @@ from finetrace.index import factors, lock, manifest, rows, shards
 from finetrace.index.lock import writing
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
+from finetrace.index.stored import FeatureDtype
 from finetrace.models import Loaded, active_adapter, save_adapter
 from finetrace.moments import Moment, at_moment
 from finetrace.progress import Tracker
@@ -43,6 +44,7 @@ def build_index(
     rows_per_shard: int | None = None,
     kronecker: Labels | None = None,
     at: Moment = "end",
+    feature_dtype: FeatureDtype | None = None,
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -62,6 +64,8 @@ def build_index(
         kronecker: Fit the factors of K-FAC and EK-FAC on the way, with labels drawn from the `model` (one more backward
             pass) or those of the `data` (none); without it they are fitted when a method first asks for them.
         at: Where gradients and hidden states are taken: at the `end` of the fine-tuning, or at its `start` (`moments`).
+        feature_dtype: What gradients are stored in; by default as they are computed: float32, or float64 for a float64
+            model. Scores widen them again (`finetrace.index.stored`).
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -76,12 +80,13 @@ def build_index(
     wanted = tuple(each.resolve(layers) for each in representations)
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
     collector = Collector(loaded.model, tracking, wanted, batch_tokens)
-    row_bytes = tracking.width * torch.finfo(collector.dtype).bits // 8
+    stored = feature_dtype or str(collector.dtype).removeprefix("torch.")
+    row_bytes = tracking.width * getattr(torch, stored).itemsize
     per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
-    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules, at)
+    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules, at, stored)
     need = row_bytes * len(examples)
     if kronecker is not None:
-        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), row_bytes // tracking.width)
+        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), collector.dtype.itemsize)
         need += row_bytes * len(examples) if kronecker == "model" else 0
     _open(folder)
     with writing(folder):
@@ -100,6 +105,7 @@ def _plan(
     per_shard: int,
     modules: Sequence[str] | None,
     at: Moment,
+    feature_dtype: str,
 ) -> Manifest:
     has_adapter = hasattr(loaded.model, "peft_config")
     return Manifest(
@@ -123,7 +129,7 @@ def _plan(
         data_fingerprint=fingerprint.of_data([example.id for example in examples], encoded),
         examples=len(examples),
         tokens=sum(len(item.ids) for item in encoded),
-        feature_dtype=str(collector.dtype).removeprefix("torch."),
+        feature_dtype=feature_dtype,
         batch_tokens=collector.batch_tokens,
         rows_per_shard=per_shard,
         modules=tuple(modules) if modules is not None else None,
@@ -234,9 +240,9 @@ def collect_shards(
             ids = [example.id for example in examples[start:stop]]
             features = collector.collect(encoded[start:stop], ids, tracker.advance, factors=sums)
             if sums is not None:
-                factors.write_part(folder, sums, features.sampled, start)
+                factors.write_part(folder, sums, features.sampled, start, started)
             if start not in done:
-                done[start] = shards.write(folder, features, start)
+                done[start] = shards.write(folder, features, start, started)
                 manifest.write(folder, started.model_copy(update={"shards": tuple(done[key] for key in sorted(done))}))
     if labels is not None and not factors.there(folder, labels):
         factors.finish(folder, manifest.read(folder), labels)

@@ -169,7 +169,7 @@ def _collect_again(index: Index, names: Collection[str], say: Callable[[str], No
     with at_moment(loaded.model, about.model.at):
         for shard in broken:
             features = collector.collect(encoded[shard.start : shard.stop], ids[shard.start : shard.stop])
-            fresh[shard.file] = shards.write(index.folder, features, shard.start)
+            fresh[shard.file] = shards.write(index.folder, features, shard.start, about)
     if all(fresh[shard.file] == shard for shard in broken):
         return
     say(

@@ -49,13 +49,13 @@ def there(folder: Path, labels: Labels) -> bool:
         return about.is_file()  # reading it will say what is wrong
 
 
-def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int) -> None:
+def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int, about: Manifest) -> None:
     """Keep one shard's sums, and the gradients of its sampled loss."""
     tensors = {f"left.{name}": value.cpu().contiguous() for name, value in sums.left.items()}
     tensors |= {f"right.{name}": value.cpu().contiguous() for name, value in sums.right.items()}
     tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
     if sampled is not None:
-        tensors["sampled"] = sampled
+        tensors |= shards.named("sampled", shards.narrowed_rows(sampled, about))
     target = part_path(folder, sums.labels, start)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
     """From the sums of all shards to eigenbases and eigenvalues, written in one step; the sums are then removed."""
     blocks = [record.block() for record in manifest.blocks]
     parts = [part_path(folder, labels, shard.start) for shard in manifest.shards]
-    dtype = getattr(torch, manifest.feature_dtype)
+    dtype = manifest.computed_dtype
     tensors: dict[str, Tensor] = {}
     places: dict[str, str] = {}  # fingerprint of a sum -> tensor that holds its eigenvectors
     records = []
@@ -154,4 +154,4 @@ def _gradients(folder: Path, manifest: Manifest, parts: list[Path], labels: Labe
     files = parts if labels == "model" else [folder / shards.FOLDER / shard.file for shard in manifest.shards]
     for file in files:
         with safe_open(str(file), framework="pt") as opened:
-            yield opened.get_slice("sampled" if labels == "model" else "gradients")[:, block.columns]
+            yield shards.columns_of(opened, "sampled" if labels == "model" else "gradients", block.columns, manifest)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 
@@ -38,13 +39,17 @@ class BlockRecord(_Strict):
 
 
 class ShardRecord(_Strict):
-    """Rows `start` to `stop` (exclusive) in one file, with its size and SHA-256."""
+    """Rows `start` to `stop` (exclusive) in one file, with its size and SHA-256.
+
+    `rounding` is the largest relative error that storing made in a row's gradient: 0 where they are kept as computed.
+    """
 
     file: str
     start: int
     stop: int
     bytes: int
     sha256: str
+    rounding: float = 0.0
 
 
 class ModelRecord(_Strict):
@@ -87,6 +92,16 @@ class Manifest(_Strict):
     representations: tuple[str, ...]
     skipped: dict[str, str]
     shards: tuple[ShardRecord, ...] = ()
+
+    @property
+    def computed_dtype(self) -> torch.dtype:
+        """What gradients are computed in and widened to: float32, or float64 for a float64 model."""
+        return torch.float64 if "float64" in (self.model.dtype, self.feature_dtype) else torch.float32
+
+    @property
+    def rounding(self) -> float:
+        """The largest relative error ||stored - g|| / ||g|| of a stored gradient."""
+        return max((shard.rounding for shard in self.shards), default=0.0)
 
     @property
     def complete(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,14 +13,17 @@ from torch import Tensor
 from finetrace import fingerprint
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
-from finetrace.index.manifest import ShardRecord, replacing
+from finetrace.index.manifest import Manifest, ShardRecord, replacing
+from finetrace.index.stored import Narrowed, narrow, widen
 
 FOLDER = "shards"
+PIECE = 64 << 20  # bytes of widened gradients at a time
 
 
-def write(folder: Path, features: Features, start: int) -> ShardRecord:
-    """Write one shard in one step and describe it."""
-    tensors = {"gradients": features.gradients, "losses": features.losses}
+def write(folder: Path, features: Features, start: int, about: Manifest) -> ShardRecord:
+    """Write one shard in one step, its gradients in the index's `feature_dtype`, and describe it."""
+    narrowed = narrowed_rows(features.gradients, about)
+    tensors = named("gradients", narrowed) | {"losses": features.losses}
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
     path = folder / FOLDER / name
@@ -33,17 +36,42 @@ def write(folder: Path, features: Features, start: int) -> ShardRecord:
         stop=start + len(features),
         bytes=path.stat().st_size,
         sha256=fingerprint.of_file(path),
+        rounding=narrowed.rounding,
     )
 
 
-class ShardReader:
-    """Reads columns of the shards of one index; each file's checksum is compared when it is first opened."""
+def narrowed_rows(rows: Tensor, about: Manifest) -> Narrowed:
+    """(rows, D) gradients as an index keeps them."""
+    return narrow(rows, getattr(torch, about.feature_dtype), [record.block() for record in about.blocks])
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord], remedy: str | None = None) -> None:
+
+def named(name: str, narrowed: Narrowed) -> dict[str, Tensor]:
+    """The tensors that gradients become in a safetensors file."""
+    exponents = {} if narrowed.exponents is None else {f"{name}.exponents": narrowed.exponents}
+    return {name: narrowed.rows} | exponents
+
+
+def columns_of(file: safe_open, name: str, columns: slice, about: Manifest) -> Tensor:
+    """(rows, columns) of gradients in an open safetensors file, widened."""
+    exponents = file.get_tensor(f"{name}.exponents") if about.feature_dtype == "float16" else None
+    return widen(file.get_tensor(name), exponents, columns, [r.block() for r in about.blocks], about.computed_dtype)
+
+
+class ShardReader:
+    """Reads columns of the shards of one index; each file's checksum is compared when it is first opened.
+
+    Gradients come back in the dtype in which they were computed, whatever they are stored in.
+    """
+
+    def __init__(self, folder: Path, about: Manifest, remedy: str | None = None) -> None:
         self.folder = folder / FOLDER
         self.remedy = remedy
-        self.shards = tuple(shards)
+        self.shards = about.shards
+        self.dtype = about.computed_dtype
+        self._blocks = tuple(record.block() for record in about.blocks)
+        self._scaled = about.feature_dtype == "float16"
         self._mapped: dict[str, Tensor] = {}
+        self._exponents: dict[str, Tensor] = {}
         self._checked: set[str] = set()
 
     def gradients(self, columns: slice, rows: slice) -> Tensor:
@@ -52,18 +80,31 @@ class ShardReader:
         for shard in self.shards:
             first, last = max(rows.start, shard.start), min(rows.stop, shard.stop)
             if first < last:
-                parts.append(self._map(shard)[first - shard.start : last - shard.start, columns])
+                parts.append(self._wide(shard, columns, slice(first - shard.start, last - shard.start)))
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
     def mapped(self) -> Iterator[Tensor]:
-        """(rows, D) gradients of one shard after another, mapped and not copied."""
+        """(rows, D) gradients of one shard after another, mapped and not copied; narrow ones some rows at a time, widened."""
         for shard in self.shards:
-            yield self._map(shard)
+            stored = self._map(shard)
+            if stored.dtype == self.dtype:
+                yield stored
+                continue
+            step = max(1, PIECE // max(1, stored.shape[1] * self.dtype.itemsize))
+            for first in range(0, len(stored), step):
+                yield self._wide(shard, slice(None), slice(first, first + step))
+
+    def _wide(self, shard: ShardRecord, columns: slice, rows: slice) -> Tensor:
+        stored = self._map(shard)[rows]
+        exponents = self._exponents[shard.file][rows] if self._scaled else None
+        return widen(stored, exponents, columns, self._blocks, self.dtype)
 
     def _map(self, shard: ShardRecord) -> Tensor:
         """(rows, D) gradients of one shard, mapped and not read: the system pages in what is touched."""
         if shard.file not in self._mapped:
             with self._open(shard) as file:
+                if self._scaled:
+                    self._exponents[shard.file] = file.get_tensor("gradients.exponents")
                 self._mapped[shard.file] = file.get_tensor("gradients")
         return self._mapped[shard.file]
 

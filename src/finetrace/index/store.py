@@ -44,7 +44,7 @@ class Index:
                 "with the same arguments to finish it."
             )
         self.blocks: tuple[Block, ...] = tuple(record.block() for record in self.manifest.blocks)
-        self._reader = ShardReader(folder, self.manifest.shards, remedy)
+        self._reader = ShardReader(folder, self.manifest, remedy)
         self._loaded = loaded
         self._checked = False
 
@@ -68,12 +68,12 @@ class Index:
         return self._reader.tensor("losses")
 
     def gradients(self, columns: slice, chosen: slice | None = None) -> Tensor:
-        """(rows, columns) of the (n, D) matrix of training gradients."""
+        """(rows, columns) of the (n, D) matrix of training gradients, in the dtype in which they were computed."""
         start, stop, _ = (chosen or slice(None)).indices(len(self))
         return self._reader.gradients(columns, slice(start, stop))
 
     def stored_gradients(self) -> Iterator[Tensor]:
-        """(rows, D) training gradients as they lie on disk, one shard after another, mapped and not copied."""
+        """(rows, D) training gradients, one shard after another, mapped where they are stored as they were computed."""
         return self._reader.mapped()
 
     def representation(self, wanted: Representation) -> Tensor:

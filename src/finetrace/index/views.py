@@ -10,6 +10,7 @@ from finetrace.index import factors
 from finetrace.index.build import build_index, collect_shards
 from finetrace.index.lock import writing
 from finetrace.index.store import Index
+from finetrace.index.stored import FeatureDtype
 from finetrace.models import Loaded
 from finetrace.moments import Moment
 from finetrace.positions import Positions
@@ -44,6 +45,7 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
             at=at,
+            feature_dtype=kept_dtype(index),
         )
     made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
@@ -58,6 +60,12 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             "it is collected again."
         )
     return made
+
+
+def kept_dtype(index: Index) -> FeatureDtype | None:
+    """What the index was told to store gradients in; `None` where it stores them as they are computed."""
+    stored = index.manifest.feature_dtype
+    return None if stored == str(index.manifest.computed_dtype).removeprefix("torch.") else stored  # type: ignore[return-value]
 
 
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
