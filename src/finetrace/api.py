@@ -84,11 +84,15 @@ def build_index(
     kronecker: Labels | None = None,
     at: Moment = "end",
     feature_dtype: FeatureDtype | None = None,
+    projection: str | None = None,
+    projection_seed: int = 0,
+    disk: int | None = None,
+    memory: int | None = None,
 ) -> Index:
     """Index training examples under a model in memory.
 
     Args:
-        model: A `PeftModel` with a LoRA adapter, or any causal language model when `modules` names its linear layers.
+        model: A `PeftModel` with a LoRA adapter, or any causal language model.
         tokenizer: Its tokenizer, with a chat template (or give `chat_template`, Jinja text).
         examples: A `datasets.Dataset`, dictionaries, `Example`s, or a file; prompt/response or messages columns.
         folder: Where the index goes; an unfinished one there is finished.
@@ -96,12 +100,18 @@ def build_index(
         loss_on: Tokens of the loss: `response`, `last-turn`, `all`, `first:K`, `weights`, `probe` or `probe:TEXT`.
         max_length: Cut after so many tokens; nothing is cut if not given.
         chat_template: Jinja text, `plain` or `inst`, in place of the tokenizer's template.
-        modules: Regular expressions for plain linear layers; by default the LoRA matrices.
+        modules: Regular expressions for plain linear layers, or `all-linear`; by default the LoRA matrices, and of a model
+            without an adapter all linear layers.
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
         batch_tokens: Padded tokens a batch holds at most.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
         at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.
         feature_dtype: Store gradients in `bfloat16` or `float16`, half the disk of `float32`; scores are taken in float32.
+        projection: `two-sided:KOUTxKIN`, `rademacher:K` or `sparse:K` make gradients smaller, `none` leaves them, `auto` takes
+            the largest that fits; by default `auto` where all linear layers are tracked, else `none`.
+        projection_seed: Of the random matrices.
+        disk: Bytes that `auto` may take on the disk; by default half of what is free.
+        memory: Bytes of memory that `auto` may take; by default half of what is available.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -120,6 +130,10 @@ def build_index(
         kronecker=kronecker,
         at=at,
         feature_dtype=feature_dtype,
+        projection=projection,
+        projection_seed=projection_seed,
+        disk=disk,
+        memory=memory,
     )
     return Index(Path(folder), loaded)
 

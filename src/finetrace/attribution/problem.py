@@ -184,6 +184,8 @@ class Problem:
 
 def _made(index: Index) -> tuple[object, ...]:
     """What two indexes have to have in common for inner products between them to mean anything."""
-    model, encoding = index.manifest.model, index.manifest.encoding
+    own = index.manifest
+    model, encoding = own.model, own.encoding
     prints = model.base_fingerprint, model.adapter_fingerprint, model.tokenizer_fingerprint
-    return (*prints, model.dtype, model.at, encoding.loss_on, encoding.max_length, encoding.pad_to, index.blocks)
+    tokens = encoding.loss_on, encoding.max_length, encoding.pad_to
+    return (*prints, model.dtype, model.at, *tokens, index.blocks, own.projection, own.projection_seed)

@@ -44,7 +44,8 @@ def index(
     model: options.Model = "embedded",
     adapter: options.Adapter = None,
     modules: Annotated[
-        list[str] | None, typer.Option(help="Regular expression of plain linear layers to track; may repeat.")
+        list[str] | None,
+        typer.Option(help="Regular expression of plain linear layers to track, or all-linear; may repeat."),
     ] = None,
     representations: Annotated[
         list[str] | None,
@@ -62,6 +63,21 @@ def index(
         str | None,
         typer.Option(help="Store gradients in float32, bfloat16 or float16; as they are computed if not given."),
     ] = None,
+    projection: Annotated[
+        str | None,
+        typer.Option(
+            help="none, two-sided:KOUTxKIN, rademacher:K, sparse:K, or auto: what fits --disk and --memory; auto if not given "
+            "and there is no adapter and no --modules, else none."
+        ),
+    ] = None,
+    projection_seed: Annotated[int, typer.Option(min=0, help="Seed of the projection's random matrices.")] = 0,
+    disk: Annotated[
+        str | None,
+        typer.Option(help="What auto may take on the disk, such as 20GB; half of what is free if not given."),
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What auto may take of memory; half of what is available if not given.")
+    ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -78,9 +94,11 @@ def index(
     `build` may be left out. See also: finetrace index verify, finetrace index repair.
     """
     with options.quiet_libraries():
+        from finetrace.collection.projection import Projection
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
         from finetrace.encoding import Encoder, read_template
         from finetrace.index import build_index
+        from finetrace.index.sizing import AUTO, parse_bytes
         from finetrace.models import ModelSpec, load
         from finetrace.positions import Positions
         from finetrace.reading import read_examples
@@ -88,6 +106,9 @@ def index(
         Positions.parse(loss_on)
         labels = options.one_of("--kronecker", kronecker, ("model", "data")) if kronecker is not None else None
         stored = options.one_of("--feature-dtype", feature_dtype, STORED) if feature_dtype is not None else None
+        if projection not in (None, AUTO):
+            Projection.parse(projection)
+        disk_bytes, memory_bytes = parse_bytes("--disk", disk), parse_bytes("--memory", memory)
         wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
         template = read_template(chat_template)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
@@ -105,15 +126,24 @@ def index(
             kronecker=cast("Labels | None", labels),
             at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
             feature_dtype=cast("FeatureDtype | None", stored),
+            projection=projection,
+            projection_seed=projection_seed,
+            disk=disk_bytes,
+            memory=memory_bytes,
+            say=options.say,
         )
     options.say_lengths(lengths)
-    for name, reason in list(built.manifest.skipped.items())[:5]:
-        options.say(f"not tracked: {name} ({reason})")
+    for reason in dict.fromkeys(built.manifest.skipped.values()):
+        names = [name for name, each in built.manifest.skipped.items() if each == reason]
+        more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+        options.say(f"not tracked: {', '.join(names[:5])}{more} ({reason})")
     width = sum(block.size for block in built.blocks)
     typer.echo(
         f"index: {out}   {len(built)} examples, {built.manifest.tokens:,} tokens, {len(built.blocks)} matrices, "
         f"{width:,} gradient entries an example"
     )
+    if built.manifest.projection != "none":
+        typer.echo(f"gradients projected by {built.manifest.projection} (seed {built.manifest.projection_seed})")
     if built.manifest.rounding:
         typer.echo(
             f"stored in {built.manifest.feature_dtype}: no gradient moved by more than {built.manifest.rounding:.2%} of its "

@@ -62,8 +62,7 @@ class Collector:
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the features: float32 for half-precision models, else the model's own."""
-        dtype = next(parameter.dtype for parameter in self.model.parameters() if parameter.is_floating_point())
-        return torch.float32 if dtype in HALF else dtype
+        return features_dtype(self.model)
 
     def collect(
         self,
@@ -152,6 +151,12 @@ class Collector:
                 drawn = cross_entropy(logits, sampled_targets(logits, batch, ids), reduction="none")
                 (sampled_loss(drawn, batch) * recorder.scale).backward()
         return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
+
+
+def features_dtype(model: nn.Module) -> torch.dtype:
+    """Dtype in which a model's gradients are computed: float32 in half precision, else the model's own."""
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _refuse_not_finite(gradients: Tensor, losses: Tensor, chosen: Sequence[int], ids: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.collection.factors import FactorSums
-from finetrace.collection.modules import Tracked, Tracking
+from finetrace.collection.modules import Block, Tracked, Tracking
 from finetrace.collection.precision import wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
@@ -21,7 +21,8 @@ class GradientRecorder:
     For a linear map y_t = W a_t, dL/dW = sum_t delta_t a_t^T with delta_t = dL/dy_t; the batch's loss is the sum of the
     examples' losses, so the sum over an example's own tokens is that example's gradient (mathematics as in Goodfellow,
     arXiv 1510.01799). The weights are frozen meanwhile, so no gradient of the sum is computed, and the graph starts at
-    the lowest tracked layer.
+    the lowest tracked layer. Where both sides are projected, a_t and delta_t are so before they are multiplied, and the sum
+    over t is that of the projected gradient, P_out (dL/dW) P_in^T.
     """
 
     def __init__(self, model: nn.Module, tracking: Tracking, dtype: torch.dtype) -> None:
@@ -73,8 +74,13 @@ class GradientRecorder:
         self.rows = torch.zeros(len(self._batch), self.tracking.width, dtype=self.dtype, device=device)
 
     def _watch(self, layer: Tracked) -> Any:
+        sides = self.tracking.sides.get(layer.weight.name)
+
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             inputs = args[0].detach()
+            if sides is not None:
+                with wide(inputs.device):
+                    inputs = sides.project_inputs(inputs.to(self.dtype))
             if self.factors is not None and self._batch is not None:
                 with wide(inputs.device):
                     self.factors.see_inputs(layer, inputs, self._batch)
@@ -93,6 +99,9 @@ class GradientRecorder:
         inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)
         if self.scale != 1:
             delta = delta / self.scale
+        sides = self.tracking.sides.get(layer.weight.name)
+        if sides is not None:  # the inputs were projected on the way forward
+            delta = sides.project_deltas(delta)
         if self.factors is not None and self.listening:
             self.factors.see_deltas(layer, delta, batch)
         # (B, T, in), (B, T, out); the head: (1, >= R, .)
@@ -111,9 +120,14 @@ class GradientRecorder:
             bias = delta.sum(1)  # (B, out)
         if layer.transposed:
             weight = weight.transpose(1, 2)
-        self.rows[:, layer.weight.columns] += weight.flatten(1)
+        self._add(layer.weight, weight.flatten(1))
         if layer.bias is not None:
-            self.rows[:, layer.bias.columns] += bias
+            self._add(layer.bias, bias)
+
+    def _add(self, block: Block, rows: Tensor) -> None:
+        """Add (B, d) gradients of a block, projected where it is."""
+        flat = self.tracking.flat.get(block.name)
+        self.rows[:, block.columns] += rows if flat is None else flat.project(rows)
 
 
 def _start_graph(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

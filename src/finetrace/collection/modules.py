@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
+from finetrace.collection.projection import KEPT, Flat, Projection, Sides
 from finetrace.errors import FinetraceError
+
+ALL_LINEAR = "all-linear"  # among the patterns of modules: every linear layer of a model without an adapter
 
 
 @dataclass(frozen=True)
@@ -19,13 +22,15 @@ class Block:
 
     Attributes:
         name: The parameter's name in the model, an adapter's name left out.
-        shape: Shape of the parameter; its gradient is stored flattened in row-major order.
+        shape: Shape of the parameter, or what a projection makes of it; its gradient is stored flattened in row-major order.
         offset: First column of a row that belongs to it.
+        original: Shape of the parameter where the gradient is projected.
     """
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    original: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -65,11 +70,16 @@ class Tracked:
 
 @dataclass(frozen=True)
 class Tracking:
-    """The tracked layers of a model, their blocks in column order, and the trainable weights left out, with reasons."""
+    """The tracked layers of a model, their blocks in column order, and the trainable weights left out, with reasons.
+
+    `sides` project by the name of a layer's weight, `flat` by the name of a block; what is in neither is kept whole.
+    """
 
     layers: tuple[Tracked, ...]
     blocks: tuple[Block, ...]
     skipped: dict[str, str]
+    sides: Mapping[str, Sides] = field(default_factory=dict)
+    flat: Mapping[str, Flat] = field(default_factory=dict)
 
     @property
     def width(self) -> int:
@@ -77,33 +87,48 @@ class Tracking:
         return sum(block.size for block in self.blocks)
 
 
-def track(model: nn.Module, modules: Sequence[str] | None = None) -> Tracking:
+def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Projection = Projection()) -> Tracking:
     """Choose what to track.
 
     Args:
         model: A model with a LoRA adapter, or any model when `modules` names its layers.
-        modules: Regular expressions searched in the names of linear layers; `None` tracks the A and B matrices of every
-            LoRA layer.
+        modules: Regular expressions searched in the names of linear layers, or `all-linear`; `None` tracks the A and B
+            matrices of every LoRA layer.
+        projection: What is done to gradients that it makes smaller.
 
     Raises:
         FinetraceError: Nothing fits, or a layer cannot be tracked exactly.
     """
     head = set(model.get_output_embeddings().modules())  # type: ignore[operator]
     chosen = _lora_layers(model) if modules is None else _named_layers(model, modules)
-    tracked, blocks, offset = [], [], 0
+    tracked: list[Tracked] = []
+    blocks: list[Block] = []
+    all_sides: dict[str, Sides] = {}
+    flat: dict[str, Flat] = {}
+
+    def place(name: str, shape: tuple[int, ...], smaller: tuple[int, ...]) -> Block:
+        whole = math.prod(shape)
+        offset = blocks[-1].columns.stop if blocks else 0
+        flattened = projection.flattened(name, whole)
+        if flattened is not None:
+            flat[name], smaller = flattened, (flattened.kept,)
+        blocks.append(Block(name, smaller, offset, None if smaller == shape else shape))
+        return blocks[-1]
+
     for name, module in chosen:
         _refuse_tied_head(name, module, model)
         weight, bias, transposed = _shapes(name, module)
-        weight_block = Block(f"{name}.weight", weight, offset)
-        blocks.append(weight_block)
-        offset += weight_block.size
-        bias_block = None
-        if bias is not None:
-            bias_block = Block(f"{name}.bias", bias, offset)
-            blocks.append(bias_block)
-            offset += bias_block.size
+        outputs, inputs = reversed(weight) if transposed else weight
+        sides = projection.sides(f"{name}.weight", outputs, inputs)
+        if sides is not None:
+            all_sides[sides.name] = sides
+            outputs, inputs = sides.outputs[1], sides.inputs[1]
+        weight_block = place(f"{name}.weight", weight, (inputs, outputs) if transposed else (outputs, inputs))
+        bias_block = place(f"{name}.bias", bias, (outputs,)) if bias is not None else None
         tracked.append(Tracked(module, weight_block, bias_block, transposed, module in head))
-    return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked))
+    for each in flat.values():
+        each.keep_bytes = KEPT // len(flat)
+    return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked), all_sides, flat)
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -147,6 +172,8 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def _named_layers(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
     from transformers.pytorch_utils import Conv1D
 
+    if ALL_LINEAR in patterns:
+        return _every_linear(model)
     linear = [
         (name.removeprefix("base_model.model."), module)
         for name, module in model.named_modules()
@@ -161,6 +188,26 @@ def _named_layers(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, 
             some = ", ".join(name for name, _ in linear[:4])
             raise FinetraceError(f"--modules {pattern}: no linear layer has such a name; there are {some}, ...")
     return [(name, module) for name, module in linear if any(re.search(pattern, name) for pattern in patterns)]
+
+
+def _every_linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Every linear layer that has its weight for itself: all but a vocabulary projection tied to the embedding."""
+    from peft import PeftModel
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(model, PeftModel):
+        raise FinetraceError(
+            f"--modules {ALL_LINEAR}: the model has an adapter, and it is the adapter that was trained; leave out --modules."
+        )
+    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight is not embedding
+    ]
+    if not found:
+        raise FinetraceError(f"--modules {ALL_LINEAR}: the model has no linear layer; nothing can be tracked.")
+    return found
 
 
 def _refuse_tied_head(name: str, module: nn.Module, model: nn.Module) -> None:
@@ -187,5 +234,12 @@ def _untracked(model: nn.Module, tracked: Sequence[Tracked]) -> dict[str, str]:
     for name, parameter in model.named_parameters():
         saved = ".modules_to_save." in name  # frozen once loaded, but trained with the adapter all the same
         if (parameter.requires_grad or saved) and id(parameter) not in seen:
-            reasons[name.removeprefix("base_model.model.")] = "trainable, but not a tracked linear layer"
+            owner = model.get_submodule(name.rpartition(".")[0])
+            kind = "not a tracked linear layer"
+            if isinstance(owner, nn.Embedding):
+                tied = parameter is model.get_output_embeddings().weight  # type: ignore[operator]
+                kind = "an embedding, shared with the vocabulary projection" if tied else "an embedding"
+            elif "norm" in type(owner).__name__.lower():
+                kind = "of a norm"
+            reasons[name.removeprefix("base_model.model.")] = f"trainable, but {kind}"
     return reasons

@@ -17,7 +17,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from finetrace.collection import track
 from finetrace.collection.losses import mean_losses
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -74,7 +73,12 @@ def tail_patch(
 
 def _weights(model: nn.Module, index: Index) -> list[tuple[nn.Parameter, slice]]:
     """The tracked weights, and their columns in a row of gradients."""
-    tracking = track(model, index.manifest.modules)
+    if any(block.original is not None for block in index.blocks):
+        raise FinetraceError(
+            f"{index.folder}: a tail patch moves the weights along whole gradients, and these are projected "
+            f"({index.manifest.projection}); build the index with --projection none."
+        )
+    tracking = index.manifest.track(model)
     found = []
     for layer in tracking.layers:
         if layer.transposed:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ from safetensors import SafetensorError
 from finetrace import fingerprint
 from finetrace._version import __version__
 from finetrace.collection import Collector, Representation, track
+from finetrace.collection.collect import features_dtype
 from finetrace.collection.factors import Labels
-from finetrace.collection.modules import Tracking
+from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.projection import Projection
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
-from finetrace.index import factors, lock, manifest, rows, shards
+from finetrace.index import factors, lock, manifest, rows, shards, sizing
 from finetrace.index.lock import writing
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
@@ -28,8 +30,6 @@ from finetrace.index.stored import FeatureDtype
 from finetrace.models import Loaded, active_adapter, save_adapter
 from finetrace.moments import Moment, at_moment
 from finetrace.progress import Tracker
-
-SHARD_BYTES = 128 << 20
 
 
 def build_index(
@@ -45,6 +45,11 @@ def build_index(
     kronecker: Labels | None = None,
     at: Moment = "end",
     feature_dtype: FeatureDtype | None = None,
+    projection: str | None = None,
+    projection_seed: int = 0,
+    disk: int | None = None,
+    memory: int | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -57,7 +62,8 @@ def build_index(
         examples: Rows with a response.
         folder: The index.
         encoder: The encoding that training had; queries get the same.
-        modules: Regular expressions for plain linear layers to track; by default the LoRA matrices.
+        modules: Regular expressions for plain linear layers to track, or `all-linear`; by default the LoRA matrices, and of a
+            model without an adapter all linear layers.
         representations: Hidden states to keep.
         batch_tokens: Padded tokens a batch holds at most.
         rows_per_shard: Examples a shard; by default as many as fit 128 MB.
@@ -66,6 +72,12 @@ def build_index(
         at: Where gradients and hidden states are taken: at the `end` of the fine-tuning, or at its `start` (`moments`).
         feature_dtype: What gradients are stored in; by default as they are computed: float32, or float64 for a float64
             model. Scores widen them again (`finetrace.index.stored`).
+        projection: `none`, `two-sided:KOUTxKIN`, `rademacher:K`, `sparse:K` (`Projection`), or `auto`: none where that fits,
+            else the largest two-sided one. By default `auto` where all linear layers are tracked, else `none`.
+        projection_seed: Of the random matrices.
+        disk: Bytes that `auto` may take on the disk; by default half of what is free.
+        memory: Bytes of memory that `auto` may take; by default half of what is available.
+        say: Hears what `auto` chose and why, and what is tracked where nothing was named.
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -75,19 +87,44 @@ def build_index(
     with at_moment(loaded.model, at):
         pass  # what cannot be taken back to its start is refused before anything is written
     _refuse_duplicates(examples)
-    tracking = track(loaded.model, modules)
+    if modules is None and not hasattr(loaded.model, "peft_config"):
+        modules = (ALL_LINEAR,)
+        say("the model has no adapter, so all of its linear layers are tracked")
+    every = modules is not None and ALL_LINEAR in modules
+    projection = projection or (sizing.AUTO if every else "none")
+    by = Projection.parse(projection if projection != sizing.AUTO else "none", projection_seed)
+    if kronecker is not None:
+        factors.refuse_flat(folder, by)
+    tracking = track(loaded.model, modules, by)
     layers = int(loaded.model.config.num_hidden_layers)
     wanted = tuple(each.resolve(layers) for each in representations)
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
+    computed = features_dtype(loaded.model)
+    stored = feature_dtype or str(computed).removeprefix("torch.")
+    size = sizing.Plan(
+        encoded,
+        batch_tokens,
+        computed.itemsize,
+        getattr(torch, stored).itemsize,
+        rows_per_shard,
+        2 if kronecker == "model" else 1,
+    )
+    if projection == sizing.AUTO:
+        kept = _kept_projection(folder, projection_seed)
+        if kept is not None:
+            by = kept
+        else:
+            by, sentence = sizing.fit(
+                loaded.model, modules, projection_seed, size, sizing.Budget.of(folder, disk, memory)
+            )
+            say(sentence)
+        tracking = track(loaded.model, modules, by)
     collector = Collector(loaded.model, tracking, wanted, batch_tokens)
-    stored = feature_dtype or str(collector.dtype).removeprefix("torch.")
-    row_bytes = tracking.width * getattr(torch, stored).itemsize
-    per_shard = rows_per_shard or max(16, SHARD_BYTES // max(1, row_bytes))
-    plan = _plan(loaded, encoder, examples, encoded, tracking, collector, per_shard, modules, at, stored)
-    need = row_bytes * len(examples)
+    per_shard = size.rows_per_shard(tracking)
+    plan = _plan(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
+    need = size.disk(tracking)
     if kronecker is not None:
-        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), collector.dtype.itemsize)
-        need += row_bytes * len(examples) if kronecker == "model" else 0
+        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize)
     _open(folder)
     with writing(folder):
         started = _start(folder, plan, loaded, examples, encoded, need)
@@ -100,13 +137,14 @@ def _plan(
     encoder: Encoder,
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
-    tracking: Tracking,
     collector: Collector,
     per_shard: int,
     modules: Sequence[str] | None,
     at: Moment,
     feature_dtype: str,
+    by: Projection,
 ) -> Manifest:
+    tracking = collector.tracking
     has_adapter = hasattr(loaded.model, "peft_config")
     return Manifest(
         finetrace=__version__,
@@ -133,10 +171,19 @@ def _plan(
         batch_tokens=collector.batch_tokens,
         rows_per_shard=per_shard,
         modules=tuple(modules) if modules is not None else None,
-        blocks=tuple(BlockRecord(name=b.name, shape=b.shape, offset=b.offset) for b in tracking.blocks),
+        blocks=tuple(map(BlockRecord.of, tracking.blocks)),
         representations=tuple(each.name for each in collector.representations),
         skipped=tracking.skipped,
+        projection=by.text,
+        projection_seed=by.seed if by.kind != "none" else 0,
     )
+
+
+def _kept_projection(folder: Path, seed: int) -> Projection | None:
+    """That of the index that is there: what `auto` chose once stays, however much is free by now."""
+    if not (folder / manifest.NAME).exists():
+        return None
+    return Projection.parse(manifest.read(folder).projection, seed)
 
 
 def _open(folder: Path) -> None:
@@ -272,7 +319,10 @@ def _flat(document: dict[str, Any]) -> dict[str, Any]:
             flat |= {f"{key}.{inner}": each for inner, each in value.items()}
         else:
             flat[key] = value
-    return dict(sorted(flat.items(), key=lambda pair: (not pair[0].endswith("fingerprint"), pair[0])))
+    # what is fingerprinted first, and the blocks, which follow from everything else, last
+    return dict(
+        sorted(flat.items(), key=lambda pair: (not pair[0].endswith("fingerprint"), pair[0] == "blocks", pair[0]))
+    )
 
 
 def whole(folder: Path, shard: ShardRecord) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
-from finetrace.collection import Collector, Representation, track
+from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, manifest, rows, shards
@@ -163,7 +163,7 @@ def _collect_again(index: Index, names: Collection[str], say: Callable[[str], No
     say(f"{index.folder}: collecting {len(broken)} of {len(about.shards)} shards again")
     loaded = model_of(index)
     wanted = tuple(map(Representation.parse, about.representations))
-    collector = Collector(loaded.model, track(loaded.model, about.modules), wanted, about.batch_tokens)
+    collector = Collector(loaded.model, about.track(loaded.model), wanted, about.batch_tokens)
     ids, encoded = index.rows.ids, index.rows.encoded
     fresh: dict[str, ShardRecord] = {}
     with at_moment(loaded.model, about.model.at):

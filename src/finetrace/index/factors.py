@@ -16,6 +16,7 @@ from torch import Tensor
 from finetrace import fingerprint
 from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
+from finetrace.collection.projection import Projection
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import shards
@@ -47,6 +48,15 @@ def there(folder: Path, labels: Labels) -> bool:
         return about.is_file() and json.loads(about.read_text(encoding="utf-8")).get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         return about.is_file()  # reading it will say what is wrong
+
+
+def refuse_flat(folder: Path, projection: Projection) -> None:
+    """A gradient that was projected after it was formed has no two sides any more, and so no Kronecker factors."""
+    if projection.flat:
+        raise FinetraceError(
+            f"{folder}: gradients are projected by {projection.text}, which leaves them no two sides, so K-FAC and EK-FAC "
+            "have no factors there; take another method, or build the index with --projection two-sided:KOUTxKIN."
+        )
 
 
 def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int, about: Manifest) -> None:

@@ -12,8 +12,10 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
+from torch import nn
 
-from finetrace.collection.modules import Block
+from finetrace.collection.modules import Block, Tracking, track
+from finetrace.collection.projection import Projection
 from finetrace.errors import FinetraceError
 from finetrace.moments import Moment
 
@@ -27,15 +29,21 @@ class _Strict(BaseModel):
 
 
 class BlockRecord(_Strict):
-    """A tracked matrix: name, shape and first column."""
+    """A tracked matrix: name, shape as it is stored, first column, and the parameter's own shape where that is another."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
+    original: tuple[int, ...] | None = None
 
     def block(self) -> Block:
         """As the collection knows it."""
-        return Block(self.name, self.shape, self.offset)
+        return Block(self.name, self.shape, self.offset, self.original)
+
+    @classmethod
+    def of(cls, block: Block) -> BlockRecord:
+        """As the manifest keeps it."""
+        return cls(name=block.name, shape=block.shape, offset=block.offset, original=block.original)
 
 
 class ShardRecord(_Strict):
@@ -91,7 +99,13 @@ class Manifest(_Strict):
     blocks: tuple[BlockRecord, ...]
     representations: tuple[str, ...]
     skipped: dict[str, str]
+    projection: str = "none"
+    projection_seed: int = 0
     shards: tuple[ShardRecord, ...] = ()
+
+    def track(self, model: nn.Module) -> Tracking:
+        """The layers of `model` that the index tracks, their gradients projected as the index's are."""
+        return track(model, self.modules, Projection.parse(self.projection, self.projection_seed))
 
     @property
     def computed_dtype(self) -> torch.dtype:

@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 from finetrace import fingerprint
-from finetrace.collection import Block, Collector, Features, Representation, track
+from finetrace.collection import Block, Collector, Features, Representation
 from finetrace.encoding import Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -129,7 +129,7 @@ class Index:
         loaded = self.model()
         context = getattr(loaded.model.config, "max_position_embeddings", None)
         encoded, lengths = self.encoder().encode_all(queries, context)
-        tracking = track(loaded.model, self.manifest.modules)
+        tracking = self.manifest.track(loaded.model)
         if tracking.blocks != self.blocks:
             raise FinetraceError(
                 f"{self.folder}: the model's tracked layers are not those of the index; build it again."

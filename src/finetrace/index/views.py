@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from finetrace.collection import Collector, Representation, track
+from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
+from finetrace.collection.projection import Projection
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
@@ -46,6 +47,8 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             kronecker=kronecker,
             at=at,
             feature_dtype=kept_dtype(index),
+            projection=index.manifest.projection,
+            projection_seed=index.manifest.projection_seed,
         )
     made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
@@ -69,11 +72,16 @@ def kept_dtype(index: Index) -> FeatureDtype | None:
 
 
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
-    """The factors of every block by name, fitted now in one pass over the rows unless the index holds them."""
+    """The factors of every block by name, fitted now in one pass over the rows unless the index holds them.
+
+    Raises:
+        FinetraceError: Gradients are not kept as products of two sides, or what is kept is broken.
+    """
+    factors.refuse_flat(index.folder, Projection.parse(index.manifest.projection))
     if not factors.there(index.folder, labels):
         loaded, manifest = model_of(index), index.manifest
         wanted = tuple(map(Representation.parse, manifest.representations))
-        collector = Collector(loaded.model, track(loaded.model, manifest.modules), wanted, manifest.batch_tokens)
+        collector = Collector(loaded.model, manifest.track(loaded.model), wanted, manifest.batch_tokens)
         with writing(index.folder):
             collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)

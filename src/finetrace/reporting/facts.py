@@ -21,6 +21,8 @@ def index_facts(index: Index) -> dict[str, str]:
         "sign": "positive = proponent: training on the example makes the answer more likely",
         "finetrace": __version__,
     }
+    if manifest.projection != "none":
+        facts["projected by"] = f"{manifest.projection}, seed {manifest.projection_seed}"
     if manifest.skipped:
         facts["not tracked"] = ", ".join(list(manifest.skipped)[:4]) + (", ..." if len(manifest.skipped) > 4 else "")
     return facts
