@@ -17,6 +17,7 @@ from finetrace.index.store import Index
 # fine-tuning is not at hand: rows that taught the model these words, and that moved it towards or away from complying.
 BEST = "ekfac:layers=last-fifth,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
+BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
 
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (
@@ -99,12 +100,19 @@ class Result:
 
 def default_method(index: Index) -> str:
     """What traces where nobody says: the best method that the index's model allows."""
+    if not index.has_factors():
+        return BEST_WITHOUT_FACTORS
     return BEST if index.has_start() else BEST_AT_END
 
 
 def standard(index: Index) -> tuple[str, ...]:
-    """`STANDARD`, without what needs the start of the fine-tuning where it is not at hand."""
-    return STANDARD if index.has_start() else tuple(spec for spec in STANDARD if "at=start" not in spec)
+    """`STANDARD`, without what needs the start of the fine-tuning or Kronecker factors where they are not at hand."""
+    start, factors = index.has_start(), index.has_factors()
+    return tuple(
+        spec
+        for spec in STANDARD
+        if (start or "at=start" not in spec) and (factors or spec.partition(":")[0] not in ("kfac", "ekfac"))
+    )
 
 
 def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> list[Result]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from finetrace.attribution.gradient import GradientMethod, Positive
-from finetrace.attribution.method import Normalise, register
+from finetrace.attribution.method import Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
@@ -19,8 +20,12 @@ DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308
 
 
 class _KroneckerMethod(GradientMethod):
-    """sum_b V_b (Q_b (Lambda_b + lambda_b I) Q_b^T)^(-1) G_b^T with Q_b = Q_L x Q_R."""
+    """sum_b V_b (Q_b (Lambda_b + lambda_b I) Q_b^T)^(-1) G_b^T with Q_b = Q_L x Q_R.
 
+    Needs gradients that are sums of products of two sides: whole, or projected on both sides.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("gradients", "factors")
     damping: float
     labels: Labels
 

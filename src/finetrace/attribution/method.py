@@ -22,7 +22,7 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.store import Index
 
-Need = Literal["gradients", "representations", "text"]
+Need = Literal["gradients", "factors", "representations", "text"]
 Normalise = Literal["none", "cosine", "relatif"]
 
 

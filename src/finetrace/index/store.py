@@ -10,6 +10,7 @@ from torch import Tensor
 
 from finetrace import fingerprint
 from finetrace.collection import Block, Collector, Features, Representation
+from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -109,6 +110,10 @@ class Index:
         from peft import PeftConfig
 
         return why_no_start(PeftConfig.from_pretrained(str(self._inside(self.manifest.model.adapter)))) is None
+
+    def has_factors(self) -> bool:
+        """Whether Kronecker factors can be had: gradients that were projected after they were formed have none."""
+        return not Projection.parse(self.manifest.projection).flat
 
     def encoder(self, loss_on: str | None = None) -> Encoder:
         """The encoding that the training examples had, or the same with the loss on other tokens."""
