@@ -147,7 +147,7 @@ def index(
     if built.manifest.rounding:
         typer.echo(
             f"stored in {built.manifest.feature_dtype}: no gradient moved by more than {built.manifest.rounding:.2%} of its "
-            "length, so no cosine by more than that"
+            "length, so no cosine of whole gradients by more"
         )
 
 
