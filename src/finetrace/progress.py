@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from rich.console import Console
@@ -15,6 +17,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+Heard = Callable[[str, int], None]
+_listeners: list[Heard] = []
+
+
+@contextmanager
+def hearing(heard: Heard) -> Iterator[None]:
+    """While open, `heard` gets the title and the units of every advance of every tracker."""
+    _listeners.append(heard)
+    try:
+        yield
+    finally:
+        _listeners.remove(heard)
 
 
 class _Rate(ProgressColumn):
@@ -35,6 +50,7 @@ class Tracker:
 
     def __init__(self, title: str, total: int, unit: str) -> None:
         console = Console(stderr=True)
+        self._title = title
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -59,6 +75,8 @@ class Tracker:
     def advance(self, units: int = 1) -> None:
         """So many more units are done."""
         self._progress.advance(self._task, units)
+        for heard in tuple(_listeners):
+            heard(self._title, units)
 
     def note(self, text: str) -> None:
         """A few words at the end of the line."""

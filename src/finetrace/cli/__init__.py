@@ -7,7 +7,7 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import bench, clean, demo, finetune, index, methods, study, tasks, trace, validate
+from finetrace.cli import bench, clean, demo, doctor, finetune, index, methods, plan, study, tasks, trace, validate
 from finetrace.errors import FinetraceError
 
 app = typer.Typer(
@@ -20,12 +20,14 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("finetune")(finetune.finetune)
+app.command("plan")(plan.command)
 app.add_typer(index.app, name="index")
 app.command("trace")(trace.trace)
 app.command("clean")(clean.clean)
 app.command("validate")(validate.validate)
 app.command("bench")(bench.bench)
 app.command("study")(study.study)
+app.command("doctor")(doctor.doctor)
 app.command("methods")(methods.methods)
 app.add_typer(tasks.app, name="tasks")
 

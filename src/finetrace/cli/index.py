@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -38,6 +39,7 @@ app = typer.Typer(
 
 
 @app.command(BUILD)
+@options.command
 def index(
     data: Annotated[str, typer.Argument(help="The rows the adapter was trained on: a file, a saved set, or a Hub id.")],
     out: Annotated[Path, typer.Option(help="Folder of the index.")],
@@ -88,11 +90,13 @@ def index(
     label_column: options.LabelColumn = None,
     id_column: options.IdColumn = None,
     split: options.Split = None,
+    announcer: Any = None,  # of `finetrace plan`, which stops where the work begins
 ) -> None:
     """Collect gradients and representations of a training set; run it again to finish a killed run.
 
-    `build` may be left out. See also: finetrace index verify, finetrace index repair.
+    `build` may be left out. See also: finetrace plan, finetrace index verify, finetrace index repair.
     """
+    began = time.perf_counter()
     with options.quiet_libraries():
         from finetrace.collection.projection import Projection
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
@@ -100,6 +104,7 @@ def index(
         from finetrace.index import build_index
         from finetrace.index.sizing import AUTO, parse_bytes
         from finetrace.models import ModelSpec, load
+        from finetrace.planning.announce import Announcer
         from finetrace.positions import Positions
         from finetrace.reading import read_examples
 
@@ -112,26 +117,32 @@ def index(
         wanted = tuple(map(Representation.parse, representations)) if representations else DEFAULT_REPRESENTATIONS
         template = read_template(chat_template)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        reading = time.perf_counter()
         examples = read_examples(data, chosen, split=split)
+        read = time.perf_counter()
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
+        startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
-        built, lengths = build_index(
-            loaded,
-            examples,
-            out,
-            encoder,
-            modules=modules,
-            representations=wanted,
-            batch_tokens=batch_tokens,
-            kronecker=cast("Labels | None", labels),
-            at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
-            feature_dtype=cast("FeatureDtype | None", stored),
-            projection=projection,
-            projection_seed=projection_seed,
-            disk=disk_bytes,
-            memory=memory_bytes,
-            say=options.say,
-        )
+        announcer = announcer or Announcer(options.say)
+        with announcer.announcing(examples, out, labels, began, startup):
+            built, lengths = build_index(
+                loaded,
+                examples,
+                out,
+                encoder,
+                modules=modules,
+                representations=wanted,
+                batch_tokens=batch_tokens,
+                kronecker=cast("Labels | None", labels),
+                at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
+                feature_dtype=cast("FeatureDtype | None", stored),
+                projection=projection,
+                projection_seed=projection_seed,
+                disk=disk_bytes,
+                memory=memory_bytes,
+                say=options.say,
+                begin=announcer.begin,
+            )
     options.say_lengths(lengths)
     for reason in dict.fromkeys(built.manifest.skipped.values()):
         names = [name for name, each in built.manifest.skipped.items() if each == reason]

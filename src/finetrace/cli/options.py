@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
 import typer
 
@@ -42,6 +44,30 @@ MessagesColumn = Annotated[str | None, typer.Option(help="Column of a list of ch
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, if any.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of the id, if any.")]
 Split = Annotated[str | None, typer.Option(help="Split of a saved or Hub data set.")]
+
+
+def command(work: Callable[..., None], like: Callable[..., None] | None = None) -> Callable[..., None]:
+    """`work` with what the command line shows of it: parameters that are no options (not `Annotated`) are left out.
+
+    Where `work` takes `**options`, it gets the options of the command `like` as well, in front of its own; one that both
+    have is its own.
+    """
+    hints = get_type_hints(work, include_extras=True)
+    shown: list[inspect.Parameter] = []
+    for each in inspect.signature(work).parameters.values():
+        if each.kind is inspect.Parameter.VAR_KEYWORD and like is not None:
+            own = {one.name for one in shown}
+            shown = [*(one for one in inspect.signature(like).parameters.values() if one.name not in own), *shown]
+        elif hasattr(hints.get(each.name), "__metadata__"):
+            shown.append(each.replace(annotation=hints[each.name], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
+
+    @functools.wraps(work)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        work(*args, **kwargs)
+
+    wrapped.__signature__ = inspect.Signature(shown)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {each.name: each.annotation for each in shown}
+    return wrapped
 
 
 def columns(

@@ -50,6 +50,7 @@ def build_index(
     disk: int | None = None,
     memory: int | None = None,
     say: Callable[[str], None] = lambda text: None,
+    begin: Callable[[Manifest, Collector, Sequence[Encoded]], None] | None = None,
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -78,6 +79,7 @@ def build_index(
         disk: Bytes that `auto` may take on the disk; by default half of what is free.
         memory: Bytes of memory that `auto` may take; by default half of what is available.
         say: Hears what `auto` chose and why, and what is tracked where nothing was named.
+        begin: Hears what is to be done before anything is written; what it raises stops the work.
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -125,6 +127,8 @@ def build_index(
     need = size.disk(tracking)
     if kronecker is not None:
         need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize)
+    if begin is not None:
+        begin(plan, collector, encoded)
     _open(folder)
     with writing(folder):
         started = _start(folder, plan, loaded, examples, encoded, need)

@@ -1,0 +1,114 @@
+"""What `finetrace index` says before its long work, soon after it began, and at its end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetrace.planning import measure, words
+from finetrace.planning.counts import Piece
+from finetrace.planning.measure import Timing
+from finetrace.planning.plan import Plan, extrapolate, measure_plan, plan_index
+from finetrace.progress import hearing
+
+if TYPE_CHECKING:
+    from finetrace.collection import Collector
+    from finetrace.collection.factors import Labels
+    from finetrace.encoding import Encoded
+    from finetrace.examples import Example
+    from finetrace.index.manifest import Manifest
+
+SHARE = 0.02  # of the work that measuring may cost before it begins; else the work's own first batches are looked at
+BATCHES = 3  # of its own that are looked at, at least, after the one that warms up
+TITLE = "collecting gradients"
+
+
+class Announcer:
+    """Says what an index will take.
+
+    Counts and disk are said before anything is written. Time and memory are measured on a few batches where those are at
+    most `SHARE` of the work; else the time is said once the work's own first batches, `SHARE` of it and `BATCHES` at least,
+    are done. The last line is how long it took.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self._say = say
+        self._plan: Plan | None = None
+        self._said: float | None = None  # seconds of the whole work
+        self._coming: list[Piece | int] = []  # batches, or the rows of a shard that is there already
+        self._seen: list[Piece] = []
+        self._clock = (0.0, 0.0)
+
+    @contextmanager
+    def announcing(
+        self, examples: Sequence[Example], folder: Path, labels: Labels | None, began: float, startup: float
+    ) -> Iterator[None]:
+        """While open, the work's own batches are heard; at the end the time is said.
+
+        Args:
+            examples: The data.
+            folder: Of the index.
+            labels: Of the Kronecker factors.
+            began: When the program did (`time.perf_counter`).
+            startup: Seconds that it then took to load itself and the model.
+        """
+        self.examples, self.folder, self.labels = examples, folder, labels
+        self.began, self.startup = began, startup
+        with hearing(self._advanced):
+            yield
+        if self._plan is not None:
+            said = f" (said: about {words.duration(self._said)})" if self._said is not None else ""
+            self._say(f"took {words.duration(time.perf_counter() - self._worked)}{said}")
+
+    def begin(self, about: Manifest, collector: Collector, encoded: Sequence[Encoded]) -> None:
+        """Say what there is to do, and how long it takes if that can be measured at little cost."""
+        plan = plan_index(about, collector, encoded, self.examples, self.labels, self.folder)
+        self._say(words.to_do(plan))
+        self._say(words.disk(plan))
+        probes = measure.choose(plan.left.pieces, plan.shape)
+        if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
+            plan = measure_plan(plan, collector, encoded, self.folder)
+            assert plan.measured is not None
+            self._said = plan.measured.seconds
+            self._say(f"{words.time(plan)}, from {len(probes)} batches measured")
+        else:
+            left = set(plan.left.shards)
+            for shard in plan.whole.shards:
+                self._coming += shard if shard in left else [sum(len(piece.rows) for piece in shard)]
+            self._coming.reverse()
+        self._plan = plan
+        self._worked = time.perf_counter()
+
+    def _advanced(self, title: str, units: int) -> None:
+        """One batch is done; enough of them say how long the rest takes."""
+        plan = self._plan
+        if plan is None or title != TITLE or not self._coming:
+            return
+        now = (time.perf_counter(), time.process_time())
+        piece = self._coming.pop()
+        if isinstance(piece, int):
+            if piece != units:
+                self._coming.clear()
+            return
+        if len(piece.rows) != units:  # somebody else's order
+            self._coming.clear()
+            return
+        if self._clock == (0.0, 0.0):
+            self._clock = now  # this one warmed up
+            return
+        self._seen.append(piece)
+        operations = sum(plan.shape.collection(*each.shape, self.labels) for each in self._seen)
+        whole = sum(plan.shape.collection(*each.shape, self.labels) for each in plan.left.pieces)
+        if len(self._seen) < BATCHES or operations < SHARE * whole:
+            return
+        self._coming.clear()
+        padded, tokens = sum(each.padded for each in self._seen), sum(each.tokens for each in self._seen)
+        timing = Timing(operations, padded, tokens, now[0] - self._clock[0], now[1] - self._clock[1])
+        plan = replace(plan, measured=extrapolate(plan, [timing], self.folder, None))
+        assert plan.measured is not None
+        self._said = plan.measured.seconds
+        self._say(f"{words.time(plan)}, from its own first {len(self._seen) + 1} batches")

@@ -1,0 +1,361 @@
+"""The plan of an index: what there is to do, the disk it takes, and from a few measured batches its time and memory."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetrace.collection.factors import FactorSums
+from finetrace.errors import FinetraceError
+from finetrace.index import factors
+from finetrace.index.manifest import NAME, Manifest, read
+from finetrace.moments import at_moment
+from finetrace.planning import measure
+from finetrace.planning.cost import Shape, decomposition
+from finetrace.planning.counts import Work, pieces_of
+from finetrace.planning.disk import (
+    Disk,
+    RowFormat,
+    adapter_bytes,
+    examples_bytes,
+    factor_bytes,
+    factor_words,
+    manifest_bytes,
+    shard_sizes,
+)
+from finetrace.planning.measure import Fit, Timing
+from finetrace.planning.schedule import Schedule, schedule
+
+if TYPE_CHECKING:
+    from finetrace.collection import Collector
+    from finetrace.collection.factors import Labels
+    from finetrace.encoding import Encoded
+    from finetrace.examples import Example
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory in bytes.
+
+    Attributes:
+        peak: Of the process: what it had after loading, a batch's activations, and a shard's features.
+        weights: Of the model, wherever it is.
+        activations: Of the largest batch, between its forward and its backward pass.
+        features: Of one shard.
+        device: Peak of the CUDA device, 0 on the CPU.
+    """
+
+    peak: int
+    weights: int
+    activations: int
+    features: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, and what follows from it for the work that is left, in seconds of this machine.
+
+    Attributes:
+        timings: The batches measured; the one that warmed up is not among them.
+        shards: Wall-clock time of each shard, its writing included.
+        collecting, writing, finishing: Wall-clock time of the passes, of writing shards, of making Kronecker factors.
+        cpu: Processor time of these three together.
+        memory: Peak memory, `None` where it was not looked at.
+    """
+
+    timings: tuple[Timing, ...]
+    shards: tuple[float, ...]
+    collecting: float
+    writing: float
+    finishing: float
+    cpu: float
+    memory: Memory | None
+
+    @property
+    def seconds(self) -> float:
+        """Of all that comes after loading and encoding, with one worker."""
+        return self.collecting + self.writing + self.finishing
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What an index will take.
+
+    Attributes:
+        about: The manifest that the index will have, its shards not noted yet.
+        whole: All batches of the index.
+        left: Those that an unfinished index in the same folder does not have yet.
+        shape: Of the model.
+        labels: Of the Kronecker factors, or `None`.
+        longest: Id and tokens of the longest example.
+        parameters: Entries of the model's weights, the adapter's included.
+        device: Where the model is.
+        disk: Bytes of the finished index.
+        free: Bytes free where it goes.
+        row: What a shard holds of one example.
+        startup: Seconds of loading the program and the model.
+        encoding: Seconds of reading and encoding the data.
+        measured: `None` where nothing was measured.
+        workers: How long several machines take, where that was asked.
+    """
+
+    about: Manifest
+    whole: Work
+    left: Work
+    shape: Shape
+    labels: Labels | None
+    longest: tuple[str, int]
+    parameters: int
+    device: str
+    disk: Disk
+    free: int
+    row: RowFormat
+    startup: float = 0.0
+    encoding: float = 0.0
+    measured: Measured | None = None
+    workers: tuple[Schedule, ...] = field(default=())
+
+    def with_workers(self, count: int) -> Schedule:
+        """So many machines like this one, each with the whole of its cores or its device."""
+        assert self.measured is not None, "no batch was measured"
+        return schedule(self.measured.shards, count, self.startup, self.encoding, self.measured.finishing)
+
+    def record(self) -> dict[str, Any]:
+        """Everything as JSON: bytes and seconds."""
+        measured = self.measured
+        return {
+            "model": {
+                "name": self.about.model.name,
+                "parameters": self.parameters,
+                "dtype": self.about.model.dtype,
+                "device": self.device,
+                "threads": torch.get_num_threads(),
+            },
+            "rows": self.whole.rows,
+            "rows_left": self.left.rows,
+            "tokens": self.whole.tokens,
+            "padded_tokens": self.whole.padded,
+            "padding_share": self.whole.padding,
+            "loss_tokens": self.whole.loss_tokens,
+            "batches": len(self.whole.pieces),
+            "shards": len(self.whole.shards),
+            "rows_per_shard": self.about.rows_per_shard,
+            "longest": {"id": self.longest[0], "tokens": self.longest[1]},
+            "row_bytes": self.row.row_bytes(),
+            "disk": {**asdict(self.disk), "total": self.disk.total, "peak": self.disk.peak, "free": self.free},
+            "seconds": {
+                "startup": self.startup,
+                "encoding": self.encoding,
+                "collecting": measured.collecting,
+                "writing": measured.writing,
+                "finishing": measured.finishing,
+                "total": self.startup + self.encoding + measured.seconds,
+                "cpu_after_encoding": measured.cpu,
+            }
+            if measured
+            else None,
+            "tokens_per_second": self.left.tokens / measured.seconds if measured and measured.seconds else None,
+            "memory": asdict(measured.memory) if measured and measured.memory else None,
+            "measured_batches": [asdict(each) for each in measured.timings] if measured else [],
+            "workers": [asdict(each) for each in self.workers],
+        }
+
+
+def plan_index(
+    about: Manifest,
+    collector: Collector,
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    labels: Labels | None,
+    folder: Path,
+) -> Plan:
+    """Count what an index of these settings will go through and take; nothing is measured and nothing is kept.
+
+    Args:
+        about: The manifest that it will begin with.
+        collector: What it will collect with.
+        encoded: All examples, in order.
+        examples: The same as texts.
+        labels: Of the Kronecker factors, if they are fitted on the way.
+        folder: Where it will go; an unfinished index there has some of the work behind it.
+    """
+    shape = Shape.of(collector.model, collector.tracking)
+    pieces = pieces_of(encoded, about.rows_per_shard, about.batch_tokens)
+    done = _done(folder, about) if labels is None else set()
+    left = [shard for i, shard in enumerate(pieces) if i * about.rows_per_shard not in done]
+    longest = max(range(len(encoded)), key=lambda i: len(encoded[i].ids))
+    row = RowFormat.of_index(about, collector.tracking.width, shape.hidden, collector.dtype)
+    parameters = list(collector.model.parameters())
+    return Plan(
+        about=about,
+        whole=Work.of(pieces),
+        left=Work.of(left),
+        shape=shape,
+        labels=labels,
+        longest=(examples[longest].id, len(encoded[longest].ids)),
+        parameters=sum(each.numel() for each in parameters),
+        device=str(parameters[0].device),
+        disk=_disk(about, collector, encoded, examples, labels, row),
+        free=_free(folder),
+        row=row,
+    )
+
+
+def measure_plan(
+    plan: Plan,
+    collector: Collector,
+    encoded: Sequence[Encoded],
+    folder: Path,
+    *,
+    startup: float = 0.0,
+    encoding: float = 0.0,
+    workers: Sequence[int] = (1,),
+    probes: int = measure.PROBES,
+) -> Plan:
+    """`plan` with time and memory from `probes` of its batches, measured here and now after one to warm up.
+
+    Args:
+        plan: From `plan_index`.
+        collector: The index's.
+        encoded: All examples, in order.
+        folder: Where the index will go; a file is written there, or in the nearest folder that is there, and removed.
+        startup: Seconds that loading took.
+        encoding: Seconds that reading and encoding the data took.
+        workers: Numbers of machines to reckon with.
+        probes: Batches to measure.
+    """
+    labels, shape, model = plan.labels, plan.shape, collector.model
+    chosen = measure.choose(plan.left.pieces, shape, probes)
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    sums = collector.factor_sums(labels) if labels is not None else None
+    now, loaded = measure.memory_now(), measure.peak_memory()
+    with at_moment(model, plan.about.model.at):
+        timings = [measure.run(collector, encoded, piece, shape, sums, labels) for piece in chosen][1:]
+    high = measure.peak_memory()
+    activations = high - now if now and high > loaded else 0  # else the system does not say what the batches had
+    on_device = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+    if device.type == "cpu" and not activations:
+        half = plan.about.model.dtype in ("bfloat16", "float16")
+        activations = max((shape.activations(*piece.shape, half) for piece in chosen), default=0)
+    disk = plan.disk
+    if sums is not None:  # layers that see the same input have one eigenbasis of it
+        disk = replace(disk, factors=disk.factors - _shared(sums))
+    made = replace(
+        plan,
+        startup=startup,
+        encoding=encoding,
+        disk=disk,
+        measured=extrapolate(plan, timings, folder, _memory(plan, collector, now, high, activations, on_device)),
+    )
+    return replace(made, workers=tuple(made.with_workers(count) for count in workers))
+
+
+def extrapolate(plan: Plan, timings: Sequence[Timing], folder: Path, memory: Memory | None) -> Measured:
+    """Seconds of all that is left, from some batches; how fast the disk and the decompositions are is tried here."""
+    labels, shape = plan.labels, plan.shape
+    write = measure.write_rate(folder) or (0.0, 0.0)
+    finishing = _finishing(shape, plan.whole.rows) if labels is not None else (0.0, 0.0)
+    operations = [each.operations for each in timings]
+    clocks = [each.seconds for each in timings], [each.cpu_seconds for each in timings]
+    fits = [Fit.to(operations, clock) if timings else Fit(0.0, 0.0) for clock in clocks]
+    passes = [
+        [sum(fit.seconds(shape.collection(*piece.shape, labels)) for piece in shard) for shard in plan.left.shards]
+        for fit in fits
+    ]
+    row = plan.row.row_bytes() + (plan.row.row_bytes("gradients") if labels == "model" else 0)
+    stored = [row * sum(len(piece.rows) for piece in shard) for shard in plan.left.shards]
+    return Measured(
+        timings=tuple(timings),
+        shards=tuple(seconds + size * write[0] for seconds, size in zip(passes[0], stored, strict=True)),
+        collecting=sum(passes[0]),
+        writing=sum(stored) * write[0],
+        finishing=finishing[0],
+        cpu=sum(passes[1]) + sum(stored) * write[1] + finishing[1],
+        memory=memory,
+    )
+
+
+def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: int, device: int) -> Memory:
+    """Peak memory: with the features of a whole shard beside a batch, while a shard is written, while factors are made."""
+    row = collector.tracking.width * collector.dtype.itemsize
+    features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
+    features *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
+    bases = factor_bytes(plan.shape.tracked, 8) if plan.labels is not None else 0
+    peak = max(high, now + activations + features, now + 2 * features, now + 2 * bases)
+    weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
+    return Memory(peak, weights, activations, features, device)
+
+
+def _disk(
+    about: Manifest,
+    collector: Collector,
+    encoded: Sequence[Encoded],
+    examples: Sequence[Example],
+    labels: Labels | None,
+    row: RowFormat,
+) -> Disk:
+    sizes = shard_sizes(len(encoded), about.rows_per_shard)
+    blocks = collector.tracking.blocks
+    entry = torch.finfo(collector.dtype).bits // 8
+    parts = 0
+    if labels is not None:
+        parts = factors.disk(blocks, len(sizes), entry)
+        parts += row.row_bytes("gradients") * len(encoded) if labels == "model" else 0
+    matrices = [block.matrix for block in blocks]
+    return Disk(
+        shards=sum(row.shard_bytes(count) for count in sizes),
+        factors=factor_bytes(matrices, entry) + factor_words([block.name for block in blocks], matrices)
+        if labels is not None
+        else 0,
+        parts=parts,
+        examples=examples_bytes(examples, encoded),
+        adapter=adapter_bytes(collector.model),
+        manifest=manifest_bytes(about, len(sizes)),
+    )
+
+
+def _shared(sums: FactorSums) -> int:
+    """Bytes of eigenbases that several blocks have in common, as their sums are equal."""
+    seen: set[str] = set()
+    spared = 0
+    for side in (sums.left, sums.right):
+        for value in side.values():
+            key = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
+            spared += value.nbytes if key in seen else 0
+            seen.add(key)
+    return spared
+
+
+def _finishing(shape: Shape, examples: int) -> tuple[float, float]:
+    """(wall-clock, processor) seconds of decomposing the factors and turning the gradients into their eigenbases."""
+    wall, cpu = measure.decomposition_seconds(shape.tracked)
+    turned = decomposition(shape.tracked, examples)[1]
+    rate = measure.product_rate()
+    return wall + turned * rate[0], cpu + turned * rate[1]
+
+
+def _done(folder: Path, about: Manifest) -> set[int]:
+    """First rows of the shards that an unfinished index of the same data in `folder` has; their checksums are not looked at."""
+    if not (folder / NAME).exists():
+        return set()
+    try:
+        there = read(folder)
+    except FinetraceError:
+        return set()  # building it will say what is wrong
+    if there.data_fingerprint != about.data_fingerprint or there.rows_per_shard != about.rows_per_shard:
+        return set()
+    return {shard.start for shard in there.shards}
+
+
+def _free(folder: Path) -> int:
+    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path("."))
+    return shutil.disk_usage(there).free
