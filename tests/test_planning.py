@@ -117,7 +117,7 @@ def test_operations_are_those_that_torch_counts(llama):
     model = with_lora(llama, ("q_proj", "v_proj")).float()
     tracking = track(model)
     shape = Shape.of(model, tracking)
-    assert shape.tracked_entries == tracking.width
+    assert shape.contracted == tracking.width
     linear = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "lm_head" not in n]
     assert shape.above + shape.below == sum(m.weight.numel() for m in linear)
     items = make_encoded([96] * 4)

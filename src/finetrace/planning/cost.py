@@ -8,6 +8,7 @@ starting kernels, is in the rate that is measured, so that only ratios of these 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +36,9 @@ class Shape:
             vocabulary projection are in neither.
         above: Entries of the other weights.
         layers_above: Transformer layers from the lowest tracked one on.
-        tracked: (rows, columns) of each tracked matrix.
+        tracked: (rows, columns) of each tracked matrix, as it is kept.
+        contracted: Entries of the gradients that are formed: of one projected on both sides what is kept, of one projected
+            afterwards the whole.
     """
 
     layers: int
@@ -48,6 +51,7 @@ class Shape:
     above: int
     layers_above: int
     tracked: tuple[tuple[int, int], ...]
+    contracted: int
 
     @classmethod
     def of(cls, model: Any, tracking: Tracking) -> Shape:
@@ -71,12 +75,11 @@ class Shape:
             above=above,
             layers_above=max(0, layers - lowest),
             tracked=tuple(block.matrix for block in tracking.blocks),
+            contracted=sum(
+                math.prod(block.original or block.shape) if block.name in tracking.flat else block.size
+                for block in tracking.blocks
+            ),
         )
-
-    @property
-    def tracked_entries(self) -> int:
-        """Entries of the tracked matrices: of one example's gradient."""
-        return sum(rows * columns for rows, columns in self.tracked)
 
     @property
     def head(self) -> int:
@@ -93,7 +96,7 @@ class Shape:
         """Operations of one backward pass down to the lowest tracked layer, the tracked gradients included."""
         tokens = rows * longest
         attention = 8.0 * tokens * longest * self.attention * self.layers_above
-        products = 2.0 * tokens * (self.above + self.tracked_entries)
+        products = 2.0 * tokens * (self.above + self.contracted)
         return products + attention + 2.0 * loss_tokens * self.head
 
     def factors(self, rows: int, longest: int, loss_tokens: int, labels: Labels) -> float:

@@ -78,7 +78,7 @@ class RowFormat:
         zero = torch.zeros(1, width, dtype=dtype)
         pooled = {name: torch.zeros(1, hidden, dtype=dtype) for name in about.representations}
         with tempfile.TemporaryDirectory() as work:
-            record = shards.write(Path(work), Features(zero, torch.zeros(1, dtype=dtype), pooled), 0)
+            record = shards.write(Path(work), Features(zero, torch.zeros(1, dtype=dtype), pooled), 0, about)
             with safe_open(str(Path(work) / shards.FOLDER / record.file), framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return cls({name: (tuple(part.get_shape()[1:]), part.get_dtype()) for name, part in parts.items()})
