@@ -16,6 +16,8 @@ from torch import Tensor
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
+from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest
+from finetrace.collection import Block
 from finetrace.curvature import (
     Damping,
     DampingRule,
@@ -25,8 +27,9 @@ from finetrace.curvature import (
     LiSSA,
     Products,
     ReleasedLiSSA,
-    fisher,
 )
+from finetrace.curvature.solvers import packed
+from finetrace.curvature.streamed import DataInfStream, DenseStream, IdentityStream, Streamed
 from finetrace.errors import FinetraceError
 from finetrace.moments import At
 
@@ -102,8 +105,18 @@ class GradientMethod(Method):
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """The inverse curvature of every block, one at a time."""
 
+    def run(self, problem: Problem) -> Run | None:
+        """How S is computed by streaming; `None` where what it takes fits the problem's memory, and `matrix` goes on there."""
+        several = self._several()
+        return run_of([(each, each.prepared(problem)) for each in several] if several else [(self, problem)])
+
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) S, normalised; of several losses or layers, the mean of their cosines."""
+        run = self.run(problem)
+        if run is not None:
+            values = whole(run, problem.m, problem.n).numpy()
+            problem.computed[self.computed_as] = run.describe()
+            return values
         several = self._several()
         if several:
             return np.mean([each.matrix(each.prepared(problem)) for each in several], axis=0)
@@ -121,12 +134,14 @@ class GradientMethod(Method):
 
     def train_self(self, problem: Problem) -> Tensor:
         """(n,) self-influence g_i^T P g_i of every training example, summed over blocks."""
+        made = plan(self, problem)
+        if made is not None:
+            return MethodRun(self, problem, made).own()
         return self._sums(problem, PARTS[1:2])["train_self"]
 
     def _sums(self, problem: Problem, wanted: Sequence[str]) -> dict[str, Tensor]:
         """Sums over blocks of an inverse's `products`, `train_self`, `query_self`; other normalisations find them kept."""
-        curvature = {key: value for key, value in self.parameters.items() if key != "normalise"}
-        kept = problem.sums.setdefault(f"{self.name} {curvature}", {})
+        kept = problem.sums.setdefault(self.curvature_key, {})
         missing = [name for name in wanted if name not in kept]
         if missing:
             shapes = {"products": (problem.m, problem.n), "train_self": (problem.n,), "query_self": (problem.m,)}
@@ -136,6 +151,43 @@ class GradientMethod(Method):
                     totals[name] += getattr(part, name)()
             kept |= totals
         return kept
+
+    @property
+    def curvature_key(self) -> str:
+        """Of the parameters that decide P."""
+        return f"{self.name} { ({key: value for key, value in self.parameters.items() if key != 'normalise'}) }"
+
+    @property
+    def computed_as(self) -> str:
+        """Normalisations share a curvature."""
+        return self.curvature_key
+
+    # What a method that streams says of itself; `attribution.streaming` does the rest.
+    streams: ClassVar[bool] = False
+    query_bytes: ClassVar[int] = 48  # an entry of a query: itself, preconditioned, and what is held on the way
+    by_block: bool = False  # a cosine of each block
+
+    @property
+    def joined(self) -> bool:
+        """Whether the curvature is one over all blocks."""
+        return False
+
+    @property
+    def must_stream(self) -> bool:
+        """Whether the parameters ask for what only streaming does."""
+        return False
+
+    def held_bytes(self, problem: Problem) -> int:
+        """What computing in memory takes, about."""
+        return held(problem, gram=False)
+
+    def groups(self, at: Pass) -> list[Sequence[Block]]:
+        """Blocks whose curvatures are held together."""
+        return [at.rows.blocks]
+
+    def operator(self, at: Pass) -> Streamed:
+        """P of a group of blocks."""
+        raise NotImplementedError
 
     @property
     def unit(self) -> str:
@@ -164,6 +216,11 @@ class _Scoped(_Spanned):
     """An influence whose curvature is taken block by block or over all blocks at once."""
 
     scope: Scope
+
+    @property
+    def joined(self) -> bool:
+        """By scope."""
+        return self.scope == "joint"
 
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """One part a block, or a single one."""
@@ -196,6 +253,13 @@ class GradSim(_Spanned):
         """P = I."""
         return Identity(products)
 
+    streams: ClassVar[bool] = True
+    query_bytes: ClassVar[int] = 32
+
+    def operator(self, at: Pass) -> Streamed:
+        """P = I; norms are looked at where they are wanted."""
+        return IdentityStream(at.rows, at.sizes if at.normalised else None)
+
 
 @register("gradcos")
 @dataclass(frozen=True)
@@ -225,6 +289,18 @@ class GradCos(_Spanned):
             blocks += 1
         return (total / max(1, blocks)).clamp(-1, 1).numpy()
 
+    streams: ClassVar[bool] = True
+    query_bytes: ClassVar[int] = 32
+
+    def operator(self, at: Pass) -> Streamed:
+        """P = I; norms are looked at where they are wanted."""
+        return IdentityStream(at.rows, at.sizes if at.normalised else None)
+
+    @property
+    def by_block(self) -> bool:  # type: ignore[override]
+        """By scope."""
+        return self.scope == "block"
+
     @property
     def normalisation(self) -> str:
         """Always a cosine."""
@@ -249,6 +325,25 @@ class DataInfMethod(_Spanned):
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """DataInf's P."""
         return DataInf(products, Damping(self.damping, self.damping_rule).of(products, width))
+
+    streams: ClassVar[bool] = True
+    query_bytes: ClassVar[int] = 64
+
+    def held_bytes(self, problem: Problem) -> int:
+        """With Gram matrices where a block has more entries than there are rows, or norms are wanted."""
+        return held(problem, gram=self.normalise != "none" or widest(problem) >= problem.n)
+
+    def groups(self, at: Pass) -> list[Sequence[Block]]:
+        """All, or as many as have their d x d matrices in memory, where the rows' own influence is wanted."""
+        fit = packed(at.widths, at.spare) if at.normalised else None
+        return [at.rows.blocks] if fit is None else [[at.rows.blocks[k] for k in group] for group in fit]
+
+    def operator(self, at: Pass) -> Streamed:
+        """One pass for the queries, or d x d matrices that take none."""
+        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        if at.normalised and packed(at.widths, at.spare) is not None:
+            return DenseStream(at.rows, damping, datainf=True)
+        return DataInfStream(at.rows, damping)
 
 
 @register("lissa")
@@ -276,25 +371,3 @@ class LiSSAMethod(_Scoped):
         damping = Damping(self.damping, self.damping_rule).of(products, width)
         kind = LiSSA if self.recurrence == "neumann" else ReleasedLiSSA
         return kind(products, damping, self.iterations)
-
-
-@register("exact")
-@dataclass(frozen=True)
-class Exact(_Scoped):
-    """Influence with the empirical Fisher inverted exactly: sum_b V_b (lambda_b I + G_b^T G_b / n)^(-1) G_b^T.
-
-    Computed as n C_b (K_b + n lambda_b I)^(-1) or by a d_b x d_b solve, whichever is smaller; the two are equal.
-    scope `joint` takes one Fisher over all blocks.
-    """
-
-    normalise: Normalise = "none"
-    scope: Scope = "block"
-    damping: Positive = DEFAULT_DAMPING
-    damping_rule: DampingRule = "trace"
-    loss_on: str = ""
-    layers: str = "all"
-    at: At = ""
-
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
-        """The exact inverse, by the cheaper route."""
-        return fisher(products, Damping(self.damping, self.damping_rule).of(products, width))

@@ -12,8 +12,10 @@ from torch import Tensor
 from finetrace.attribution.gradient import GradientMethod, Positive
 from finetrace.attribution.method import Need, Normalise, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.streaming import Pass
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
+from finetrace.curvature.streamed import KroneckerStream, Streamed
 from finetrace.moments import At
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
@@ -41,6 +43,19 @@ class _KroneckerMethod(GradientMethod):
         for block, products in problem.products():
             basis = bases[block.name]
             yield Kronecker(products, basis, self.eigenvalues(basis), self.damping)
+
+    streams: ClassVar[bool] = True
+    query_bytes: ClassVar[int] = 48
+
+    def operator(self, at: Pass) -> Streamed:
+        """Queries are preconditioned in the eigenbases."""
+        bases = at.problem.kronecker(self.labels)
+        chosen: list[KroneckerBasis | None] = [bases[block.name] for block in at.rows.blocks]
+        eigenvalues = [self.eigenvalues(bases[block.name]) for block in at.rows.blocks]
+        if at.normalised or any(float(each.mean()) <= 0 for each in eigenvalues):
+            for k, trace in enumerate(at.sizes.traces.tolist()):
+                chosen[k] = chosen[k] if trace > 0 else None
+        return KroneckerStream(at.rows.segments, chosen, eigenvalues, self.damping)
 
     @abstractmethod
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:

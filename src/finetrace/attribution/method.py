@@ -65,11 +65,21 @@ class Method(ABC):
             raise FinetraceError(
                 f"{self.label}: the scores of query {problem.queries[row].id} are not finite; use more damping."
             )
+        unit, used, computed = self.about(problem)
+        return Scores(values, problem.queries, problem.rows.examples, self.label, unit, used, seconds, computed)
+
+    def about(self, problem: Problem) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """Unit, parameters and how it was computed, of scores on what `prepared` returned."""
         used = self.used(problem)
         unit = self.unit
         if used.get("at") == "start" and unit.startswith("decrease"):  # no minimum, so no derivative of one
             unit += ", by a step before training"
-        return Scores(values, problem.queries, problem.rows.examples, self.label, unit, used, seconds)
+        return unit, used, problem.computed.get(self.computed_as, {})
+
+    @property
+    def computed_as(self) -> str:
+        """Under which name a problem keeps how the method was computed."""
+        return self.label
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem as this method looks at it."""

@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from copy import copy
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from finetrace.attribution.selection import select
+from finetrace.attribution.streaming import StoredRows, available_memory
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
 from finetrace.curvature.products import Gradients, row_squares
+from finetrace.curvature.streamed import Sizes
+from finetrace.curvature.streamed import sizes as sizes_of
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -41,10 +45,14 @@ class Problem:
         features: Features | None = None,
         *,
         kept_queries: Index | None = None,
+        memory: int | None = None,
+        step: int | None = None,
     ) -> None:
         """The queries, each with a response; features that were collected before need no model.
 
-        `kept_queries` is an index of the same queries in the same order, from which their features are read.
+        `kept_queries` is an index of the same queries in the same order, from which their features are read. `memory` is
+        what scoring may use, in bytes (half of what is available if not given); methods whose matrices do not fit read
+        the rows in blocks instead (`attribution.streaming`). `step` makes them do so, that many rows at a time.
         """
         if not queries:
             raise FinetraceError("there is no query to trace; give at least one with a response.")
@@ -70,6 +78,10 @@ class Problem:
         self._whole: Problem | None = None  # of which this one has some layers
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
+        self.memory = memory if memory is not None else available_memory() // 2
+        self.step = step
+        self.computed: dict[str, dict[str, Any]] = {}  # how, by method or curvature, where there is something to say
+        self._sizes: dict[tuple[Block, ...], Sizes] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
 
     def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None, at: At = "") -> Problem:
@@ -85,7 +97,7 @@ class Problem:
         if layers not in self._parts:
             part = copy(self)  # shares the products of single blocks
             part.blocks = select(self.index.blocks, layers, self.index.manifest.model.layers)
-            part._whole, part._parts, part.sums = self, {}, {}
+            part._whole, part._parts, part.sums, part.computed = self, {}, {}, {}
             part.__dict__.pop("joint", None)
             part.__dict__.pop("train_norms", None)
             self._parts[layers] = part
@@ -101,7 +113,7 @@ class Problem:
         if name not in self._parts:
             kept = view(self._kept_queries, loss, at=moment) if self._kept_queries is not None else None
             viewed = view(self.index, loss, kronecker, moment)
-            self._parts[name] = Problem(viewed, self.queries, kept_queries=kept)
+            self._parts[name] = Problem(viewed, self.queries, kept_queries=kept, memory=self.memory, step=self.step)
         return self._parts[name]
 
     @property
@@ -129,6 +141,18 @@ class Problem:
         if self._features is None:
             self._features, self.lengths = self.index.features(self.queries)
         return self._features
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows meet queries: the model's GPU if it is on one, else the CPU."""
+        return self.index.device
+
+    def sizes(self, rows: StoredRows) -> Sizes:
+        """Norms and traces of rows, found in one pass over them the first time."""
+        if rows.blocks not in self._sizes:
+            self._sizes[rows.blocks] = sizes_of(rows.by_block())
+        found = self._sizes[rows.blocks]
+        return Sizes(found.squares, found.traces.sum(0, keepdim=True)) if rows.joint else found
 
     def products(self) -> Iterator[tuple[Block, Products]]:
         """Block after block; a block whose gradients are all zero (A while B is still zero) is left out."""
@@ -177,7 +201,7 @@ class Problem:
     def _of(self, block: Block) -> Products:
         query = self.features.gradients[:, block.columns]
         products = Products(Gradients(lambda: self.index.gradients(block.columns), query))
-        if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= CACHE_BYTES:
+        if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= min(CACHE_BYTES, self.memory):
             self._kept[block.name] = products
         return products
 

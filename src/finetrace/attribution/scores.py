@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,7 @@ class Scores:
         unit: What a score of 1 means.
         parameters: Every parameter of the method, damping rule and multiple included.
         seconds: Wall-clock time of scoring; collecting the queries' features is not in it.
+        computed: How, where there is something to say: streamed or not, the solver and its residual.
     """
 
     values: NDArray[np.float64]
@@ -42,6 +43,7 @@ class Scores:
     unit: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
+    computed: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.values.shape != (len(self.queries), len(self.train)):
@@ -63,12 +65,12 @@ class Scores:
     def top(self, k: int) -> Top:
         """The k strongest proponents of each query, best first; ties in row order."""
         order = np.argsort(-self.values, axis=1, kind="stable")[:, :k]
-        return Top(self, order, "proponent")
+        return Top(self, order, np.take_along_axis(self.values, order, 1), "proponent")
 
     def bottom(self, k: int) -> Top:
         """The k strongest opponents of each query, most negative first; ties in row order."""
         order = np.argsort(self.values, axis=1, kind="stable")[:, :k]
-        return Top(self, order, "opponent")
+        return Top(self, order, np.take_along_axis(self.values, order, 1), "opponent")
 
     def to_pandas(self) -> pd.DataFrame:
         """(m, n) frame, query ids by training ids."""
@@ -85,22 +87,63 @@ class Scores:
 
     def describe(self) -> dict[str, Any]:
         """Method, unit, sign and parameters, as they belong beside any table."""
-        return {"method": self.method, "unit": self.unit, "sign": SIGN, "parameters": dict(self.parameters)}
+        return about(self)
+
+
+class Listed(Protocol):
+    """What a list of the strongest rows says of itself: `Scores`, or `Ranked` where the matrix was never held."""
+
+    @property
+    def queries(self) -> tuple[Example, ...]:
+        """The m queries."""
+        ...
+
+    @property
+    def train(self) -> Sequence[Example]:
+        """The n training examples."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """Name and parameters."""
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a score of 1 means."""
+        ...
+
+    @property
+    def parameters(self) -> Mapping[str, Any]:
+        """Every parameter."""
+        ...
+
+    @property
+    def computed(self) -> Mapping[str, Any]:
+        """How."""
+        ...
+
+
+def about(scores: Listed) -> dict[str, Any]:
+    """Method, unit, sign and parameters, and how they were computed."""
+    found = {"method": scores.method, "unit": scores.unit, "sign": SIGN, "parameters": dict(scores.parameters)}
+    return found | ({"computed": dict(scores.computed)} if scores.computed else {})
 
 
 @dataclass(frozen=True, eq=False)
 class Top:
-    """Chosen training examples of each query: `order` is (m, k) column positions, best first."""
+    """Chosen training examples of each query: `order` is (m, k) rows of the index, best first, `values` their scores."""
 
-    scores: Scores
+    scores: Listed
     order: NDArray[np.int64]
+    values: NDArray[np.float64]
     kind: Literal["proponent", "opponent"]
 
     def records(self) -> list[dict[str, Any]]:
         """One flat record a query and rank."""
         found = []
         for row, columns in enumerate(self.order):
-            for rank, column in enumerate(columns, start=1):
+            for rank, (column, value) in enumerate(zip(columns, self.values[row], strict=True), start=1):
                 example = self.scores.train[column]
                 found.append(
                     {
@@ -108,7 +151,7 @@ class Top:
                         "query": self.scores.queries[row].id,
                         "kind": self.kind,
                         "rank": rank,
-                        "score": float(self.scores.values[row, column]),
+                        "score": float(value),
                         "example": example.id,
                         "label": example.label,
                         "prompt": example.prompt,

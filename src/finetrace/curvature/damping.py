@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from finetrace.curvature.products import Products
 
@@ -29,3 +33,8 @@ class Damping:
         """lambda for a block of `width` entries."""
         trace = float(products.train_sq.mean())
         return self.multiple * (trace if self.rule == "trace" else trace / width)
+
+    def of_traces(self, traces: Tensor, segments: Sequence[slice]) -> Tensor:
+        """(S,) lambda of segments whose empirical Fishers have these traces."""
+        widths = torch.tensor([s.stop - s.start for s in segments], dtype=torch.float64, device=traces.device)
+        return self.multiple * (traces if self.rule == "trace" else traces / widths)

@@ -36,6 +36,19 @@ class FisherDual:
         """(m, n) n C (K + n lambda I)^{-1}."""
         return self.of.n * self._solved
 
+    def residual(self) -> float:
+        """The largest ||(F + lambda I) x - q|| / ||q|| of the queries solved so far, 0 if none were.
+
+        x is (q - G^T beta) / lambda, so what is left of q is G^T r / (n lambda) with r = (K + n lambda I) beta - C, and its
+        norm is that of r under K.
+        """
+        if "_solved" not in self.__dict__ or not len(self.of.cross):
+            return 0.0
+        shift = self.of.n * self.damping
+        left = self._solved @ self.of.gram + shift * self._solved - self.of.cross
+        norms = ((left @ self.of.gram) * left).sum(1).clamp_min(0).sqrt() / shift
+        return _largest(norms, self.of.query_sq.sqrt())
+
     def train_self(self) -> Tensor:
         """(n,) diag(n K F^{-1}) with F = K + n lambda I, which is n - n^2 lambda diag(F^{-1}).
 
@@ -63,9 +76,22 @@ class FisherPrimal:
     @cached_property
     def _factor(self) -> Tensor:
         train = self._gradients.train
-        curvature = (train.T @ train).double() / self.of.n
-        curvature.diagonal().add_(self.damping)
-        return torch.linalg.cholesky(curvature)
+        self._matrix = (train.T @ train).double() / self.of.n
+        self._matrix.diagonal().add_(self.damping)
+        return torch.linalg.cholesky(self._matrix)
+
+    @cached_property
+    def _solved(self) -> Tensor:
+        """(m, d) V (lambda I + G^T G / n)^{-1}."""
+        return torch.cholesky_solve(self._gradients.query.double().T, self._factor).T
+
+    def residual(self) -> float:
+        """The largest ||(F + lambda I) x - q|| / ||q|| of the queries solved so far, 0 if none were."""
+        query = self._gradients.query.double()
+        if "_solved" not in self.__dict__ or not len(query):
+            return 0.0
+        left = self._solved @ self._matrix - query
+        return _largest(torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(query, dim=1))
 
     @property
     def _gradients(self) -> Gradients:
@@ -74,9 +100,8 @@ class FisherPrimal:
 
     def products(self) -> Tensor:
         """(m, n) (V (lambda I + G^T G / n)^{-1}) G^T."""
-        train, query = self._gradients.train, self._gradients.query
-        solved = torch.cholesky_solve(query.double().T, self._factor).T  # (m, d)
-        return (solved.to(train.dtype) @ train.T).double()
+        train = self._gradients.train
+        return (self._solved.to(train.dtype) @ train.T).double()
 
     def train_self(self) -> Tensor:
         """(n,) squared norms of L^{-1} g."""
@@ -88,6 +113,11 @@ class FisherPrimal:
 
     def _whitened_squares(self, rows: Tensor) -> Tensor:
         return torch.linalg.solve_triangular(self._factor, rows.double().T, upper=False).square().sum(0)
+
+
+def _largest(norms: Tensor, sizes: Tensor) -> float:
+    """Of the quotients; a query that is zero has nothing left."""
+    return float(torch.where(sizes > 0, norms / sizes, torch.zeros_like(norms)).max())
 
 
 def fisher(of: Products, damping: float) -> FisherDual | FisherPrimal:

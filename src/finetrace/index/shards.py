@@ -116,7 +116,8 @@ class ShardReader:
                 parts.append(file.get_tensor(name))
         return torch.cat(parts)
 
-    def _open(self, shard: ShardRecord) -> safe_open:
+    def checked(self, shard: ShardRecord) -> Path:
+        """The shard's file, its checksum compared with the manifest's the first time it is asked for."""
         path = self.folder / shard.file
         again = f"run finetrace index again on this folder to compute rows {shard.start + 1} to {shard.stop} anew."
         remedy = self.remedy or again
@@ -129,6 +130,14 @@ class ShardReader:
                         f"{path}: this shard is broken (its checksum differs from the manifest's); {remedy}"
                     )
                 self._checked.add(shard.file)
+            return path
+        except OSError as error:
+            raise FinetraceError(f"{path}: this shard cannot be read ({error}); {remedy}") from error
+
+    def _open(self, shard: ShardRecord) -> safe_open:
+        path = self.checked(shard)
+        try:
             return safe_open(str(path), framework="pt")
         except (OSError, SafetensorError) as error:
+            remedy = self.remedy or "run finetrace index again on this folder."
             raise FinetraceError(f"{path}: this shard cannot be read ({error}); {remedy}") from error

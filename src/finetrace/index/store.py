@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from finetrace import fingerprint
@@ -15,6 +16,7 @@ from finetrace.encoding import Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import manifest, rows
+from finetrace.index.blocks import RowBlocks
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
 from finetrace.moments import at_moment, why_no_start
@@ -77,6 +79,11 @@ class Index:
         """(rows, D) training gradients, one shard after another, mapped where they are stored as they were computed."""
         return self._reader.mapped()
 
+    def row_blocks(self, rows: int, columns: slice | None = None) -> RowBlocks:
+        """(rows, columns) blocks of the gradients in their stored dtype, read ahead; for what is larger than memory."""
+        start, stop, _ = (columns or slice(None)).indices(sum(block.size for block in self.blocks))
+        return RowBlocks(self._reader, rows, slice(start, stop))
+
     def representation(self, wanted: Representation) -> Tensor:
         """(n, d) hidden states of one layer and pooling."""
         name = wanted.resolve(self.manifest.model.layers).name
@@ -100,6 +107,13 @@ class Index:
             self._check(self._loaded)
             self._checked = True
         return self._loaded
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is if it is loaded on a GPU, else the CPU."""
+        loaded = self._loaded or (self._parent._loaded if self._parent is not None else None)
+        found = loaded.model.device if loaded is not None else torch.device("cpu")
+        return found if found.type == "cuda" else torch.device("cpu")
 
     def has_start(self) -> bool:
         """Whether gradients can be taken where the fine-tuning began (`finetrace.moments`); asks the kept adapter alone."""

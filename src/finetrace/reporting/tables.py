@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from finetrace.attribution import Scores, Top
+from finetrace.attribution import Top
 from finetrace.evaluation.intervals import Estimate
 from finetrace.reporting.payload import ModelBehaviour
 from finetrace.tracing import Result
@@ -41,7 +41,6 @@ def print_methods(results: Sequence[Result], console: Console) -> None:
 
 def print_top(top: Top, row: int, console: Console) -> None:
     """The ranked examples of one query, texts cut to the width of the terminal."""
-    scores: Scores = top.scores
     room = max(20, console.width - 42)  # what the other columns leave
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("rank", justify="right", no_wrap=True)
@@ -49,14 +48,13 @@ def print_top(top: Top, row: int, console: Console) -> None:
     table.add_column("id", no_wrap=True, max_width=12, overflow="ellipsis")
     table.add_column("label", no_wrap=True, max_width=9, overflow="ellipsis")
     table.add_column("prompt / response", no_wrap=True, max_width=room, overflow="ellipsis")
-    for rank, column in enumerate(top.order[row], start=1):
-        example = scores.train[column]
+    for rank, (column, score) in enumerate(zip(top.order[row], top.values[row], strict=True), start=1):
+        example = top.scores.train[column]
         texts = Group(
             Text(_flat(example.prompt), no_wrap=True, overflow="ellipsis"),
             Text(_flat(example.response), no_wrap=True, overflow="ellipsis", style="dim"),
         )
-        value = _score(float(scores.values[row, column]))
-        table.add_row(str(rank), value, escape(example.id), escape(example.label or "-"), texts)
+        table.add_row(str(rank), _score(float(score)), escape(example.id), escape(example.label or "-"), texts)
     console.print(table)
 
 

@@ -1,0 +1,430 @@
+"""Scores within a memory budget: training rows are read in blocks and met by preconditioned queries.
+
+S = sum_b V_b P_b G_b^T is (V P) G^T: the queries are preconditioned first, in as many passes over the rows as P takes, and
+one last pass gives the scores of all rows, block after block.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from finetrace.collection import Block
+from finetrace.curvature.products import row_squares
+from finetrace.curvature.solvers import Solution
+from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_dots, spread
+from finetrace.errors import FinetraceError
+from finetrace.index.store import Index
+
+if TYPE_CHECKING:
+    from finetrace.attribution.gradient import GradientMethod
+    from finetrace.attribution.problem import Problem
+
+LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
+PIECE = 2 << 20  # bytes of widened rows at a time, which the processor's caches hold
+FEWEST = 64  # rows in a piece, where a block has as many: products of fewer are slow
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of `512MB`, `2GiB` or a plain number."""
+    digits = text.strip().upper().rstrip("BIKMG")
+    unit = text.strip().upper()[len(digits) :]
+    try:
+        value = float(digits) * UNITS[unit if unit in UNITS else f"{unit}B"]
+    except (ValueError, KeyError):
+        raise FinetraceError(f"--memory {text}: not an amount of memory; write for instance 512MB or 4GB.") from None
+    if not 0 < value < float("inf"):
+        raise FinetraceError(f"--memory {text}: give more than nothing.")
+    return int(value)
+
+
+def available_memory() -> int:
+    """Bytes that could be used now without swapping, those of a container's limit at most; 8 GiB where nobody can say."""
+    found = []
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
+        pass
+    if not found:
+        try:
+            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
+        except (AttributeError, OSError, ValueError):
+            found.append(8 << 30)
+    return min(found)
+
+
+def words(amount: float) -> str:
+    """Bytes as a person says them."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if amount >= size:
+            return f"{amount / size:.3g} {unit}"
+    return f"{amount:.0f} bytes"
+
+
+class StoredRows:
+    """The gradients of some blocks of an index as `TrainRows`: read in row blocks, widened piece by piece.
+
+    Attributes:
+        segments: One a block, or a single one of all columns.
+        step: Rows that are read at once.
+    """
+
+    def __init__(self, index: Index, blocks: Sequence[Block], step: int, *, joint: bool, device: torch.device) -> None:
+        self.index = index
+        self.blocks = tuple(blocks)
+        self.step = step
+        self.joint = joint
+        self.device = device
+        self.n = len(index)
+        self._first = min(block.offset for block in blocks)
+        stop = max(block.columns.stop for block in blocks)
+        self._range = slice(self._first, stop)
+        self._gather: Tensor | None = None
+        widths = [block.size for block in blocks]
+        if sum(widths) != stop - self._first:  # layers that do not follow one another
+            places = [torch.arange(block.offset, block.offset + block.size) for block in blocks]
+            self._gather = torch.cat(places) - self._first
+        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+        self.blocks_at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
+        self.segments: Sequence[slice] = [slice(0, ends[-1])] if joint else self.blocks_at
+        stored = index.row_blocks(step, self._range).dtype
+        self.dtype = torch.float64 if stored == torch.float64 else torch.float32
+
+    @property
+    def width(self) -> int:
+        """D of the chosen blocks."""
+        return self.blocks_at[-1].stop
+
+    def by_block(self) -> StoredRows:
+        """The same with a segment a block."""
+        return StoredRows(self.index, self.blocks, self.step, joint=False, device=self.device) if self.joint else self
+
+    def part(self, blocks: Sequence[Block]) -> StoredRows:
+        """The same rows, some of the blocks."""
+        return StoredRows(self.index, blocks, self.step, joint=self.joint, device=self.device)
+
+    def chosen(self, vectors: Tensor) -> Tensor:
+        """(r, D) of the chosen blocks out of whole gradients, in the rows' precision."""
+        return torch.cat([vectors[:, block.columns] for block in self.blocks], dim=1).to(self.device, self.dtype)
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (r, D)) pieces."""
+        piece = min(self.step, max(FEWEST, PIECE // (self.width * self.dtype.itemsize)))
+        wide: Tensor | None = None
+        for where, raw in self.index.row_blocks(self.step, self._range):
+            for first in range(0, len(raw), piece):
+                part = raw[first : first + piece]
+                if self._gather is not None:
+                    part = part[:, self._gather]
+                if self.device.type != "cpu":
+                    part = part.to(self.device, self.dtype)
+                elif part.dtype != self.dtype:
+                    wide = torch.empty(piece, self.width, dtype=self.dtype) if wide is None else wide
+                    part = wide[: len(part)].copy_(part)
+                yield slice(where.start + first, where.start + first + len(part)), part
+
+    def some(self, where: slice) -> Tensor:
+        """(r, D) of some rows."""
+        part = self.index.gradients(self._range, where)
+        return (part if self._gather is None else part[:, self._gather]).to(self.device, self.dtype)
+
+    def columns(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, (n, c)) pieces of some columns, as large as the blocks of rows are."""
+        room = max(1, self.step * self.width // self.n)
+        for block, at in zip(self.blocks, self.blocks_at, strict=True):
+            for start in range(max(at.start, chosen.start), min(at.stop, chosen.stop), room):
+                stop = min(start + room, at.stop, chosen.stop)
+                places = slice(block.offset + start - at.start, block.offset + stop - at.start)
+                whole = next(iter(self.index.row_blocks(self.n, places)))[1]
+                yield slice(start, stop), whole.to(self.device, self.dtype)
+
+
+def widest(problem: Problem) -> int:
+    """Entries of the largest block."""
+    return max(block.size for block in problem.blocks)
+
+
+def held(problem: Problem, *, gram: bool) -> int:
+    """Bytes that scoring in memory takes, about: a block's gradients, the products, and with `gram` an n x n matrix."""
+    n, m = problem.n, problem.m
+    columns = 2 * n * widest(problem) * problem.features.gradients.element_size()
+    return columns + 40 * m * n + (32 * n**2 if gram else 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one method goes through the rows.
+
+    Attributes:
+        memory: Bytes that it may use.
+        step: Rows read at once.
+        queries: Queries that go through together.
+    """
+
+    memory: int
+    step: int
+    queries: int
+
+    def describe(self) -> dict[str, Any]:
+        """As results say it."""
+        return {
+            "computed": "streamed",
+            "memory": self.memory,
+            "rows_at_once": self.step,
+            "queries_at_once": self.queries,
+        }
+
+
+def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bool = False) -> Plan | None:
+    """How the method streams; `None` where all it needs fits the problem's memory, so that it goes on in memory.
+
+    Args:
+        method: One that looks at one loss and one choice of layers.
+        problem: As the method looks at it.
+        share: How many methods go through their rows side by side and share the memory.
+        forced: Stream even if all fits.
+
+    Raises:
+        FinetraceError: Not even one row and one query fit.
+    """
+    forced = forced or problem.step is not None or method.must_stream
+    if not method.streams or (not forced and method.held_bytes(problem) <= problem.memory):
+        return None
+    memory = problem.memory // share
+    stored = problem.index.row_blocks(1).dtype.itemsize
+    width = sum(block.size for block in problem.blocks)
+    query = width * method.query_bytes
+    row = width * (2 * stored + (4 if stored < 4 else 0))
+    if query + row > memory:
+        raise FinetraceError(
+            f"{method.label}: one query and one row of {width:,} entries take {words(query + row)}, more than the memory "
+            f"of {words(memory)}; give more with --memory."
+        )
+    queries = max(1, min(problem.m, memory // 2 // query))
+    step = problem.step or max(1, min(LARGEST_BLOCK, memory // 4) // row)
+    return Plan(memory, min(problem.n, step), queries)
+
+
+class Pass:
+    """What a method that streams works with, for all blocks or for a group of them.
+
+    Attributes:
+        problem: The problem as the method looks at it.
+        plan: How it goes through the rows.
+        rows: The rows.
+        sizes: Of the rows' segments.
+        spare: Bytes for the curvature.
+        normalised: Whether the rows' own influence is wanted too.
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, rows: StoredRows, *, normalised: bool) -> None:
+        self.problem = problem
+        self.plan = plan
+        self.rows = rows
+        self.spare = plan.memory // 4
+        self.normalised = normalised
+
+    @property
+    def sizes(self) -> Sizes:
+        """Found in one pass unless they are known."""
+        return self.problem.sizes(self.rows)
+
+    @property
+    def widths(self) -> list[int]:
+        """Of the segments."""
+        return [s.stop - s.start for s in self.rows.segments]
+
+    def part(self, blocks: Sequence[Block]) -> Pass:
+        """The same for a group of blocks."""
+        if tuple(blocks) == self.rows.blocks:
+            return self
+        return Pass(self.problem, self.plan, self.rows.part(blocks), normalised=self.normalised)
+
+
+class Run(Protocol):
+    """Scores of one method, block of rows after block of rows."""
+
+    @property
+    def queries(self) -> int:
+        """How many go through together."""
+        ...
+
+    def blocks(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (m, r)) scores of the chosen queries, float64, from the first row to the last."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """How it was computed."""
+        ...
+
+
+class MethodRun:
+    """One method on one problem."""
+
+    def __init__(self, method: GradientMethod, problem: Problem, made: Plan) -> None:
+        self.method = method
+        self.problem = problem
+        self.plan = made
+        rows = StoredRows(problem.index, problem.blocks, made.step, joint=method.joined, device=problem.device)
+        self.at = Pass(problem, made, rows, normalised=method.normalise != "none")
+        self._operator: Streamed | None = None  # kept where there is one group
+        self._solved: dict[str, Any] = {}
+
+    @property
+    def queries(self) -> int:
+        """How many go through together."""
+        return self.plan.queries
+
+    def describe(self) -> dict[str, Any]:
+        """How it was computed."""
+        return self.plan.describe() | self._solved
+
+    def own(self) -> Tensor:
+        """(n,) the rows' own influence."""
+        kept = self.problem.sums.setdefault(self.method.curvature_key, {})
+        if "train_self" not in kept:
+            total = torch.zeros(self.at.rows.n, dtype=torch.float64)
+            for _, group, operator in self._operators():
+                total += operator.own(group.rows, self._tile(group))
+            kept["train_self"] = total
+        return kept["train_self"]
+
+    def blocks(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (m, r)) scores of the chosen queries, float64, from the first row to the last."""
+        method, rows = self.method, self.at.rows
+        vectors = rows.chosen(self.problem.features.gradients[chosen])
+        ready, own = self._prepared(vectors)
+        asked = segment_dots(vectors.double(), ready, [slice(0, rows.width)])[:, 0]
+        right = ready.to(rows.dtype)
+        queries = reciprocal(asked.clamp_min(0).sqrt())[None, :]
+        examples = None if own is None else reciprocal(own.clamp_min(0).sqrt()).to(rows.device)[:, None]
+        cosines = method.by_block
+        if cosines:  # the mean over blocks of each one's own cosine
+            count = int((self.at.sizes.traces > 0).sum())
+            lengths = segment_dots(vectors.double(), ready, rows.blocks_at).sqrt()
+            right = (ready * spread(reciprocal(lengths), rows.blocks_at) / max(1, count)).to(rows.dtype)
+        for where, block in rows:
+            total = torch.zeros(len(block), len(ready), dtype=torch.float64, device=rows.device)
+            for s in rows.blocks_at:
+                inner = block[:, s] @ right[:, s].T  # (r, m)
+                total += inner * reciprocal(row_squares(block[:, s]).sqrt())[:, None] if cosines else inner
+            if examples is not None:
+                total *= examples[where]
+            if method.normalise == "cosine":
+                total = (total if cosines else total * queries).clamp(-1, 1)
+            yield where, total.T.cpu()
+
+    def _prepared(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(m, D) V P, and (n,) the rows' own influence where it is wanted; a group's curvature is made once for both."""
+        kept = self.problem.sums.setdefault(self.method.curvature_key, {})
+        wanted = self.at.normalised and not self.method.by_block
+        total = torch.zeros(self.at.rows.n, dtype=torch.float64) if wanted and "train_self" not in kept else None
+        ready = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        for places, group, operator in self._operators():
+            ready[:, places] = operator.solve(vectors[:, places])
+            if total is not None:
+                total += operator.own(group.rows, self._tile(group))
+            self._note(operator)
+        if total is not None:
+            kept["train_self"] = total
+        return ready, kept["train_self"] if wanted else None
+
+    def _operators(self) -> Iterator[tuple[slice | Tensor, Pass, Streamed]]:
+        """Every group's columns, rows and inverse curvature."""
+        groups = self.method.groups(self.at)
+        if len(groups) == 1:
+            self._operator = self._operator or self.method.operator(self.at)
+            yield slice(None), self.at, self._operator
+            return
+        columns = dict(zip(self.at.rows.blocks, self.at.rows.blocks_at, strict=True))
+        for blocks in groups:
+            places = torch.cat([torch.arange(columns[b].start, columns[b].stop) for b in blocks]).to(
+                self.at.rows.device
+            )
+            group = self.at.part(blocks)
+            yield places, group, self.method.operator(group)
+
+    def _tile(self, group: Pass) -> int:
+        return max(1, self.plan.memory // 2 // (group.rows.width * self.method.query_bytes))
+
+    def _note(self, operator: Streamed) -> None:
+        found = getattr(operator, "found", None)
+        if isinstance(found, Solution):
+            worst = max(found.residual, self._solved.get("residual", 0.0))
+            self._solved = {"solver": found.solver, "residual": worst, "passes": found.passes}
+
+
+class MeanRun:
+    """The mean of the scores of several methods that go through their rows side by side."""
+
+    def __init__(self, runs: Sequence[MethodRun]) -> None:
+        self.runs = runs
+
+    @property
+    def queries(self) -> int:
+        """How many go through together."""
+        return min(run.queries for run in self.runs)
+
+    def describe(self) -> dict[str, Any]:
+        """How it was computed."""
+        return self.runs[0].describe()
+
+    def blocks(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (m, r)) means."""
+        for parts in zip(*(_steps(run.blocks(chosen), run.plan.step) for run in self.runs), strict=True):
+            yield parts[0][0], torch.stack([part for _, part in parts]).mean(0)
+
+
+def run_of(pairs: Sequence[tuple[GradientMethod, Problem]]) -> Run | None:
+    """How several views of one method, or a single one, stream; `None` where all fit in memory."""
+    if all(plan(method, problem) is None for method, problem in pairs):
+        return None
+    share = len(pairs)
+    plans = [made for method, problem in pairs if (made := plan(method, problem, share, forced=True)) is not None]
+    step = min(made.step for made in plans)
+    runs = [
+        MethodRun(method, problem, replace(made, step=step))
+        for (method, problem), made in zip(pairs, plans, strict=True)
+    ]
+    return runs[0] if share == 1 else MeanRun(runs)
+
+
+def whole(run: Run, m: int, n: int) -> Tensor:
+    """(m, n) scores, float64."""
+    values = torch.zeros(m, n, dtype=torch.float64)
+    for chosen, where, part in all_blocks(run, m):
+        values[chosen, where] = part
+    return values
+
+
+def all_blocks(run: Run, m: int) -> Iterator[tuple[slice, slice, Tensor]]:
+    """(queries, rows, scores) of all queries, as many at once as fit."""
+    for first in range(0, m, run.queries):
+        chosen = slice(first, min(first + run.queries, m))
+        for where, part in run.blocks(chosen):
+            yield chosen, where, part
+
+
+def _steps(pieces: Iterator[tuple[slice, Tensor]], step: int) -> Iterator[tuple[slice, Tensor]]:
+    """Pieces joined to blocks of `step` rows: views of different widths come in pieces of different sizes."""
+    held: list[tuple[slice, Tensor]] = []
+    for where, part in pieces:
+        if held and where.start % step == 0:
+            yield slice(held[0][0].start, held[-1][0].stop), torch.cat([each for _, each in held], dim=1)
+            held = []
+        held.append((where, part))
+    if held:
+        yield slice(held[0][0].start, held[-1][0].stop), torch.cat([each for _, each in held], dim=1)
