@@ -6,7 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetrace.attribution import Problem, Scores, make
+from finetrace.attribution import Method, Problem, Scores, make
+from finetrace.attribution.ranked import Ranked, rank
+from finetrace.attribution.streaming import words
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
 from finetrace.encoding import TEMPLATES, Encoder
 from finetrace.errors import FinetraceError
@@ -36,13 +38,16 @@ class Index(store.Index):
     ```
     """
 
-    def trace(self, queries: Rows, method: str | None = None, **parameters: Any) -> Scores:
+    def trace(
+        self, queries: Rows, method: str | None = None, *, memory: int | None = None, **parameters: Any
+    ) -> Scores:
         """Score every training example against every query.
 
         Args:
             queries: Examples, dictionaries, a `datasets.Dataset` or a file, each with a response.
             method: A name of `finetrace methods`, with parameters after a colon if wanted (`exact:scope=joint`);
                 by default the one that `finetrace trace` takes, with `parameters` in place of its own.
+            memory: Bytes that scoring may use; half of what is available if not given. What does not fit is streamed.
             parameters: Parameters of the method by name, for instance `normalise="cosine"` or `damping=0.1`.
 
         Returns:
@@ -52,6 +57,37 @@ class Index(store.Index):
             FinetraceError: An unknown method or parameter, a query without a response, or another model than the
                 index was built with.
         """
+        problem = self.problem(queries, memory)
+        if problem.m * problem.n * 8 > problem.memory:
+            raise FinetraceError(
+                f"the {problem.m} x {problem.n} scores alone take {words(problem.m * problem.n * 8)}, more than the memory of "
+                f"{words(problem.memory)}; ask for the strongest rows with index.top(queries, k), or give more memory."
+            )
+        return self._method(method, parameters).score(problem)
+
+    def top(
+        self,
+        queries: Rows,
+        k: int = 10,
+        method: str | None = None,
+        *,
+        opponents: bool = False,
+        memory: int | None = None,
+        **parameters: Any,
+    ) -> Ranked:
+        """The k strongest rows of each query; the matrix of all scores is never held, so an index may be of any size.
+
+        Args:
+            queries: As in `trace`.
+            k: Rows kept a query.
+            method: As in `trace`.
+            opponents: Keep the k lowest too.
+            memory: Bytes that scoring may use; half of what is available if not given.
+            parameters: Parameters of the method by name.
+        """
+        return rank(self._method(method, parameters), self.problem(queries, memory), k, opponents=opponents)
+
+    def _method(self, method: str | None, parameters: Mapping[str, Any]) -> Method:
         if method is None:
             best = make(default_method(self))
             method, parameters = best.name, {**best.parameters, **parameters}
@@ -61,11 +97,14 @@ class Index(store.Index):
                 raise FinetraceError(
                     f"{method}: there is no parameter {name!r}; it has {', '.join(known.parameters) or 'none'}."
                 )
-        return make(method, **parameters).score(self.problem(queries))
+        return make(method, **parameters)
 
-    def problem(self, queries: Rows) -> Problem:
-        """The queries against this index; score several methods on one problem to share its products."""
-        return Problem(self, as_examples(queries))
+    def problem(self, queries: Rows, memory: int | None = None) -> Problem:
+        """The queries against this index; score several methods on one problem to share its products.
+
+        `memory` is what scoring may use, in bytes; half of what is available if not given.
+        """
+        return Problem(self, as_examples(queries), memory=memory)
 
 
 def build_index(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetrace.attribution import Method, Problem, Scores
+from finetrace.attribution.ranked import Ranked, rank
+from finetrace.attribution.score_files import writing_scores
+from finetrace.attribution.scores import SIGN
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.index.store import Index
@@ -98,6 +103,15 @@ class Result:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class RankedResult:
+    """One method's strongest rows, where the matrix of all scores was not held: there is nothing to evaluate."""
+
+    method: Method
+    scores: Ranked
+    metrics: dict[str, Estimate] = field(default_factory=dict)
+
+
 def default_method(index: Index) -> str:
     """What traces where nobody says: the best method that the index's model allows."""
     if not index.has_factors():
@@ -129,6 +143,27 @@ def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> l
     for method in methods:
         scores = method.score(problem)
         results.append(Result(method, scores, evaluate(scores.values, relevant, seed=seed) if judged else {}))
+    return results
+
+
+def rank_methods(
+    problem: Problem, methods: Sequence[Method], k: int, *, opponents: bool = False, scores: Path | None = None
+) -> list[RankedResult]:
+    """The k strongest rows of each query by every method, the matrix of all scores never held.
+
+    `scores` is a .parquet, .npy or .safetensors file to which all scores of the first method are written as they are made.
+    """
+    prepare(problem, methods)
+    results: list[RankedResult] = []
+    for method in methods:
+        with ExitStack() as stack:
+            sinks = []
+            if scores is not None and not results:
+                unit, used, _ = method.about(method.prepared(problem))
+                config = {"method": method.label, "unit": unit, "sign": SIGN, "parameters": used}
+                names = [query.id for query in problem.queries]
+                sinks.append(stack.enter_context(writing_scores(scores, method.label, names, problem.rows.ids, config)))
+            results.append(RankedResult(method, rank(method, problem, k, opponents=opponents, sinks=sinks)))
     return results
 
 

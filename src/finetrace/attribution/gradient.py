@@ -16,7 +16,7 @@ from torch import Tensor
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
-from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest
+from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest, words
 from finetrace.collection import Block
 from finetrace.curvature import (
     Damping,
@@ -120,6 +120,11 @@ class GradientMethod(Method):
         several = self._several()
         if several:
             return np.mean([each.matrix(each.prepared(problem)) for each in several], axis=0)
+        if not self.streams and self.held_bytes(problem) > problem.memory:
+            raise FinetraceError(
+                f"{self.label}: this method holds {words(self.held_bytes(problem))} in memory, more than the "
+                f"{words(problem.memory)} allowed; give more with --memory, or take exact, which needs less."
+            )
         return self._matrix(problem)
 
     def _matrix(self, problem: Problem) -> NDArray[np.float64]:
@@ -371,3 +376,7 @@ class LiSSAMethod(_Scoped):
         damping = Damping(self.damping, self.damping_rule).of(products, width)
         kind = LiSSA if self.recurrence == "neumann" else ReleasedLiSSA
         return kind(products, damping, self.iterations)
+
+    def held_bytes(self, problem: Problem) -> int:
+        """With Gram matrices, on which it iterates."""
+        return held(problem, gram=True)

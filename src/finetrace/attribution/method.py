@@ -53,12 +53,7 @@ class Method(ABC):
         problem = self.prepared(index if isinstance(index, Problem) else Problem(index, queries))
         self.warm(problem)  # collecting the queries is not the method's time
         started = time.perf_counter()
-        try:
-            values = self.matrix(problem)
-        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-            raise FinetraceError(
-                f"{self.label}: the damped curvature cannot be factored in the precision of the gradients; use more damping."
-            ) from error
+        values = self.checked_matrix(problem)
         seconds = time.perf_counter() - started
         if not np.isfinite(values).all():
             row = int(np.argwhere(~np.isfinite(values))[0][0])
@@ -67,6 +62,15 @@ class Method(ABC):
             )
         unit, used, computed = self.about(problem)
         return Scores(values, problem.queries, problem.rows.examples, self.label, unit, used, seconds, computed)
+
+    def checked_matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """`matrix`, and in words what cannot be factored."""
+        try:
+            return self.matrix(problem)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            raise FinetraceError(
+                f"{self.label}: the damped curvature cannot be factored in the precision of the gradients; use more damping."
+            ) from error
 
     def about(self, problem: Problem) -> tuple[str, dict[str, Any], dict[str, Any]]:
         """Unit, parameters and how it was computed, of scores on what `prepared` returned."""

@@ -76,6 +76,7 @@ class Problem:
         self._features = features
         self._kept_queries = kept_queries
         self._whole: Problem | None = None  # of which this one has some layers
+        self._larger: tuple[Problem, slice] | None = None  # of which this one has some queries
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.memory = memory if memory is not None else available_memory() // 2
@@ -116,6 +117,15 @@ class Problem:
             self._parts[name] = Problem(viewed, self.queries, kept_queries=kept, memory=self.memory, step=self.step)
         return self._parts[name]
 
+    def some(self, chosen: slice) -> Problem:
+        """The same rows against some of the queries."""
+        part = copy(self)
+        part.queries = self.queries[chosen]
+        part._kept, part._parts, part.sums, part.computed, part._kept_queries = {}, {}, {}, {}, None
+        part._whole, part._features, part._larger = None, None, (self, chosen)
+        part.__dict__.pop("joint", None)
+        return part
+
     @property
     def n(self) -> int:
         """Training examples."""
@@ -136,6 +146,8 @@ class Problem:
         """The queries' gradients, representations and losses."""
         if self._whole is not None:
             return self._whole.features
+        if self._larger is not None and self._features is None:
+            self._features = self._larger[0].features.some(self._larger[1])
         if self._features is None and self._kept_queries is not None:
             self._features = self._kept_queries.kept_features()
         if self._features is None:

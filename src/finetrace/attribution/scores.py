@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetrace.attribution.score_files import MATRIX, writing_scores
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.manifest import write_atomically
@@ -81,7 +82,11 @@ class Scores:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write every score in long form; the suffix decides: .parquet, .csv or .json."""
+        """Write every score; the suffix decides: .parquet, .csv or .json in long form, .npy or .safetensors as a matrix."""
+        if Path(path).suffix in MATRIX:
+            with writing_scores(Path(path), self.method, self.query_ids, self.train_ids, self.describe()) as file:
+                file.take(slice(0, len(self.queries)), slice(0, len(self.train)), self.values)
+            return
         frame = self.top(len(self.train)).to_pandas().drop(columns=["kind", "prompt", "response"])
         write_frame(frame, Path(path), self.describe())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +12,10 @@ from finetrace.cli import options
 from finetrace.errors import FinetraceError
 
 if TYPE_CHECKING:
+    from finetrace.attribution import Method, Problem
     from finetrace.examples import Example
     from finetrace.index.store import Index
-    from finetrace.tracing import Result
+    from finetrace.tracing import RankedResult, Result
 
 TRACED = "ekfac:layers=last-fifth,at=start"  # tracing.BEST, without its imports
 
@@ -38,8 +40,14 @@ def trace(
     out: Annotated[
         Path | None, typer.Option(help="Also write the ranked rows to a .json, .csv or .parquet file.")
     ] = None,
-    scores: Annotated[Path | None, typer.Option(help="Also write every score of the first method there.")] = None,
+    scores: Annotated[
+        Path | None,
+        typer.Option(help="Also write every score of the first method: .parquet, .csv, .json, .npy or .safetensors."),
+    ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a report page there.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(help="What scoring may use, as 512MB or 4GB; half of what is available if not given.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="Another dtype than the index was built in.")] = None,
     device: options.Device = "auto",
@@ -62,18 +70,21 @@ def trace(
         raise FinetraceError("--answer goes with --ask: it is the answer to that prompt.")
     for flag, path, kinds in (
         ("--out", out, (".json", ".csv", ".parquet")),
-        ("--scores", scores, (".json", ".csv", ".parquet")),
+        ("--scores", scores, (".json", ".csv", ".parquet", ".npy", ".safetensors")),
         ("--report", report, (".html",)),
     ):
         if path is not None and path.suffix not in kinds:
             raise FinetraceError(f"{flag} {path}: the name must end in {' or '.join(kinds)}.")
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
+        from finetrace.attribution.ranked import fits
+        from finetrace.attribution.streaming import parse_memory
         from finetrace.examples import Example
         from finetrace.index import open_index
         from finetrace.reading import read_examples
-        from finetrace.tracing import default_method, run_methods, standard
+        from finetrace.tracing import default_method, rank_methods, run_methods, standard
 
+        room = parse_memory(memory) if memory is not None else None
         opened = open_index(index)
         asked_for = method or [default_method(opened)]
         specs = [each for name in asked_for for each in (standard(opened) if name == "all" else [name])]
@@ -98,16 +109,54 @@ def trace(
         ):
             opened.model(options.dtype(dtype) if dtype else None, device, trust_remote_code)
         asked = _answered(opened, asked, max_new_tokens)
-        problem = Problem(opened, asked)
-        results = run_methods(problem, chosen)
+        problem = Problem(opened, asked, memory=room)
+        results: Sequence[Result | RankedResult]
+        whole: list[Result] = []
+        if fits(problem, len(chosen)):
+            results = whole = run_methods(problem, chosen)
+        else:
+            _say_left_out(problem, chosen, top, scores, report)
+            results = rank_methods(problem, chosen, top, opponents=opponents, scores=scores)
     options.say_lengths(problem.lengths)
+    for result in results:
+        _say_computed(result)
     _print(results, format, top, opponents)
     if out is not None:
         _write_ranked(results, out, top, opponents)
-    if scores is not None:
-        results[0].scores.save(scores)
+    if scores is not None and whole:
+        whole[0].scores.save(scores)
     if report is not None:
-        _report(opened, results, report)
+        _report(opened, whole, report)
+
+
+def _say_left_out(
+    problem: Problem, methods: Sequence[Method], top: int, scores: Path | None, report: Path | None
+) -> None:
+    """What needs the whole matrix of scores, where it is not held."""
+    from finetrace.attribution.streaming import words
+
+    size = f"the {problem.m} x {problem.n} scores of {len(methods)} methods do not fit the memory of {words(problem.memory)}"
+    if report is not None:
+        raise FinetraceError(f"--report {report}: {size}, and the page needs them all; give more with --memory.")
+    if scores is not None and scores.suffix in (".json", ".csv"):
+        raise FinetraceError(
+            f"--scores {scores}: {size}, and are written as they are made: to .parquet, .npy or .safetensors."
+        )
+    options.say(f"{size}: the {top} strongest rows of each query are kept; metrics and their intervals are left out")
+
+
+def _say_computed(result: Result | RankedResult) -> None:
+    """How scores that were streamed or solved were computed."""
+    from finetrace.attribution.streaming import words
+
+    how = result.scores.computed
+    said = []
+    if how.get("computed") == "streamed":
+        said.append(f"streamed, {how['rows_at_once']} rows at a time, in {words(how['memory'])}")
+    if "solver" in how:
+        said.append(f"solver {how['solver']}, relative residual {how['residual']:.0e}")
+    if said:
+        options.say(f"{result.method.title}: {'; '.join(said)}")
 
 
 def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[Example]:
@@ -127,7 +176,7 @@ def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[E
     return [replies.get(example.id, example) for example in asked]
 
 
-def _print(results: list[Result], format: str, top: int, opponents: bool) -> None:
+def _print(results: Sequence[Result | RankedResult], format: str, top: int, opponents: bool) -> None:
     import json
     import sys
 
@@ -160,7 +209,7 @@ def _print(results: list[Result], format: str, top: int, opponents: bool) -> Non
         print_methods(results, console)
 
 
-def _records(results: list[Result], top: int, opponents: bool) -> list[dict[str, Any]]:
+def _records(results: Sequence[Result | RankedResult], top: int, opponents: bool) -> list[dict[str, Any]]:
     records = []
     for result in results:
         records += result.scores.top(top).records()
@@ -169,7 +218,7 @@ def _records(results: list[Result], top: int, opponents: bool) -> list[dict[str,
     return records
 
 
-def _write_ranked(results: list[Result], out: Path, top: int, opponents: bool) -> None:
+def _write_ranked(results: Sequence[Result | RankedResult], out: Path, top: int, opponents: bool) -> None:
     import pandas as pd
 
     from finetrace.attribution.scores import write_frame

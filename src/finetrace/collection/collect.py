@@ -42,6 +42,11 @@ class Features:
     def __len__(self) -> int:
         return len(self.losses)
 
+    def some(self, chosen: slice) -> Features:
+        """Of some of the examples."""
+        kept = {name: value[chosen] for name, value in self.representations.items()}
+        return Features(self.gradients[chosen], self.losses[chosen], kept)
+
 
 @dataclass(frozen=True)
 class Collector:

@@ -13,10 +13,10 @@ from rich.text import Text
 from finetrace.attribution import Top
 from finetrace.evaluation.intervals import Estimate
 from finetrace.reporting.payload import ModelBehaviour
-from finetrace.tracing import Result
+from finetrace.tracing import RankedResult, Result
 
 
-def print_methods(results: Sequence[Result], console: Console) -> None:
+def print_methods(results: Sequence[Result | RankedResult], console: Console) -> None:
     """A row a method: metrics with 95% intervals where labels allow, and seconds."""
     judged = any(result.metrics for result in results)
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
