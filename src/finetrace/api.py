@@ -15,6 +15,7 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import build_index as _build
 from finetrace.index import store
+from finetrace.index.cache import LIMIT
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
 from finetrace.tracing import default_method
@@ -104,7 +105,7 @@ class Index(store.Index):
 
         `memory` is what scoring may use, in bytes; half of what is available if not given.
         """
-        return Problem(self, as_examples(queries), memory=memory)
+        return Problem(self, as_examples(queries), memory=memory, cache=LIMIT)
 
 
 def build_index(

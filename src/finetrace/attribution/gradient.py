@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -150,12 +150,37 @@ class GradientMethod(Method):
         missing = [name for name in wanted if name not in kept]
         if missing:
             shapes = {"products": (problem.m, problem.n), "train_self": (problem.n,), "query_self": (problem.m,)}
-            totals = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in missing}
-            for part in self.parts(problem):
-                for name in missing:
-                    totals[name] += getattr(part, name)()
-            kept |= totals
+
+            def made(names: Sequence[str]) -> dict[str, Tensor]:
+                totals = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
+                for part in self.parts(problem):
+                    for name in names:
+                        totals[name] += getattr(part, name)()
+                return totals
+
+            if "train_self" in missing:  # of the index alone, so it may be there already
+                kept |= self.fetch_own(problem, lambda: made(missing))
+                missing = [name for name in missing if name not in kept]
+            kept |= made(missing) if missing else {}
         return kept
+
+    def fetch_own(self, problem: Problem, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`train_self` from the index's cache, or all that `make` makes, of which it is kept."""
+        more: dict[str, Tensor] = {}
+        if not self.streams:  # a method of another package, whose formula may change
+            return make()
+
+        def own() -> dict[str, Tensor]:
+            more.update(make())
+            return {"train_self": more["train_self"]}
+
+        return (
+            problem.fetch_all("own", problem.blocks, own, curvature=self.curvature_key, **self.depends(problem)) | more
+        )
+
+    def depends(self, problem: Problem) -> dict[str, Any]:
+        """What P depends on besides parameters and gradients."""
+        return {}
 
     @property
     def curvature_key(self) -> str:

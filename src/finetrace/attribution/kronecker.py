@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from finetrace.attribution.streaming import Pass
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
 from finetrace.curvature.streamed import KroneckerStream, Streamed
+from finetrace.index.factors import digest as factors_digest
 from finetrace.moments import At
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
@@ -56,6 +57,10 @@ class _KroneckerMethod(GradientMethod):
             for k, trace in enumerate(at.sizes.traces.tolist()):
                 chosen[k] = chosen[k] if trace > 0 else None
         return KroneckerStream(at.rows.segments, chosen, eigenvalues, self.damping)
+
+    def depends(self, problem: Problem) -> dict[str, Any]:
+        """On the factors, which may be fitted again."""
+        return {"factors": factors_digest(problem.index.folder, self.labels)}
 
     @abstractmethod
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +16,13 @@ from finetrace.attribution.streaming import StoredRows, available_memory
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
-from finetrace.curvature.products import Gradients, row_squares
+from finetrace.curvature.products import Gradients, Kept, Made, row_squares
 from finetrace.curvature.streamed import Sizes
 from finetrace.curvature.streamed import sizes as sizes_of
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.index.cache import Cache
 from finetrace.index.rows import Rows
 from finetrace.index.store import Index
 from finetrace.index.views import kronecker_factors, view
@@ -47,12 +49,14 @@ class Problem:
         kept_queries: Index | None = None,
         memory: int | None = None,
         step: int | None = None,
+        cache: int = 0,
     ) -> None:
         """The queries, each with a response; features that were collected before need no model.
 
         `kept_queries` is an index of the same queries in the same order, from which their features are read. `memory` is
         what scoring may use, in bytes (half of what is available if not given); methods whose matrices do not fit read
         the rows in blocks instead (`attribution.streaming`). `step` makes them do so, that many rows at a time.
+        `cache` is how many bytes of what depends on the index alone may be kept beside it (`index.cache`).
         """
         if not queries:
             raise FinetraceError("there is no query to trace; give at least one with a response.")
@@ -81,6 +85,7 @@ class Problem:
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.memory = memory if memory is not None else available_memory() // 2
         self.step = step
+        self.cache = Cache(index.folder, index.manifest, cache) if cache else None
         self.computed: dict[str, dict[str, Any]] = {}  # how, by method or curvature, where there is something to say
         self._sizes: dict[tuple[Block, ...], Sizes] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
@@ -114,7 +119,14 @@ class Problem:
         if name not in self._parts:
             kept = view(self._kept_queries, loss, at=moment) if self._kept_queries is not None else None
             viewed = view(self.index, loss, kronecker, moment)
-            self._parts[name] = Problem(viewed, self.queries, kept_queries=kept, memory=self.memory, step=self.step)
+            self._parts[name] = Problem(
+                viewed,
+                self.queries,
+                kept_queries=kept,
+                memory=self.memory,
+                step=self.step,
+                cache=self.cache.limit if self.cache else 0,
+            )
         return self._parts[name]
 
     def some(self, chosen: slice) -> Problem:
@@ -162,9 +174,24 @@ class Problem:
     def sizes(self, rows: StoredRows) -> Sizes:
         """Norms and traces of rows, found in one pass over them the first time."""
         if rows.blocks not in self._sizes:
-            self._sizes[rows.blocks] = sizes_of(rows.by_block())
+
+            def make() -> dict[str, Tensor]:
+                found = sizes_of(rows.by_block())
+                return {"squares": found.squares, "traces": found.traces}
+
+            self._sizes[rows.blocks] = Sizes(**self.fetch_all("sizes", rows.blocks, make))
         found = self._sizes[rows.blocks]
         return Sizes(found.squares, found.traces.sum(0, keepdim=True)) if rows.joint else found
+
+    def fetch_all(
+        self, name: str, blocks: Sequence[Block], make: Callable[[], dict[str, Tensor]], **depends: Any
+    ) -> dict[str, Tensor]:
+        """Tensors that depend on the index's gradients of some blocks, from its cache or made now."""
+        return self.cache.fetch_all(name, blocks, make, **depends) if self.cache is not None else make()
+
+    def kept(self, blocks: Sequence[Block]) -> Kept:
+        """The cache of some blocks."""
+        return _Cached(self.cache, tuple(blocks)) if self.cache is not None else Made()
 
     def products(self) -> Iterator[tuple[Block, Products]]:
         """Block after block; a block whose gradients are all zero (A while B is still zero) is left out."""
@@ -176,19 +203,28 @@ class Problem:
     @cached_property
     def joint(self) -> Products:
         """All blocks as one."""
-        gram = torch.zeros(self.n, self.n, dtype=torch.float64)
         cross = torch.zeros(self.m, self.n, dtype=torch.float64)
         train_sq, query_sq = torch.zeros(self.n, dtype=torch.float64), torch.zeros(self.m, dtype=torch.float64)
+
+        def make() -> Tensor:
+            gram = torch.zeros(self.n, self.n, dtype=torch.float64)
+            for _, products in self.products():
+                gram += products.gram
+            return gram
+
+        gram = self.kept(self.blocks).fetch("joint", make)
         for _, products in self.products():
-            gram += products.gram
             cross += products.cross
             train_sq += products.train_sq
             query_sq += products.query_sq
-        return Products.known(gram, cross, train_sq, query_sq)
+        return Products.known(gram, cross, train_sq, query_sq, self.kept(self.blocks))
 
     @cached_property
     def train_norms(self) -> Tensor:
         """(n,) norms of the whole training gradients, float64; needs no query and no model."""
+        return self.kept(self.blocks).fetch("norms", self._norms)
+
+    def _norms(self) -> Tensor:
         whole = self.blocks == self.index.blocks
         parts = []
         for rows in self.index.stored_gradients():
@@ -212,10 +248,22 @@ class Problem:
 
     def _of(self, block: Block) -> Products:
         query = self.features.gradients[:, block.columns]
-        products = Products(Gradients(lambda: self.index.gradients(block.columns), query))
+        products = Products(Gradients(lambda: self.index.gradients(block.columns), query), self.kept((block,)))
         if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= min(CACHE_BYTES, self.memory):
             self._kept[block.name] = products
         return products
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """The index's cache, for some blocks."""
+
+    cache: Cache
+    blocks: tuple[Block, ...]
+
+    def fetch(self, name: str, make: Callable[[], Tensor], **depends: Any) -> Tensor:
+        """The tensor kept under this name, or made now."""
+        return self.cache.fetch(name, self.blocks, make, **depends)
 
 
 def _made(index: Index) -> tuple[object, ...]:

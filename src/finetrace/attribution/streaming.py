@@ -10,16 +10,17 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from finetrace.collection import Block
 from finetrace.curvature.products import row_squares
-from finetrace.curvature.solvers import Solution
+from finetrace.curvature.solvers import Solution, Solver
 from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_dots, spread
 from finetrace.errors import FinetraceError
+from finetrace.index.cache import digest
 from finetrace.index.store import Index
 
 if TYPE_CHECKING:
@@ -32,16 +33,16 @@ FEWEST = 64  # rows in a piece, where a block has as many: products of fewer are
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, flag: str = "--memory") -> int:
     """Bytes of `512MB`, `2GiB` or a plain number."""
     digits = text.strip().upper().rstrip("BIKMG")
     unit = text.strip().upper()[len(digits) :]
     try:
         value = float(digits) * UNITS[unit if unit in UNITS else f"{unit}B"]
     except (ValueError, KeyError):
-        raise FinetraceError(f"--memory {text}: not an amount of memory; write for instance 512MB or 4GB.") from None
+        raise FinetraceError(f"{flag} {text}: not an amount of memory; write for instance 512MB or 4GB.") from None
     if not 0 < value < float("inf"):
-        raise FinetraceError(f"--memory {text}: give more than nothing.")
+        raise FinetraceError(f"{flag} {text}: give more than nothing.")
     return int(value)
 
 
@@ -100,8 +101,7 @@ class StoredRows:
         ends = [sum(widths[: i + 1]) for i in range(len(widths))]
         self.blocks_at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
         self.segments: Sequence[slice] = [slice(0, ends[-1])] if joint else self.blocks_at
-        stored = index.row_blocks(step, self._range).dtype
-        self.dtype = torch.float64 if stored == torch.float64 else torch.float32
+        self.dtype = index.manifest.computed_dtype
 
     @property
     def width(self) -> int:
@@ -207,7 +207,7 @@ def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bo
     stored = problem.index.row_blocks(1).dtype.itemsize
     width = sum(block.size for block in problem.blocks)
     query = width * method.query_bytes
-    row = width * (2 * stored + (4 if stored < 4 else 0))
+    row = width * (2 * stored + (problem.index.manifest.computed_dtype.itemsize if stored < 4 else 0))
     if query + row > memory:
         raise FinetraceError(
             f"{method.label}: one query and one row of {width:,} entries take {words(query + row)}, more than the memory "
@@ -296,10 +296,14 @@ class MethodRun:
         """(n,) the rows' own influence."""
         kept = self.problem.sums.setdefault(self.method.curvature_key, {})
         if "train_self" not in kept:
-            total = torch.zeros(self.at.rows.n, dtype=torch.float64)
-            for _, group, operator in self._operators():
-                total += operator.own(group.rows, self._tile(group))
-            kept["train_self"] = total
+
+            def make() -> dict[str, Tensor]:
+                total = torch.zeros(self.at.rows.n, dtype=torch.float64)
+                for _, group, operator in self._operators():
+                    total += operator.own(group.rows, self._tile(group))
+                return {"train_self": total}
+
+            kept |= self.method.fetch_own(self.problem, make)
         return kept["train_self"]
 
     def blocks(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
@@ -329,18 +333,50 @@ class MethodRun:
 
     def _prepared(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """(m, D) V P, and (n,) the rows' own influence where it is wanted; a group's curvature is made once for both."""
-        kept = self.problem.sums.setdefault(self.method.curvature_key, {})
-        wanted = self.at.normalised and not self.method.by_block
-        total = torch.zeros(self.at.rows.n, dtype=torch.float64) if wanted and "train_self" not in kept else None
-        ready = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
-        for places, group, operator in self._operators():
-            ready[:, places] = operator.solve(vectors[:, places])
-            if total is not None:
-                total += operator.own(group.rows, self._tile(group))
-            self._note(operator)
-        if total is not None:
-            kept["train_self"] = total
-        return ready, kept["train_self"] if wanted else None
+        method, problem = self.method, self.problem
+        kept = problem.sums.setdefault(method.curvature_key, {})
+        wanted = self.at.normalised and not method.by_block
+
+        def make(*, own: bool) -> dict[str, Tensor]:
+            ready = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+            total = torch.zeros(self.at.rows.n, dtype=torch.float64)
+            for places, group, operator in self._operators():
+                ready[:, places] = operator.solve(vectors[:, places])
+                if own:
+                    total += operator.own(group.rows, self._tile(group))
+                self._note(operator)
+            return {"ready": ready.cpu()} | ({"train_self": total} if own else {})
+
+        made: dict[str, Tensor] = {}
+
+        def owned() -> dict[str, Tensor]:
+            made.update(make(own=True))
+            return {"train_self": made["train_self"]}
+
+        def queried() -> dict[str, Tensor]:
+            ready = made["ready"] if made else make(own=False)["ready"]
+            return {"ready": ready, **self._numbers()}
+
+        if wanted and "train_self" not in kept:
+            kept |= method.fetch_own(problem, owned)
+        depends = {"curvature": method.curvature_key, "queries": digest(vectors), **method.depends(problem)}
+        found = problem.fetch_all("queries", problem.blocks, queried, **depends)
+        self._say(found)
+        return found["ready"].to(vectors.device), kept["train_self"] if wanted else None
+
+    def _numbers(self) -> dict[str, Tensor]:
+        """How queries were solved, to be kept with them."""
+        if "solver" not in self._solved:
+            return {}
+        names: list[str] = list(get_args(Solver))
+        return {
+            "solved": torch.tensor([names.index(self._solved["solver"]), self._solved["residual"]], dtype=torch.float64)
+        }
+
+    def _say(self, found: dict[str, Tensor]) -> None:
+        if "solved" in found and "solver" not in self._solved:
+            number, residual = found["solved"].tolist()
+            self._solved = {"solver": get_args(Solver)[int(number)], "residual": residual, "passes": 0}
 
     def _operators(self) -> Iterator[tuple[slice | Tensor, Pass, Streamed]]:
         """Every group's columns, rows and inverse curvature."""

@@ -48,6 +48,10 @@ def trace(
     memory: Annotated[
         str | None, typer.Option(help="What scoring may use, as 512MB or 4GB; half of what is available if not given.")
     ] = None,
+    cache: Annotated[
+        str, typer.Option(help="What may be kept in the index's folder for the next query; 0 keeps nothing.")
+    ] = "2GB",
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep nothing, and use nothing that was kept.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="Another dtype than the index was built in.")] = None,
     device: options.Device = "auto",
@@ -85,6 +89,7 @@ def trace(
         from finetrace.tracing import default_method, rank_methods, run_methods, standard
 
         room = parse_memory(memory) if memory is not None else None
+        kept = 0 if no_cache or cache == "0" else parse_memory(cache, "--cache")
         opened = open_index(index)
         asked_for = method or [default_method(opened)]
         specs = [each for name in asked_for for each in (standard(opened) if name == "all" else [name])]
@@ -109,7 +114,7 @@ def trace(
         ):
             opened.model(options.dtype(dtype) if dtype else None, device, trust_remote_code)
         asked = _answered(opened, asked, max_new_tokens)
-        problem = Problem(opened, asked, memory=room)
+        problem = Problem(opened, asked, memory=room, cache=kept)
         results: Sequence[Result | RankedResult]
         whole: list[Result] = []
         if fits(problem, len(chosen)):

@@ -23,9 +23,13 @@ class FisherDual:
     @cached_property
     def _factor(self) -> Tensor:
         """(n, n) Cholesky factor of K + n lambda I."""
-        shifted = self.of.gram.clone()
-        shifted.diagonal().add_(self.of.n * self.damping)
-        return torch.linalg.cholesky(shifted)
+
+        def make() -> Tensor:
+            shifted = self.of.gram.clone()
+            shifted.diagonal().add_(self.of.n * self.damping)
+            return torch.linalg.cholesky(shifted)
+
+        return self.of.kept.fetch("dual", make, damping=self.damping)
 
     @cached_property
     def _solved(self) -> Tensor:
@@ -75,10 +79,13 @@ class FisherPrimal:
 
     @cached_property
     def _factor(self) -> Tensor:
-        train = self._gradients.train
-        self._matrix = (train.T @ train).double() / self.of.n
-        self._matrix.diagonal().add_(self.damping)
-        return torch.linalg.cholesky(self._matrix)
+        def make() -> Tensor:
+            train = self._gradients.train
+            curvature = (train.T @ train).double() / self.of.n
+            curvature.diagonal().add_(self.damping)
+            return torch.linalg.cholesky(curvature)
+
+        return self.of.kept.fetch("primal", make, damping=self.damping)
 
     @cached_property
     def _solved(self) -> Tensor:
@@ -90,7 +97,7 @@ class FisherPrimal:
         query = self._gradients.query.double()
         if "_solved" not in self.__dict__ or not len(query):
             return 0.0
-        left = self._solved @ self._matrix - query
+        left = (self._solved @ self._factor) @ self._factor.T - query
         return _largest(torch.linalg.vector_norm(left, dim=1), torch.linalg.vector_norm(query, dim=1))
 
     @property

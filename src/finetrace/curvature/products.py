@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,22 @@ class Gradients:
         return self.query.shape[1]
 
 
+class Kept(Protocol):
+    """What was computed of one block's training gradients before."""
+
+    def fetch(self, name: str, make: Callable[[], Tensor], **depends: Any) -> Tensor:
+        """The tensor kept under this name, or made now."""
+        ...
+
+
+class Made:
+    """Nothing was."""
+
+    def fetch(self, name: str, make: Callable[[], Tensor], **depends: Any) -> Tensor:
+        """Made now."""
+        return make()
+
+
 class Products:
     """K = G G^T, C = V G^T and the squared norms, each computed when first asked for.
 
@@ -40,8 +57,10 @@ class Products:
     which everything is factored and solved.
     """
 
-    def __init__(self, gradients: Gradients) -> None:
+    def __init__(self, gradients: Gradients, kept: Kept = Made()) -> None:
+        """`kept` may hold what depends on the training gradients alone."""
         self.gradients: Gradients | None = gradients
+        self.kept = kept
 
     @classmethod
     def of(cls, train: Tensor, query: Tensor) -> Products:
@@ -49,10 +68,11 @@ class Products:
         return cls(Gradients(lambda: train, query))
 
     @classmethod
-    def known(cls, gram: Tensor, cross: Tensor, train_sq: Tensor, query_sq: Tensor) -> Products:
+    def known(cls, gram: Tensor, cross: Tensor, train_sq: Tensor, query_sq: Tensor, kept: Kept = Made()) -> Products:
         """Of products computed elsewhere, such as sums over blocks; there are no gradients behind them."""
         made = cls.__new__(cls)
         made.gradients = None
+        made.kept = kept
         made.kept_gram, made._small, made._query_sq = gram, (cross, train_sq), query_sq
         return made
 
@@ -84,13 +104,17 @@ class Products:
     @cached_property
     def kept_gram(self) -> Tensor:
         """(n, n) K in the precision in which it was accumulated."""
-        train = self._known.train
-        return train @ train.T
+
+        def make() -> Tensor:
+            train = self._known.train
+            return train @ train.T
+
+        return self.kept.fetch("gram", make)
 
     @cached_property
     def _small(self) -> tuple[Tensor, Tensor]:
         train = self._known.train
-        return self._known.query @ train.T, row_squares(train)
+        return self._known.query @ train.T, self.kept.fetch("squares", lambda: row_squares(train))
 
     @cached_property
     def _query_sq(self) -> Tensor:

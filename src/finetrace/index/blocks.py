@@ -39,9 +39,11 @@ class RowBlocks:
         self.columns = columns
         self._reader = reader
         self._places = [_Place(reader, shard) for shard in reader.shards]
-        self.dtype = self._places[0].dtype
+        stored = self._places[0].dtype
+        self._scaled = stored == torch.float16  # with exponents of its own, which the reader undoes
+        self.dtype = reader.dtype if self._scaled else stored
         for place in self._places:
-            if (place.dtype, place.width) != (self.dtype, self._places[0].width):
+            if (place.dtype, place.width) != (stored, self._places[0].width):
                 raise FinetraceError(
                     f"{place.path}: this shard's gradients have another shape or dtype than the first one's; build the "
                     "index again."
@@ -54,6 +56,11 @@ class RowBlocks:
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, block): the block is overwritten when the one after the next is asked for, so it must not be kept."""
+        if self._scaled:
+            for start in range(0, self.n, self.rows):
+                where = slice(start, min(start + self.rows, self.n))
+                yield where, self._reader.gradients(self.columns, where)
+            return
         width = self.columns.stop - self.columns.start
         itemsize = self.dtype.itemsize
         buffers = [np.empty(min(self.rows, self.n) * width * itemsize, np.uint8) for _ in range(2)]

@@ -122,6 +122,11 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
     shutil.rmtree(parts[0].parent, ignore_errors=True)
 
 
+def digest(folder: Path, labels: Labels) -> str:
+    """The checksum that finished factors have."""
+    return str(json.loads(path(folder, labels).with_suffix(".json").read_text(encoding="utf-8"))["sha256"])
+
+
 def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, KroneckerBasis]:
     """Every block's basis by name; `FinetraceError` where the file is broken or of another model or data."""
     file = path(folder, labels)

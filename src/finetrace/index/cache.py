@@ -1,0 +1,130 @@
+"""What scoring computes of an index's own rows, kept beside it: safetensors under `cache/`, which may be removed at any time.
+
+A name is the hash of everything that a value depends on, so a value of other data, blocks or damping is never found. Files
+are written under a name of their own and renamed, so that several processes may read and write at once; what cannot be
+read, or whose checksum differs, is computed again, and what cannot be written is not kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+from torch import Tensor
+
+from finetrace._version import __version__
+from finetrace.collection import Block
+from finetrace.index.manifest import Manifest
+
+FOLDER = "cache"
+FORMAT = "1"
+LIMIT = 2 << 30  # bytes
+STALE = 3600.0  # seconds after which a file that was never finished is removed
+
+
+class Cache:
+    """The cache of one index.
+
+    Attributes:
+        folder: Where it lies.
+        limit: Bytes that it may take; what was used longest ago goes first.
+    """
+
+    def __init__(self, index: Path, manifest: Manifest, limit: int = LIMIT) -> None:
+        self.folder = index / FOLDER
+        self.limit = limit
+        shards = [(shard.start, shard.stop, shard.sha256) for shard in manifest.shards]
+        about = [FORMAT, __version__, manifest.data_fingerprint, manifest.feature_dtype, shards]
+        self._about = json.dumps(about)
+
+    def fetch(self, name: str, blocks: Sequence[Block], make: Callable[[], Tensor], **depends: Any) -> Tensor:
+        """The tensor kept as `name` of some blocks and whatever else it `depends` on, made and kept if it is not there."""
+        return self.fetch_all(name, blocks, lambda: {"value": make()}, **depends)["value"]
+
+    def fetch_all(
+        self, name: str, blocks: Sequence[Block], make: Callable[[], Mapping[str, Tensor]], **depends: Any
+    ) -> dict[str, Tensor]:
+        """The same for several tensors that are made together."""
+        key = json.dumps([self._about, name, [(b.name, b.shape, b.offset) for b in blocks], depends], sort_keys=True)
+        path = self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        found = self._read(path)
+        if found is not None:
+            return found
+        made = dict(make())
+        self._write(path, made)
+        return made
+
+    def _read(self, path: Path) -> dict[str, Tensor] | None:
+        """The tensors of a file; `None` where it is not there, or not what was written."""
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if about.get("format") == FORMAT and about.get("sha256") == _digest(tensors):
+                os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the system writes it
+                return {name: tensor.clone() for name, tensor in tensors.items()}
+        except (OSError, SafetensorError, ValueError, TypeError):
+            pass
+        return None
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Keep them, if there is room and the folder can be written."""
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size > self.limit // 2:
+            return
+        part = path.with_name(f".{uuid.uuid4().hex}.part")
+        arrays = {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
+        try:
+            self.folder.mkdir(exist_ok=True)
+            content = save(arrays, metadata={"format": FORMAT, "sha256": _digest(tensors)})
+            self._make_room(len(content))
+            part.write_bytes(content)
+            part.replace(path)
+        except (OSError, SafetensorError):
+            pass
+        finally:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+
+    def _make_room(self, size: int) -> None:
+        """Remove what was used longest ago until `size` more bytes fit, and what a killed process left."""
+        files = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(OSError):  # another process may have removed it
+                about = path.stat()
+                if path.suffix == ".part" and time.time() - about.st_mtime > STALE:
+                    path.unlink()
+                elif path.suffix == ".safetensors":
+                    files.append((about.st_mtime, about.st_size, path))
+        taken = sum(bytes_ for _, bytes_, _ in files)
+        for _, bytes_, path in sorted(files):
+            if taken + size <= self.limit:
+                return
+            with contextlib.suppress(OSError):
+                path.unlink()
+            taken -= bytes_
+
+
+def digest(tensor: Tensor) -> str:
+    """Of a tensor's values, for what depends on it."""
+    return _digest({"value": tensor})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(memoryview(tensor.view(torch.uint8).numpy().reshape(-1)) if tensor.numel() else b"")  # type: ignore[arg-type]
+    return found.hexdigest()

@@ -1,0 +1,141 @@
+"""What an index keeps of its own scoring: found again, never wrong, and not needed."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from finetrace.attribution import Problem, make
+from finetrace.index import cache as cache_module
+from finetrace.index import open_index
+from finetrace.index.cache import Cache
+from test_streaming import features, index, tiny_queries  # noqa: F401  (fixtures)
+
+SPECS = (
+    "exact:normalise=cosine",
+    "exact:scope=joint",
+    "exact:solver=primal",
+    "datainf:normalise=relatif",
+    "ekfac:normalise=cosine,labels=data",
+    "gradcos",
+    "gradnorm",
+)
+
+
+@pytest.fixture
+def copied(index, features, tmp_path):  # noqa: F811
+    make("ekfac:labels=data").score(Problem(index, tiny_queries(4), features))  # its factors
+    folder = tmp_path / "idx"
+    shutil.copytree(index.folder, folder)
+    shutil.rmtree(folder / "cache", ignore_errors=True)
+    return open_index(folder)
+
+
+def problem(copied, features, **more):  # noqa: F811
+    return Problem(copied, tiny_queries(4), features, **{"cache": 1 << 30, **more})
+
+
+def kept(copied) -> list[Path]:
+    return sorted((copied.folder / "cache").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("step", [None, 6])
+@pytest.mark.parametrize("spec", SPECS)
+def test_the_second_query_finds_what_the_first_kept(copied, features, spec, step):  # noqa: F811
+    wanted = make(spec).score(problem(copied, features, cache=0, step=step)).values
+    assert not (copied.folder / "cache").exists()
+    first = make(spec).score(problem(copied, features, step=step)).values
+    before = {path: path.stat().st_ino for path in kept(copied)}
+    assert before
+    again = make(spec).score(problem(copied, features, step=step))
+    assert {path: path.stat().st_ino for path in kept(copied)} == before
+    assert np.array_equal(first, again.values)
+    assert np.allclose(first, wanted, rtol=1e-12, atol=1e-12 * np.abs(wanted).max())
+    if "exact" in spec:
+        assert again.computed["residual"] < 1e-5
+
+
+def test_nothing_of_the_gram_matrix_is_computed_twice(copied, features, monkeypatch):  # noqa: F811
+    make("exact").score(problem(copied, features))
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda *_: pytest.fail("a factor was computed again"))
+    make("exact").score(problem(copied, features))
+
+
+def test_solutions_of_the_same_queries_are_kept(copied, features, monkeypatch):  # noqa: F811
+    first = make("exact:solver=nystroem").score(problem(copied, features, step=6))
+    from finetrace.curvature.solvers import IterativeStream
+
+    monkeypatch.setattr(IterativeStream, "_run", lambda *_: pytest.fail("solved again"))
+    again = make("exact:solver=nystroem").score(problem(copied, features, step=6))
+    assert np.array_equal(first.values, again.values)
+    assert again.computed["solver"] == "nystroem"
+    assert again.computed["residual"] == pytest.approx(first.computed["residual"])
+
+
+def test_another_damping_layer_or_query_is_another_value(copied, features):  # noqa: F811
+    for spec in ("exact", "exact:damping=0.5", "exact:layers=1", "datainf:normalise=cosine,damping=0.3"):
+        wanted = make(spec).score(problem(copied, features, cache=0)).values
+        assert np.allclose(make(spec).score(problem(copied, features)).values, wanted, rtol=1e-12, atol=1e-14), spec
+    other = tiny_queries(4)[::-1]
+    turned = features.some(torch.arange(3, -1, -1))
+    found = make("exact:solver=cg").score(Problem(copied, other, turned, step=6, cache=1 << 30)).values
+    wanted = make("exact:solver=cg").score(problem(copied, features, step=6)).values
+    assert np.allclose(found[::-1], wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "format"])
+def test_what_is_broken_is_computed_again(copied, features, damage, monkeypatch):  # noqa: F811
+    wanted = make("exact").score(problem(copied, features)).values
+    if damage == "format":
+        monkeypatch.setattr(cache_module, "FORMAT", "0")  # as if the files were of another format
+    for path in kept(copied):
+        content = bytearray(path.read_bytes())
+        if damage == "flip":
+            content[-5] ^= 64
+        elif damage == "cut":
+            content = content[: len(content) // 2]
+        elif damage == "empty":
+            content = bytearray()
+        path.write_bytes(bytes(content))
+    assert np.array_equal(make("exact").score(problem(copied, features)).values, wanted)
+    monkeypatch.undo()
+    assert np.array_equal(make("exact").score(problem(copied, features)).values, wanted)
+
+
+def test_an_index_of_other_gradients_never_finds_it(copied, features):  # noqa: F811
+    before = Cache(copied.folder, copied.manifest)
+    value = before.fetch("x", copied.blocks, lambda: torch.ones(2))
+    shards = copied.manifest.shards
+    changed = copied.manifest.model_copy(
+        update={"shards": (shards[0].model_copy(update={"sha256": "0" * 64}), *shards[1:])}
+    )
+    assert torch.equal(Cache(copied.folder, copied.manifest).fetch("x", copied.blocks, lambda: torch.zeros(2)), value)
+    assert torch.equal(Cache(copied.folder, changed).fetch("x", copied.blocks, lambda: torch.zeros(2)), torch.zeros(2))
+
+
+def test_an_index_that_cannot_be_written_still_answers(copied, features):  # noqa: F811
+    wanted = make("exact").score(problem(copied, features, cache=0)).values
+    (copied.folder / "cache").write_text("a file where the folder would be")
+    assert np.array_equal(make("exact").score(problem(copied, features)).values, wanted)
+    assert (copied.folder / "cache").read_text() == "a file where the folder would be"
+
+
+def test_the_limit_holds_and_what_was_used_last_stays(copied):
+    cache = Cache(copied.folder, copied.manifest, limit=10_000)
+    tensors = {name: torch.full((400,), float(value)) for value, name in enumerate("abcdef")}  # 1600 bytes and a header
+    for name, tensor in tensors.items():
+        cache.fetch(name, (), lambda tensor=tensor: tensor)
+        cache.fetch("a", (), lambda: pytest.fail("what is used goes last"))
+        time.sleep(0.02)
+    assert sum(path.stat().st_size for path in kept(copied)) <= 10_000
+    names = {path.name.split("-")[0] for path in kept(copied)}
+    assert {"a", "f"} <= names
+    assert "b" not in names
+    cache.fetch("large", (), lambda: torch.zeros(5000))
+    assert not list((copied.folder / "cache").glob("large-*"))
+    assert not list((copied.folder / "cache").glob("*.part"))
