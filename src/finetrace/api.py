@@ -11,8 +11,8 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Repres
 from finetrace.encoding import TEMPLATES, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.index import append, store
 from finetrace.index import build_index as _build
-from finetrace.index import store
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
 from finetrace.tracing import default_method
@@ -62,6 +62,17 @@ class Index(store.Index):
                 )
         return make(method, **parameters).score(self.problem(queries))
 
+    def append(self, examples: Rows, *, skip_known: bool = False, skip_bad: bool = False) -> Index:
+        """The index with more rows, collected by its own model and settings; see `finetrace index append`.
+
+        Args:
+            examples: As in `build_index`; their ids are new.
+            skip_known: Leave out rows whose ids the index holds, in place of refusing them.
+            skip_bad: Leave out rows whose values are not finite.
+        """
+        grown, _ = append(self, as_examples(examples), skip_known=skip_known, skip_bad=skip_bad)
+        return Index(self.folder, grown.model())
+
     def problem(self, queries: Rows) -> Problem:
         """The queries against this index; score several methods on one problem to share its products."""
         return Problem(self, as_examples(queries))
@@ -82,6 +93,7 @@ def build_index(
     batch_tokens: int = 2048,
     kronecker: Labels | None = None,
     at: Moment = "end",
+    skip_bad: bool = False,
 ) -> Index:
     """Index training examples under a model in memory.
 
@@ -99,6 +111,8 @@ def build_index(
         batch_tokens: Padded tokens a batch holds at most.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
         at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.
+        skip_bad: Leave out rows whose loss, gradient or hidden state is not finite, and note them in the manifest
+            (`index.manifest.left_out`); without it the first of them stops the run.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -116,6 +130,7 @@ def build_index(
         batch_tokens=batch_tokens,
         kronecker=kronecker,
         at=at,
+        skip_bad=skip_bad,
     )
     return Index(Path(folder), loaded)
 

@@ -12,6 +12,7 @@ from finetrace.cli import options
 
 if TYPE_CHECKING:
     from finetrace.collection.factors import Labels
+    from finetrace.index.manifest import Manifest
     from finetrace.moments import Moment
 
 BUILD = "build"
@@ -29,10 +30,23 @@ class _BuildsByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_BuildsByDefault,
-    help="Collect gradients of a training set (build, or nothing), check an index (verify), mend one (repair).",
+    help="Collect gradients of a training set (build, or nothing), add rows (append), check (verify) and mend (repair).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out rows whose values are not finite, and note them in the manifest.")
+]
+
+
+def say_left_out(about: Manifest) -> None:
+    """Say which rows are left out, if any are."""
+    from finetrace.index.build import left_out_sentence
+
+    if about.left_out:
+        options.say(left_out_sentence(about))
 
 
 @app.command(BUILD)
@@ -57,6 +71,7 @@ def index(
         typer.Option(help="Fit K-FAC and EK-FAC factors now: labels drawn from the `model`, or those of the `data`."),
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
+    skip_bad: SkipBad = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -69,7 +84,7 @@ def index(
 ) -> None:
     """Collect gradients and representations of a training set; run it again to finish a killed run.
 
-    `build` may be left out. See also: finetrace index verify, finetrace index repair.
+    `build` may be left out. See also: finetrace index append, finetrace index verify, finetrace index repair.
     """
     with options.quiet_libraries():
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
@@ -97,8 +112,11 @@ def index(
             batch_tokens=batch_tokens,
             kronecker=cast("Labels | None", labels),
             at=cast("Moment", options.one_of("--at", at, ("end", "start"))),
+            skip_bad=skip_bad,
+            say=options.say,
         )
     options.say_lengths(lengths)
+    say_left_out(built.manifest)
     for name, reason in list(built.manifest.skipped.items())[:5]:
         options.say(f"not tracked: {name} ({reason})")
     width = sum(block.size for block in built.blocks)
@@ -106,6 +124,42 @@ def index(
         f"index: {out}   {len(built)} examples, {built.manifest.tokens:,} tokens, {len(built.blocks)} matrices, "
         f"{width:,} gradient entries an example"
     )
+
+
+@app.command("append")
+def append(
+    data: Annotated[str, typer.Argument(help="The rows to add: a file, a saved set, or a Hub id.")],
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    skip_known: Annotated[
+        bool, typer.Option("--skip-known", help="Leave out rows whose ids the index holds, in place of refusing them.")
+    ] = False,
+    skip_bad: SkipBad = False,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+    split: options.Split = None,
+) -> None:
+    """Add rows to a finished index, with its own model, adapter and settings; run it again to finish a killed run.
+
+    Old shards stay as they are, and the index answers as before until all new rows are there.
+    """
+    with options.quiet_libraries():
+        from finetrace.index import append as add
+        from finetrace.index import open_index
+        from finetrace.reading import read_examples
+
+        chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        examples = read_examples(data, chosen, split=split)
+        opened = open_index(index)
+        opened.model(None, device, trust_remote_code)
+        grown, lengths = add(opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say)
+    options.say_lengths(lengths)
+    say_left_out(grown.manifest)
+    typer.echo(f"index: {index}   {len(grown) - len(opened)} examples added, {len(grown)} in all")
 
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]

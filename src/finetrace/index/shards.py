@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -13,13 +13,16 @@ from torch import Tensor
 from finetrace import fingerprint
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
-from finetrace.index.manifest import ShardRecord, replacing
+from finetrace.index.manifest import Manifest, ShardRecord, replacing
 
 FOLDER = "shards"
 
 
-def write(folder: Path, features: Features, start: int) -> ShardRecord:
-    """Write one shard in one step and describe it."""
+def write(folder: Path, features: Features, start: int, stop: int) -> ShardRecord:
+    """Write the features of rows `start` to `stop` of the data in one step and describe the file.
+
+    It holds a line for every row but those that were left out.
+    """
     tensors = {"gradients": features.gradients, "losses": features.losses}
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
@@ -30,29 +33,35 @@ def write(folder: Path, features: Features, start: int) -> ShardRecord:
     return ShardRecord(
         file=name,
         start=start,
-        stop=start + len(features),
+        stop=stop,
         bytes=path.stat().st_size,
         sha256=fingerprint.of_file(path),
     )
 
 
 class ShardReader:
-    """Reads columns of the shards of one index; each file's checksum is compared when it is first opened."""
+    """Reads columns of the shards of one index; each file's checksum is compared when it is first opened.
 
-    def __init__(self, folder: Path, shards: Sequence[ShardRecord], remedy: str | None = None) -> None:
+    Rows are counted without those that were left out.
+    """
+
+    def __init__(self, folder: Path, about: Manifest, remedy: str | None = None) -> None:
         self.folder = folder / FOLDER
         self.remedy = remedy
-        self.shards = tuple(shards)
+        self.shards = about.shards
+        gone = [each.row for each in about.left_out]
+        self._before = [shard.start - sum(row < shard.start for row in gone) for shard in about.shards]
+        self._before.append(about.kept)
         self._mapped: dict[str, Tensor] = {}
         self._checked: set[str] = set()
 
     def gradients(self, columns: slice, rows: slice) -> Tensor:
         """(rows, columns) of the gradients of all shards, copied into memory."""
         parts = []
-        for shard in self.shards:
-            first, last = max(rows.start, shard.start), min(rows.stop, shard.stop)
+        for shard, start, stop in zip(self.shards, self._before, self._before[1:], strict=False):
+            first, last = max(rows.start, start), min(rows.stop, stop)
             if first < last:
-                parts.append(self._map(shard)[first - shard.start : last - shard.start, columns])
+                parts.append(self._map(shard)[first - start : last - start, columns])
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
 
     def mapped(self) -> Iterator[Tensor]:

@@ -7,7 +7,7 @@ from finetrace.collection.factors import Labels
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
-from finetrace.index.build import build_index, collect_shards
+from finetrace.index.build import build_index, collect_shards, settings
 from finetrace.index.lock import writing
 from finetrace.index.store import Index
 from finetrace.models import Loaded
@@ -39,9 +39,8 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             index.rows.examples,
             folder,
             index.encoder(positions.text),
-            modules=index.manifest.modules,
+            **settings(index.manifest),
             representations=(),
-            batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
             at=at,
         )
@@ -67,7 +66,8 @@ def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]
         wanted = tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, track(loaded.model, manifest.modules), wanted, manifest.batch_tokens)
         with writing(index.folder):
-            collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
+            rows = index.all_rows
+            collect_shards(index.folder, manifest, collector, rows.examples, rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)
 
 
