@@ -47,29 +47,31 @@ def assert_equal(found: Index, expected: Index, tolerance: float) -> None:
         assert getattr(found.manifest, name) == getattr(expected.manifest, name)
 
 
-@pytest.mark.parametrize(("old", "tolerance"), [(8, 0), (6, 1e-6)])
-def test_the_values_of_an_index_built_at_once(tiny_loaded: Loaded, tmp_path: Path, old: int, tolerance: float) -> None:
+@pytest.mark.parametrize(("old", "middle", "tolerance"), [(8, 12, 0), (6, 13, 1e-6)])
+def test_the_values_of_an_index_built_at_once(
+    tiny_loaded: Loaded, tmp_path: Path, old: int, middle: int, tolerance: float
+) -> None:
     """Bit by bit where the old rows fill their shards; 6 rows leave one half full, which is not touched."""
     examples = make_examples(17)
     expected = built(tiny_loaded, tmp_path / "e", examples)
     first = built(tiny_loaded, tmp_path / "i", examples[:old])
     before = files(tmp_path / "i")
-    grown, _ = append(first, examples[old:13])
-    grown, _ = append(grown, examples[13:])
+    grown, _ = append(first, examples[old:middle])
+    grown, _ = append(grown, examples[middle:])
     assert_equal(grown, expected, tolerance)
     assert [shard.start for shard in grown.manifest.shards] == [
         *range(0, old, 4),
-        *range(old, 13, 4),
-        *range(13, 17, 4),
+        *range(old, middle, 4),
+        *range(middle, 17, 4),
     ]
     after = files(tmp_path / "i")
     assert {name: after[name] for name in before if name != "manifest.json"} == {
         name: data for name, data in before.items() if name != "manifest.json"
     }
     assert set(after) - set(before) == {
-        *(f"shards/{start:09d}.safetensors" for start in [*range(old, 13, 4), 13]),
+        *(f"shards/{start:09d}.safetensors" for start in [*range(old, middle, 4), *range(middle, 17, 4)]),
         f"examples-{old:09d}.parquet",
-        "examples-000000013.parquet",
+        f"examples-{middle:09d}.parquet",
     }
     assert verify(tmp_path / "i") == []
     for labels in ("model", "data"):
@@ -148,7 +150,7 @@ def test_another_append_is_under_way(tiny_loaded: Loaded, tmp_path: Path, monkey
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("finetrace.index.append._take_over", die)
+        patch.setattr("finetrace.index.appending._take_over", die)
         with pytest.raises(KeyboardInterrupt):
             append(first, examples[6:9])
     assert len(open_index(tmp_path / "i")) == 6
@@ -221,7 +223,7 @@ def test_killed_at_random_moments(base_folder: Path, adapter_folder: Path, tmp_p
     assert finished
     expected = files(tmp_path / "whole")
     draw = random.Random(3)
-    for step in draw.sample(range(steps), 6) + [steps - 1, steps - 2]:
+    for step in [*draw.sample(range(steps - 2), 6), steps - 2, steps - 1]:
         folder = tmp_path / f"at-{step}"
         shutil.copytree(old, folder)
         assert not killed.run(appending, folder, die_at=step, **given)[0]

@@ -85,7 +85,9 @@ def test_the_command_names_the_row_or_leaves_it_out(home: Path, tmp_path: Path, 
     assert "3 of 11 rows are left out" in err
     assert "Give --skip-bad as before" in err
     write_examples(tmp_path / "queries.jsonl", make_examples(2, seed=9))
-    code, out, err = run(capsys, "trace", tmp_path / "queries.jsonl", "--index", tmp_path / "i", "--method", "ekfac")
+    code, out, err = run(
+        capsys, "trace", "--queries", tmp_path / "queries.jsonl", "--index", tmp_path / "i", "--method", "ekfac"
+    )
     assert code == 0, err
     assert run(capsys, "index", "verify", tmp_path / "i")[0] == 0
 

@@ -1,6 +1,6 @@
 """The index: a folder that answers queries without the training code or data."""
 
-from finetrace.index.append import append
+from finetrace.index.appending import append
 from finetrace.index.build import build_index
 from finetrace.index.store import Index, open_index
 from finetrace.index.views import kronecker_factors, view

@@ -16,7 +16,7 @@ from finetrace.collection import Collector, Representation, track
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, manifest, rows, shards
-from finetrace.index.append import settle
+from finetrace.index.appending import settle
 from finetrace.index.build import whole
 from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
