@@ -141,11 +141,11 @@ def test_a_repair_that_was_killed_is_started_again(made: Path, tmp_path: Path, m
         (five / "shards" / f"{start:09d}.safetensors").unlink()
     really, seen = shards.write, []
 
-    def dying(folder: Path, features: Any, start: int, about: Any) -> Any:
+    def dying(folder: Path, features: Any, start: int, stop: int, about: Any) -> Any:
         if seen:
             raise KeyboardInterrupt
         seen.append(start)
-        return really(folder, features, start, about)
+        return really(folder, features, start, stop, about)
 
     with monkeypatch.context() as patched:
         patched.setattr(shards, "write", dying)

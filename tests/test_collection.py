@@ -318,7 +318,7 @@ def test_a_poisoned_row_is_named(budget: int) -> None:
     for item in items:
         item.ids[item.ids == 7] = 8
     items[5].ids[0] = 7
-    with pytest.raises(FinetraceError, match=r"example r5 \(row 6 of its shard\): its loss is not finite"):
+    with pytest.raises(FinetraceError, match=r"example r5 \(row 6\): its loss is not finite"):
         collect(model, items, budget=budget)
 
 

@@ -42,16 +42,16 @@ def tiny_queries(count):
 
 @pytest.fixture(scope="module", params=["float64", "float32"])
 def index(request, tmp_path_factory):
-    """23 rows in shards of 4, so that blocks of 5 or 7 rows lie across them."""
+    """23 rows in shards of 16, so that blocks of 5 rows lie across them."""
     folder = tmp_path_factory.mktemp("index") / "idx"
     model = with_lora(make_llama()).to(getattr(torch, request.param))
-    import finetrace.index.build as build
+    from finetrace.index import sizing
 
-    before, build.SHARD_BYTES = build.SHARD_BYTES, 1
+    before, sizing.SHARD_BYTES = sizing.SHARD_BYTES, 1
     try:
         return build_index(model, make_tokenizer(), make_examples(23), folder)
     finally:
-        build.SHARD_BYTES = before
+        sizing.SHARD_BYTES = before
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,8 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Repres
 from finetrace.encoding import TEMPLATES, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.index import append, store
 from finetrace.index import build_index as _build
-from finetrace.index import store
 from finetrace.index.cache import LIMIT
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
@@ -100,6 +100,17 @@ class Index(store.Index):
                 )
         return make(method, **parameters)
 
+    def append(self, examples: Rows, *, skip_known: bool = False, skip_bad: bool = False) -> Index:
+        """The index with more rows, collected by its own model and settings; see `finetrace index append`.
+
+        Args:
+            examples: As in `build_index`; their ids are new.
+            skip_known: Leave out rows whose ids the index holds, in place of refusing them.
+            skip_bad: Leave out rows whose values are not finite.
+        """
+        grown, _ = append(self, as_examples(examples), skip_known=skip_known, skip_bad=skip_bad)
+        return Index(self.folder, grown.model())
+
     def problem(self, queries: Rows, memory: int | None = None) -> Problem:
         """The queries against this index; score several methods on one problem to share its products.
 
@@ -128,6 +139,7 @@ def build_index(
     projection_seed: int = 0,
     disk: int | None = None,
     memory: int | None = None,
+    skip_bad: bool = False,
 ) -> Index:
     """Index training examples under a model in memory.
 
@@ -152,6 +164,8 @@ def build_index(
         projection_seed: Of the random matrices.
         disk: Bytes that `auto` may take on the disk; by default half of what is free.
         memory: Bytes of memory that `auto` may take; by default half of what is available.
+        skip_bad: Leave out rows whose loss, gradient or hidden state is not finite, and note them in the manifest
+            (`index.manifest.left_out`); without it the first of them stops the run.
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
@@ -174,6 +188,7 @@ def build_index(
         projection_seed=projection_seed,
         disk=disk,
         memory=memory,
+        skip_bad=skip_bad,
     )
     return Index(Path(folder), loaded)
 

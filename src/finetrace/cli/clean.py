@@ -101,7 +101,11 @@ def clean(
         examples = list(opened.rows.examples)
         rows = plain_rows(examples)
         if data is not None:
-            rows = raw_rows(read_table(data, split, None), read_examples(data, columns, split=split), examples)
+            every = opened.all_rows.examples
+            raw = raw_rows(read_table(data, split, None), read_examples(data, columns, split=split), every)
+            rows = [raw[row] for row in opened.data_rows]
+        if opened.manifest.left_out:
+            options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
         asked = read_examples(bad, responses=False)
         judged_by = make_judge(judge, judge_label)
         opened.model(None, device, trust_remote_code)

@@ -13,6 +13,7 @@ from finetrace.cli import options
 
 if TYPE_CHECKING:
     from finetrace.collection.factors import Labels
+    from finetrace.index.manifest import Manifest
     from finetrace.index.stored import FeatureDtype
     from finetrace.moments import Moment
 
@@ -32,10 +33,23 @@ class _BuildsByDefault(TyperGroup):
 
 app = typer.Typer(
     cls=_BuildsByDefault,
-    help="Collect gradients of a training set (build, or nothing), check an index (verify), mend one (repair).",
+    help="Collect gradients of a training set (build, or nothing), add rows (append), check (verify) and mend (repair).",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Leave out rows whose values are not finite, and note them in the manifest.")
+]
+
+
+def say_left_out(about: Manifest) -> None:
+    """Say which rows are left out, if any are."""
+    from finetrace.index.build import left_out_sentence
+
+    if about.left_out:
+        options.say(left_out_sentence(about))
 
 
 @app.command(BUILD)
@@ -81,6 +95,7 @@ def index(
         str | None, typer.Option(help="What auto may take of memory; half of what is available if not given.")
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
+    skip_bad: SkipBad = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -94,7 +109,8 @@ def index(
 ) -> None:
     """Collect gradients and representations of a training set; run it again to finish a killed run.
 
-    `build` may be left out. See also: finetrace plan, finetrace index verify, finetrace index repair.
+    `build` may be left out. See also: finetrace plan, finetrace index append, finetrace index verify, finetrace index
+    repair.
     """
     began = time.perf_counter()
     with options.quiet_libraries():
@@ -140,10 +156,12 @@ def index(
                 projection_seed=projection_seed,
                 disk=disk_bytes,
                 memory=memory_bytes,
+                skip_bad=skip_bad,
                 say=options.say,
                 begin=announcer.begin,
             )
     options.say_lengths(lengths)
+    say_left_out(built.manifest)
     for reason in dict.fromkeys(built.manifest.skipped.values()):
         names = [name for name, each in built.manifest.skipped.items() if each == reason]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -160,6 +178,42 @@ def index(
             f"stored in {built.manifest.feature_dtype}: no gradient moved by more than {built.manifest.rounding:.2%} of its "
             "length, so no cosine of whole gradients by more"
         )
+
+
+@app.command("append")
+def append(
+    data: Annotated[str, typer.Argument(help="The rows to add: a file, a saved set, or a Hub id.")],
+    index: Annotated[Path, typer.Option(help="Folder of the index.")],
+    skip_known: Annotated[
+        bool, typer.Option("--skip-known", help="Leave out rows whose ids the index holds, in place of refusing them.")
+    ] = False,
+    skip_bad: SkipBad = False,
+    device: options.Device = "auto",
+    trust_remote_code: options.TrustRemoteCode = False,
+    prompt_column: options.PromptColumn = None,
+    response_column: options.ResponseColumn = None,
+    messages_column: options.MessagesColumn = None,
+    label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
+    split: options.Split = None,
+) -> None:
+    """Add rows to a finished index, with its own model, adapter and settings; run it again to finish a killed run.
+
+    Old shards stay as they are, and the index answers as before until all new rows are there.
+    """
+    with options.quiet_libraries():
+        from finetrace.index import append as add
+        from finetrace.index import open_index
+        from finetrace.reading import read_examples
+
+        chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
+        examples = read_examples(data, chosen, split=split)
+        opened = open_index(index)
+        opened.model(None, device, trust_remote_code)
+        grown, lengths = add(opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say)
+    options.say_lengths(lengths)
+    say_left_out(grown.manifest)
+    typer.echo(f"index: {index}   {len(grown) - len(opened)} examples added, {len(grown)} in all")
 
 
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]

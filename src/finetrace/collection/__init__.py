@@ -1,6 +1,7 @@
 """Per-example gradients and representations from one forward and one backward pass a batch."""
 
-from finetrace.collection.collect import Collector, Features
+from finetrace.collection.collect import Collector
+from finetrace.collection.features import Features
 from finetrace.collection.modules import Block, Tracked, track
 from finetrace.collection.representations import Representation
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from finetrace.batching import batches
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
+from finetrace.collection.faults import halves, not_finite, unless_out_of_memory
+from finetrace.collection.features import Features, Gathering
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
@@ -21,31 +25,6 @@ from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
 
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
-
-
-@dataclass
-class Features:
-    """What is known of some examples, one a row, in the order they were given.
-
-    Attributes:
-        gradients: (rows, D) gradient of each example's own mean loss, blocks side by side.
-        losses: (rows,) that loss, in nats.
-        representations: By name (`pooling@layer`), (rows, d) hidden states.
-        sampled: (rows, D) gradients of `sampled_loss`, where factors with the model's own labels were asked for.
-    """
-
-    gradients: Tensor
-    losses: Tensor
-    representations: dict[str, Tensor]
-    sampled: Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.losses)
-
-    def some(self, chosen: slice) -> Features:
-        """Of some of the examples."""
-        kept = {name: value[chosen] for name, value in self.representations.items()}
-        return Features(self.gradients[chosen], self.losses[chosen], kept)
 
 
 @dataclass(frozen=True)
@@ -76,54 +55,108 @@ class Collector:
         on_batch: Callable[[int], None] = lambda count: None,
         *,
         factors: FactorSums | None = None,
+        first: int = 0,
+        left_out: Mapping[int, str] = {},
+        skip_bad: bool = False,
     ) -> Features:
         """Features of `items`, in their order, on the CPU; `on_batch` hears how many rows each batch finished.
 
-        `factors` are added to: with the data's labels at no extra pass, with the model's own in a second backward pass.
+        A batch for which memory does not suffice is halved and tried again, down to one row. A row whose loss, gradient or
+        hidden state is not finite is looked at once more by itself, so that its neighbours' padding is not taken for it.
+
+        Args:
+            items: Examples with a response.
+            ids: Their ids, for messages and for the labels that are drawn.
+            on_batch: Hears of rows that are done.
+            factors: Are added to: with the data's labels at no extra pass, with the model's own in a second backward pass.
+            first: The row of the data that `items` begin with, for messages.
+            left_out: Positions in `items` that are left out whatever their values, with the reason.
+            skip_bad: Leave out a row that is not finite, and note it in `Features.left_out`, in place of stopping.
 
         Raises:
-            FinetraceError: There is no item, or a gradient or loss is not finite; the row is named.
+            FinetraceError: There is no item, a row is not finite, or does not fit in memory by itself; the row is named.
         """
         if not items:
             raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
-        device = next(self.model.parameters()).device
-        gradients = torch.empty(len(items), self.tracking.width, dtype=self.dtype)
-        sampled = torch.empty_like(gradients) if factors is not None and factors.labels == "model" else None
-        losses = torch.empty(len(items), dtype=self.dtype)
-        pooled: dict[str, list[Tensor]] = {each.name: [] for each in self.representations}
-        order: list[int] = []
+        gathered = self._room(len(items), factors is not None and factors.labels == "model")
         prefix = self._prefix()
+        todo = deque(batches(items, self.batch_tokens))
         with (
             GradientRecorder(self.model, self.tracking, self.dtype) as recorder,
             wide_residual(self.model) as narrowing,
         ):
             recorder.factors = factors
-            for chosen in batches(items, self.batch_tokens):
-                batch = Batch.of([items[i] for i in chosen]).to(device)
+            while todo:
+                chosen = todo.popleft()
                 names = [ids[i] for i in chosen]
-                loss, rows, hidden = self._pass(recorder, batch, names, narrowing, prefix)
-                gradients[chosen] = rows.cpu()
-                if sampled is not None:
-                    sampled[chosen] = recorder.rows.cpu()
-                losses[chosen] = loss.cpu()
-                for each in self.representations:
-                    pooled[each.name].append(pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu())
-                _refuse_not_finite(gradients, losses, chosen, ids)
-                if sampled is not None:
-                    _refuse_not_finite(sampled, losses, chosen, ids)
-                order += chosen
+                one = [items[i] for i in chosen]
+                found = unless_out_of_memory(
+                    partial(self._measure, recorder, one, names, narrowing, prefix), recorder.forget
+                )
+                if found is None:
+                    if len(chosen) == 1:
+                        raise FinetraceError(_too_large(ids[chosen[0]], first + chosen[0], one[0]))
+                    todo.extendleft(reversed(halves(chosen)))
+                    gathered.halved += 1
+                    continue
+                gathered.put(chosen, found)
+                bad = {chosen[row]: reason for row, reason in not_finite(found).items()}
+                known = {i: left_out[i] for i in chosen if i in left_out}
+                if len(chosen) == 1 and bad and not known:
+                    if not skip_bad:
+                        raise FinetraceError(_not_finite(ids[chosen[0]], first + chosen[0], bad[chosen[0]]))
+                    known = bad
+                gathered.left_out |= known
+                if known:
+                    on_batch(len(known))
+                if bad or known:
+                    rest = [i for i in chosen if i not in bad and i not in known]
+                    todo.extendleft([i] for i in reversed(chosen) if i in bad and i not in known)
+                    todo.extendleft([rest] if rest else [])
+                    continue
+                if factors is not None:
+                    factors.commit()
                 on_batch(len(chosen))
-        back = torch.argsort(torch.tensor(order, dtype=torch.long))
-        return Features(gradients, losses, {name: torch.cat(parts)[back] for name, parts in pooled.items()}, sampled)
+        return gathered.features()
 
     def factor_sums(self, labels: Labels) -> FactorSums:
         """Empty sums for `collect` to add to."""
         return FactorSums(self.tracking, labels, self.dtype, next(self.model.parameters()).device)
 
+    def _room(self, count: int, sampled: bool) -> Gathering:
+        room = unless_out_of_memory(partial(Gathering, count, self.tracking.width, self.dtype, sampled))
+        if room is None:
+            size = count * self.tracking.width * torch.finfo(self.dtype).bits / 8e9
+            raise FinetraceError(
+                f"{count} rows of {self.tracking.width:,} gradient entries ({size:.2f} GB) do not fit in memory; track fewer "
+                "layers with --modules, or use a machine with more memory."
+            )
+        return room
+
     def _prefix(self) -> Prefix | None:
         """What lies below the lowest tracked layer: another loss of the same batches starts above it."""
         wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
         return wide_prefix(self.model, wanted)
+
+    def _measure(
+        self,
+        recorder: GradientRecorder,
+        items: Sequence[Encoded],
+        ids: Sequence[str],
+        narrowing: Narrowing,
+        prefix: Prefix | None,
+    ) -> Features:
+        """The features of one batch, on the CPU."""
+        batch = Batch.of(items).to(next(self.model.parameters()).device)
+        loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
+        sampling = recorder.factors is not None and recorder.factors.labels == "model"
+        pooled = {
+            each.name: pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu()
+            for each in self.representations
+        }
+        return Features(
+            rows.cpu(), loss.to(self.dtype).cpu(), pooled, sampled=recorder.rows.cpu() if sampling else None
+        )
 
     def _pass(
         self,
@@ -164,11 +197,15 @@ def features_dtype(model: nn.Module) -> torch.dtype:
     return torch.float32 if dtype in HALF else dtype
 
 
-def _refuse_not_finite(gradients: Tensor, losses: Tensor, chosen: Sequence[int], ids: Sequence[str]) -> None:
-    for i in chosen:
-        if not (torch.isfinite(losses[i]) and torch.isfinite(gradients[i].sum())):
-            what = "loss" if not torch.isfinite(losses[i]) else "gradient"
-            raise FinetraceError(
-                f"example {ids[i]} (row {i + 1} of its shard): its {what} is not finite; look at the row, or use "
-                "--dtype float32 if the model runs in half precision."
-            )
+def _not_finite(name: str, row: int, reason: str) -> str:
+    return (
+        f"example {name} (row {row + 1}): {reason}; look at the row, use --dtype float32 if the model runs in half "
+        "precision, or leave such rows out with --skip-bad."
+    )
+
+
+def _too_large(name: str, row: int, item: Encoded) -> str:
+    return (
+        f"example {name} (row {row + 1}): its {len(item.ids)} tokens do not fit in memory, even by themselves; cut it with "
+        "--max-length, remove it, or use a machine with more memory."
+    )

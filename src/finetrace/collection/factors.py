@@ -25,6 +25,8 @@ class FactorSums:
     lies after it, and padding, carries no gradient and is in no sum. In the last layer the prompt's queries carry none either;
     they are counted there all the same, as no rule that looks at the numbers tells a zero from a rounding error.
 
+    A batch is added by `commit`, once it is known to be whole; one that is tried again is counted once.
+
     Attributes:
         labels: `model` draws the labels of the loss from the model's own predictions, which makes the curvature the
             Fisher (Gauss-Newton) of the training loss; `data` takes those of the data (the empirical Fisher).
@@ -44,33 +46,45 @@ class FactorSums:
             self.right[block.name] = torch.zeros(columns, columns, dtype=dtype, device=device)
             self.tokens[block.name] = 0
         self._seen: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._products: list[tuple[Tensor, Tensor | int]] = []  # what the batch adds, and to which sum
+        self._counts: list[tuple[str, int]] = []
 
     def begin(self) -> None:
-        """A new batch: inputs seen before have gone."""
+        """A new batch: what was seen of one that was not committed is in no sum."""
         self._seen.clear()
+        self._products.clear()
+        self._counts.clear()
+
+    def commit(self) -> None:
+        """The batch is whole: add what was seen of it, which allocates nothing and so cannot stop half-way."""
+        for total, product in self._products:
+            total += product
+        for name, count in self._counts:
+            self.tokens[name] += count
+        self.begin()
 
     def see_inputs(self, layer: Tracked, inputs: Tensor, batch: Batch) -> None:
-        """Add sum_t a_t a_t^T of one call; layers that share their input (query and value projections) share its product."""
+        """Note sum_t a_t a_t^T of one call; layers that share their input (query and value projections) share its product."""
         key = (inputs.data_ptr(), tuple(inputs.shape))
         if key not in self._seen:
             rows = self._rows(layer, inputs, batch)
             self._seen[key] = (inputs, rows.T @ rows)  # the input is kept, so that its address is not given away again
         side = self.left if layer.transposed else self.right
-        side[layer.weight.name] += self._seen[key][1]
+        self._products.append((side[layer.weight.name], self._seen[key][1]))
         count = len(batch.rows if layer.is_head else batch.carrying)
-        self.tokens[layer.weight.name] += count
+        self._counts.append((layer.weight.name, count))
         if layer.bias is not None:
-            self.right[layer.bias.name] += count
-            self.tokens[layer.bias.name] += count
+            self._products.append((self.right[layer.bias.name], count))
+            self._counts.append((layer.bias.name, count))
 
     def see_deltas(self, layer: Tracked, delta: Tensor, batch: Batch) -> None:
-        """Add sum_t delta_t delta_t^T of one call."""
+        """Note sum_t delta_t delta_t^T of one call."""
         rows = self._rows(layer, delta, batch)
         product = rows.T @ rows
         side = self.right if layer.transposed else self.left
-        side[layer.weight.name] += product
+        self._products.append((side[layer.weight.name], product))
         if layer.bias is not None:
-            self.left[layer.bias.name] += product
+            self._products.append((self.left[layer.bias.name], product))
 
     def _rows(self, layer: Tracked, values: Tensor, batch: Batch) -> Tensor:
         """(S, d) values at the positions that carry gradient; the vocabulary projection sees no others."""

@@ -67,6 +67,13 @@ class GradientRecorder:
             self.factors.begin()
         self.clear()
 
+    def forget(self) -> None:
+        """Drop what a pass left that did not come to its end."""
+        self._batch = None
+        self.rows = torch.empty(0)
+        if self.factors is not None:
+            self.factors.begin()
+
     def clear(self) -> None:
         """Get ready for another backward pass of the same batch."""
         assert self._batch is not None, "expect() comes first"

@@ -38,7 +38,7 @@ class RowBlocks:
         self.rows = rows
         self.columns = columns
         self._reader = reader
-        self._places = [_Place(reader, shard) for shard in reader.shards]
+        self._places = [_Place(reader, shard, first, last) for shard, first, last in reader.places()]
         stored = self._places[0].dtype
         self._scaled = stored == torch.float16  # with exponents of its own, which the reader undoes
         self.dtype = reader.dtype if self._scaled else stored
@@ -52,7 +52,7 @@ class RowBlocks:
     @property
     def n(self) -> int:
         """Rows of the index."""
-        return self._places[-1].shard.stop
+        return self._places[-1].stop
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, block): the block is overwritten when the one after the next is asked for, so it must not be kept."""
@@ -81,11 +81,11 @@ class RowBlocks:
         room = (self.columns.stop - self.columns.start) * itemsize  # bytes of a row that are wanted
         view, filled = memoryview(buffer), 0  # type: ignore[arg-type]
         for place in self._places:
-            first, last = max(where.start, place.shard.start), min(where.stop, place.shard.stop)
+            first, last = max(where.start, place.start), min(where.stop, place.stop)
             if first >= last:
                 continue
             row = place.width * itemsize
-            begin = place.offset + (first - place.shard.start) * row + self.columns.start * itemsize
+            begin = place.offset + (first - place.start) * row + self.columns.start * itemsize
             if room == row:
                 files.read(place.path, begin, view[filled : filled + (last - first) * row])
             else:
@@ -95,10 +95,10 @@ class RowBlocks:
 
 
 class _Place:
-    """Where one shard's gradients lie in its file, from the header that safetensors writes."""
+    """Where the gradients of one shard, rows `start` to `stop`, lie in its file, from the header that safetensors writes."""
 
-    def __init__(self, reader: ShardReader, shard: ShardRecord) -> None:
-        self.shard = shard
+    def __init__(self, reader: ShardReader, shard: ShardRecord, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
         self.path = reader.checked(shard)
         try:
             with self.path.open("rb") as file:
@@ -109,7 +109,7 @@ class _Place:
             self.offset = 8 + length + int(about["data_offsets"][0])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FinetraceError(f"{self.path}: this shard's gradients cannot be found ({error!r}).") from error
-        if rows != shard.stop - shard.start:
+        if rows != stop - start:
             raise FinetraceError(f"{self.path}: this shard has {rows} rows, not those that the manifest names.")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from finetrace import fingerprint
 from finetrace._version import __version__
-from finetrace.collection import Collector, Representation, track
+from finetrace.collection import Collector, Features, Representation, track
 from finetrace.collection.collect import features_dtype
 from finetrace.collection.factors import Labels
 from finetrace.collection.modules import ALL_LINEAR
@@ -24,7 +24,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
 from finetrace.index import factors, lock, manifest, rows, shards, sizing
 from finetrace.index.lock import writing
-from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord, ShardRecord
+from finetrace.index.manifest import BlockRecord, EncodingRecord, LeftOutRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.index.stored import FeatureDtype
 from finetrace.models import Loaded, active_adapter, save_adapter
@@ -51,6 +51,7 @@ def build_index(
     memory: int | None = None,
     say: Callable[[str], None] = lambda text: None,
     begin: Callable[[Manifest, Collector, Sequence[Encoded]], None] | None = None,
+    skip_bad: bool = False,
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -80,6 +81,8 @@ def build_index(
         memory: Bytes of memory that `auto` may take; by default half of what is available.
         say: Hears what `auto` chose and why, and what is tracked where nothing was named.
         begin: Hears what is to be done before anything is written; what it raises stops the work.
+        skip_bad: Leave out rows whose loss, gradient or hidden state is not finite, and note them in the manifest; without it
+            the first of them stops the run.
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -88,7 +91,7 @@ def build_index(
         raise FinetraceError("there is nothing to index: the data set is empty.")
     with at_moment(loaded.model, at):
         pass  # what cannot be taken back to its start is refused before anything is written
-    _refuse_duplicates(examples)
+    refuse_duplicates(examples)
     if modules is None and not hasattr(loaded.model, "peft_config"):
         modules = (ALL_LINEAR,)
         say("the model has no adapter, so all of its linear layers are tracked")
@@ -132,7 +135,11 @@ def build_index(
     _open(folder)
     with writing(folder):
         started = _start(folder, plan, loaded, examples, encoded, need)
-        collect_shards(folder, started, collector, examples, encoded, kronecker)
+        if started.left_out and not skip_bad:
+            raise FinetraceError(
+                f"{folder}: {left_out_sentence(started)} Give --skip-bad as before, or mend such rows and choose another --out."
+            )
+        collect_shards(folder, started, collector, examples, encoded, kronecker, skip_bad=skip_bad, say=say)
     return Index(folder, loaded), lengths
 
 
@@ -225,8 +232,8 @@ def _start(
         started = there.model_copy(update={"shards": tuple(s for s in there.shards if whole(folder, s))})
         if not started.shards or not _furnished(folder, started):
             _furnish(folder, started, loaded, examples, encoded)
-        elif rows.read(folder, there.data_fingerprint).examples != tuple(examples):
-            rows.write(folder, examples, encoded)  # same ids and tokens: labels or metadata were changed
+        elif rows.read(folder, there).examples != tuple(examples):
+            rows.write(folder, there, examples, encoded)  # same ids and tokens: labels or metadata were changed
         return started
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -243,7 +250,7 @@ def _furnish(
     folder: Path, started: Manifest, loaded: Loaded, examples: Sequence[Example], encoded: Sequence[Encoded]
 ) -> None:
     """Write what an index holds besides its shards: the examples and the adapter."""
-    rows.write(folder, examples, encoded)
+    rows.write(folder, started, examples, encoded)
     if started.model.adapter is not None:
         try:
             save_adapter(loaded.model, folder / "adapter")
@@ -262,7 +269,7 @@ def _furnished(folder: Path, started: Manifest) -> bool:
     if adapter is not None and not (folder / adapter / "adapter_model.safetensors").is_file():
         return False
     try:
-        rows.read(folder, started.data_fingerprint)
+        rows.read(folder, started)
     except FinetraceError:
         return False
     return True
@@ -275,28 +282,71 @@ def collect_shards(
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
     labels: Labels | None,
+    *,
+    skip_bad: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Collect the shards and factor sums that are missing, one after another, and finish the factors."""
+    """Collect the shards and factor sums that are missing, one after another, and finish the factors.
+
+    `examples` and `encoded` are all rows of the data, those too that `started` has left out.
+    """
     done = {shard.start: shard for shard in started.shards}
+    gone = {each.row: each for each in started.left_out}
+    unfitted = labels if labels is not None and not factors.there(folder, labels) else None
     tracker = Tracker("collecting gradients", len(examples), "examples")
+    halved = 0
     with at_moment(collector.model, started.model.at), tracker:
-        for start in range(0, len(examples), started.rows_per_shard):
-            stop = min(start + started.rows_per_shard, len(examples))
-            fitting = labels is not None and not factors.there(folder, labels)
-            fitting = fitting and not factors.has_part(folder, labels or "model", start)
-            if start in done and not fitting:
+        for start, stop in started.borders():
+            known = {row - start: gone[row].reason for row in range(start, stop) if row in gone}
+            there = start in done
+            if there and (unfitted is None or factors.has_part(folder, unfitted, start, stop - start - len(known))):
                 tracker.advance(stop - start)
                 continue
-            sums = collector.factor_sums(labels) if labels is not None and fitting else None
+            sums = collector.factor_sums(unfitted) if unfitted is not None else None
             ids = [example.id for example in examples[start:stop]]
-            features = collector.collect(encoded[start:stop], ids, tracker.advance, factors=sums)
+            features = collector.collect(
+                encoded[start:stop],
+                ids,
+                tracker.advance,
+                factors=sums,
+                first=start,
+                left_out=known,
+                skip_bad=skip_bad and not there,
+            )
+            halved += features.halved
             if sums is not None:
                 factors.write_part(folder, sums, features.sampled, start, started)
-            if start not in done:
-                done[start] = shards.write(folder, features, start, started)
-                manifest.write(folder, started.model_copy(update={"shards": tuple(done[key] for key in sorted(done))}))
-    if labels is not None and not factors.there(folder, labels):
-        factors.finish(folder, manifest.read(folder), labels)
+            if not there:
+                done[start] = shards.write(folder, features, start, stop, started)
+                gone |= {record.row: record for record in left_out(features, ids, start)}
+                manifest.write(folder, noted(started, done, gone))
+    if halved:
+        say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
+    finished = manifest.read(folder)
+    if unfitted is not None and finished.kept:
+        factors.finish(folder, finished, unfitted)
+    elif labels is not None:
+        factors.tidy(folder, labels)  # what a run left that was killed while it removed them
+
+
+def left_out(features: Features, ids: Sequence[str], start: int) -> list[LeftOutRecord]:
+    """The rows without features of a shard that begins at row `start`."""
+    return [LeftOutRecord(id=ids[i], row=start + i, reason=why) for i, why in sorted(features.left_out.items())]
+
+
+def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:
+    """The manifest with these shards, by first row, and rows left out, by number."""
+    shard_records = tuple(done[start] for start in sorted(done))
+    return started.model_copy(update={"shards": shard_records, "left_out": tuple(gone[row] for row in sorted(gone))})
+
+
+def left_out_sentence(about: Manifest) -> str:
+    """How many rows an index left out, and the first five of them; empty where it has them all."""
+    if not about.left_out:
+        return ""
+    named = "; ".join(f"example {each.id} (row {each.row + 1}): {each.reason}" for each in about.left_out[:5])
+    more = "; ..." if len(about.left_out) > 5 else ""
+    return f"{len(about.left_out)} of {about.examples} rows are left out: {named}{more}."
 
 
 def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
@@ -309,7 +359,7 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     for key in now:
-        if key not in ("shards", "finetrace") and was.get(key) != now[key]:
+        if key not in ("shards", "left_out", "appended", "finetrace") and was.get(key) != now[key]:
             what = names.get(key, f"{key} ({was.get(key)}, not {now[key]})")
             raise FinetraceError(
                 f"{folder}: an index of another {what} is there; choose another --out or remove the folder."
@@ -340,7 +390,20 @@ def _adapter_folder(model: Any) -> str:
     return "adapter" if name == "default" else f"adapter/{name}"
 
 
-def _refuse_duplicates(examples: Sequence[Example]) -> None:
+def settings(about: Manifest) -> dict[str, Any]:
+    """Arguments of `build_index` that a view of an index and rows appended to it take over from its manifest."""
+    stored = None if about.feature_dtype == str(about.computed_dtype).removeprefix("torch.") else about.feature_dtype
+    return {
+        "modules": about.modules,
+        "batch_tokens": about.batch_tokens,
+        "feature_dtype": stored,
+        "projection": about.projection,
+        "projection_seed": about.projection_seed,
+    }
+
+
+def refuse_duplicates(examples: Sequence[Example]) -> None:
+    """Stop where two rows have one id."""
     seen: dict[str, int] = {}
     for i, example in enumerate(examples):
         if example.id in seen:

@@ -16,6 +16,7 @@ from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, manifest, rows, shards
+from finetrace.index.appending import settle
 from finetrace.index.build import whole
 from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
@@ -80,11 +81,12 @@ def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
             what = f"{path}: {state} (rows {shard.start + 1} to {shard.stop})."
             found.append(Damage(folder, path, "shard", what))
     try:
-        rows.read(folder, about.data_fingerprint)
+        rows.read(folder, about)
     except FinetraceError as error:
-        found.append(Damage(folder, folder / rows.NAME, "examples", str(error)))
+        broken = next((name for name, _, _ in rows.parts(about) if f"{folder / name}: " in str(error)), rows.NAME)
+        found.append(Damage(folder, folder / broken, "examples", str(error)))
     for labels in get_args(Labels):
-        path = factors.path(folder, labels)
+        path = factors.path(folder, labels)  # named by its labels
         if path.exists() or path.with_suffix(".json").exists():
             try:
                 factors.read(folder, about, labels)
@@ -125,6 +127,7 @@ def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list
     """
     manifest.read(folder)
     with writing(folder):
+        settle(folder, say)
         damage = verify(folder)
         for home in dict.fromkeys(each.folder for each in damage):
             with nullcontext() if home == folder else writing(home):
@@ -148,12 +151,7 @@ def _mend(root: Path, home: Path, damage: Sequence[Damage], say: Callable[[str],
     for each in damage:
         if each.kind == "factors":
             say(f"{each.path}: removed; computed again when a method asks for them")
-            _remove_factors(each.path)
-
-
-def _remove_factors(path: Path) -> None:
-    path.with_suffix(".json").unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
+            factors.remove(each.folder, each.path.stem)  # type: ignore[arg-type]
 
 
 def _collect_again(index: Index, names: Collection[str], say: Callable[[str], None]) -> None:
@@ -164,12 +162,15 @@ def _collect_again(index: Index, names: Collection[str], say: Callable[[str], No
     loaded = model_of(index)
     wanted = tuple(map(Representation.parse, about.representations))
     collector = Collector(loaded.model, about.track(loaded.model), wanted, about.batch_tokens)
-    ids, encoded = index.rows.ids, index.rows.encoded
+    ids, encoded = index.all_rows.ids, index.all_rows.encoded
+    gone = {each.row: each.reason for each in about.left_out}
     fresh: dict[str, ShardRecord] = {}
     with at_moment(loaded.model, about.model.at):
         for shard in broken:
-            features = collector.collect(encoded[shard.start : shard.stop], ids[shard.start : shard.stop])
-            fresh[shard.file] = shards.write(index.folder, features, shard.start, about)
+            start, stop = shard.start, shard.stop
+            known = {row - start: gone[row] for row in range(start, stop) if row in gone}
+            features = collector.collect(encoded[start:stop], ids[start:stop], first=start, left_out=known)
+            fresh[shard.file] = shards.write(index.folder, features, start, stop, about)
     if all(fresh[shard.file] == shard for shard in broken):
         return
     say(
@@ -177,6 +178,6 @@ def _collect_again(index: Index, names: Collection[str], say: Callable[[str], No
         "checksums, and factors of the old gradients are removed"
     )
     for labels in get_args(Labels):
-        _remove_factors(factors.path(index.folder, labels))
+        factors.remove(index.folder, labels)
     records = tuple(fresh.get(shard.file, shard) for shard in about.shards)
     manifest.write(index.folder, about.model_copy(update={"shards": records}))

@@ -75,10 +75,12 @@ def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: in
         save_file(tensors, str(part))
 
 
-def has_part(folder: Path, labels: Labels, start: int) -> bool:
-    """Whether the sums over that shard are whole."""
+def has_part(folder: Path, labels: Labels, start: int, rows: int) -> bool:
+    """Whether the sums over that shard are whole, and of as many rows as it has."""
     try:
         with safe_open(str(part_path(folder, labels, start)), framework="pt") as file:
+            if labels == "model" and file.get_slice("sampled").get_shape()[0] != rows:
+                return False
             return "tokens" in file.keys()  # noqa: SIM118
     except (OSError, SafetensorError):
         return False
@@ -94,7 +96,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
     records = []
     for i, block in enumerate(blocks):
         left, right, tokens = _summed(parts, block, i)
-        basis = KroneckerBasis.of(left, right, tokens, manifest.examples)
+        basis = KroneckerBasis.of(left, right, tokens, manifest.kept)
         squares = torch.zeros_like(basis.kfac)
         for rows in _gradients(folder, manifest, parts, labels, block):
             squares += basis.rotate(rows).double().square().sum(0)
@@ -106,7 +108,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
                 tensors[places[key]] = vectors.to(dtype).contiguous()
             names[side] = places[key]
         tensors[f"kfac.{i}"] = basis.kfac
-        tensors[f"ekfac.{i}"] = squares / manifest.examples
+        tensors[f"ekfac.{i}"] = squares / manifest.kept
         records.append({"name": block.name, "tokens": tokens, **names})
     with replacing(path(folder, labels)) as part:
         save_file(tensors, str(part))
@@ -119,7 +121,30 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
         "blocks": records,
     }
     write_atomically(path(folder, labels).with_suffix(".json"), json.dumps(about, indent=1).encode())
-    shutil.rmtree(parts[0].parent, ignore_errors=True)
+    tidy(folder, labels)
+
+
+def outdated(folder: Path, manifest: Manifest, labels: Labels) -> bool:
+    """Whether there are factors of other rows than the index has now, or factors that cannot say of which."""
+    about = path(folder, labels).with_suffix(".json")
+    try:
+        return bool(json.loads(about.read_text(encoding="utf-8"))["data_fingerprint"] != manifest.data_fingerprint)
+    except (OSError, ValueError, KeyError, TypeError):
+        return about.exists() or path(folder, labels).exists()
+
+
+def tidy(folder: Path, labels: Labels) -> None:
+    """Remove the sums over shards, which finished factors no longer need."""
+    shutil.rmtree(part_path(folder, labels, 0).parent, ignore_errors=True)
+
+
+def remove(folder: Path, labels: Labels) -> bool:
+    """Remove finished factors, if there are any; they are fitted again when a method asks for them."""
+    about = path(folder, labels).with_suffix(".json")
+    found = about.exists() or path(folder, labels).exists()
+    about.unlink(missing_ok=True)
+    path(folder, labels).unlink(missing_ok=True)
+    return found
 
 
 def digest(folder: Path, labels: Labels) -> str:

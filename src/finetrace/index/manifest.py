@@ -60,6 +60,22 @@ class ShardRecord(_Strict):
     rounding: float = 0.0
 
 
+class LeftOutRecord(_Strict):
+    """A row of the data, counted from 0, that is in no shard, and why."""
+
+    id: str
+    row: int
+    reason: str
+
+
+class AppendRecord(_Strict):
+    """Rows from `start` on that were appended later: the file of their examples, and the fingerprint of these rows alone."""
+
+    start: int
+    examples: str
+    data_fingerprint: str
+
+
 class ModelRecord(_Strict):
     """How to load the model again, the fingerprints that it must show, and where along its fine-tuning gradients are taken."""
 
@@ -102,6 +118,22 @@ class Manifest(_Strict):
     projection: str = "none"
     projection_seed: int = 0
     shards: tuple[ShardRecord, ...] = ()
+    left_out: tuple[LeftOutRecord, ...] = ()
+    appended: tuple[AppendRecord, ...] = ()
+
+    @property
+    def kept(self) -> int:
+        """Rows that have features: those of the data without the ones that were left out."""
+        return self.examples - len(self.left_out)
+
+    def borders(self) -> list[tuple[int, int]]:
+        """First row and end (exclusive) of every shard, the missing ones too; appended rows begin a new shard."""
+        ends = [*(part.start for part in self.appended), self.examples]
+        return [
+            (start, min(start + self.rows_per_shard, end))
+            for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+            for start in range(begin, end, self.rows_per_shard)
+        ]
 
     def track(self, model: nn.Module) -> Tracking:
         """The layers of `model` that the index tracks, their gradients projected as the index's are."""
@@ -139,9 +171,10 @@ def read(folder: Path) -> Manifest:
     except (ValidationError, ValueError, OSError) as error:
         detail = str(error).splitlines()[0]
         raise FinetraceError(f"{path}: not a readable manifest ({detail}); build the index again.") from error
-    for shard in manifest.shards:
-        if Path(shard.file).name != shard.file or shard.file in ("", ".", ".."):
-            raise FinetraceError(f"{path}: shard file {shard.file!r} leaves the index folder; this index is not used.")
+    named = [("shard", shard.file) for shard in manifest.shards]
+    for what, file in [*named, *(("examples", part.examples) for part in manifest.appended)]:
+        if Path(file).name != file or file in ("", ".", ".."):
+            raise FinetraceError(f"{path}: {what} file {file!r} leaves the index folder; this index is not used.")
     return manifest
 
 

@@ -16,9 +16,10 @@ from finetrace import fingerprint
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
-from finetrace.index.manifest import write_atomically
+from finetrace.index.manifest import Manifest, write_atomically
 
 NAME = "examples.parquet"
+REMEDY = "run finetrace index again on this folder to write it anew."
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.examples)
 
+    def only(self, chosen: Sequence[int]) -> Rows:
+        """The rows at these positions."""
+        return Rows(tuple(self.examples[i] for i in chosen), tuple(self.encoded[i] for i in chosen))
+
     @property
     def ids(self) -> tuple[str, ...]:
         """Ids in row order."""
@@ -42,8 +47,20 @@ class Rows:
         return tuple(example.label for example in self.examples)
 
 
-def write(folder: Path, examples: Sequence[Example], encoded: Sequence[Encoded]) -> None:
-    """Write `examples.parquet` in one step."""
+def parts(about: Manifest) -> list[tuple[str, int, int]]:
+    """File, first row and end (exclusive) of the rows that were there first, and of those appended each time."""
+    names = [NAME, *(part.examples for part in about.appended)]
+    starts = [0, *(part.start for part in about.appended)]
+    return list(zip(names, starts, [*starts[1:], about.examples], strict=True))
+
+
+def write(folder: Path, about: Manifest, examples: Sequence[Example], encoded: Sequence[Encoded]) -> None:
+    """Write the examples of an index, each file in one step."""
+    for name, start, stop in parts(about):
+        _write(folder / name, examples[start:stop], encoded[start:stop])
+
+
+def _write(path: Path, examples: Sequence[Example], encoded: Sequence[Encoded]) -> None:
     table = pa.table(
         {
             "id": [example.id for example in examples],
@@ -60,14 +77,23 @@ def write(folder: Path, examples: Sequence[Example], encoded: Sequence[Encoded])
     )
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    write_atomically(folder / NAME, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
-def read(folder: Path, data_fingerprint: str) -> Rows:
-    """Read `examples.parquet` back; `FinetraceError` where it is broken or of other data than `data_fingerprint` says."""
-    remedy = "run finetrace index again on this folder to write it anew."
+def read(folder: Path, about: Manifest) -> Rows:
+    """Read the examples of an index back; `FinetraceError` where they are broken or of other data than the manifest says."""
+    found = [_read(folder / name) for name, _, _ in parts(about)]
+    whole = Rows(
+        tuple(each for part in found for each in part.examples), tuple(each for part in found for each in part.encoded)
+    )
+    if fingerprint.of_data(whole.ids, whole.encoded) != about.data_fingerprint:
+        raise FinetraceError(f"{folder / NAME}: these are not the examples the index was built from; {REMEDY}")
+    return whole
+
+
+def _read(path: Path) -> Rows:
     try:
-        columns = pq.read_table(folder / NAME, page_checksum_verification=True).to_pydict()
+        columns = pq.read_table(path, page_checksum_verification=True).to_pydict()
         examples = tuple(
             Example(id_, tuple(Message(*turn) for turn in json.loads(messages)), label, json.loads(metadata))
             for id_, messages, label, metadata in zip(
@@ -85,8 +111,5 @@ def read(folder: Path, data_fingerprint: str) -> Rows:
             )
         )
     except (OSError, KeyError, ValueError, TypeError) as error:
-        raise FinetraceError(f"{folder / NAME}: cannot be read ({error}); {remedy}") from error
-    found = Rows(examples, encoded)
-    if fingerprint.of_data(found.ids, encoded) != data_fingerprint:
-        raise FinetraceError(f"{folder / NAME}: these are not the examples the index was built from; {remedy}")
-    return found
+        raise FinetraceError(f"{path}: cannot be read ({error}); {REMEDY}") from error
+    return Rows(examples, encoded)

@@ -20,8 +20,11 @@ FOLDER = "shards"
 PIECE = 64 << 20  # bytes of widened gradients at a time
 
 
-def write(folder: Path, features: Features, start: int, about: Manifest) -> ShardRecord:
-    """Write one shard in one step, its gradients in the index's `feature_dtype`, and describe it."""
+def write(folder: Path, features: Features, start: int, stop: int, about: Manifest) -> ShardRecord:
+    """Write the features of rows `start` to `stop` of the data in one step and describe the file.
+
+    It holds a line for every row but those that were left out, gradients in the index's `feature_dtype`.
+    """
     narrowed = narrowed_rows(features.gradients, about)
     tensors = named("gradients", narrowed) | {"losses": features.losses}
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
@@ -33,7 +36,7 @@ def write(folder: Path, features: Features, start: int, about: Manifest) -> Shar
     return ShardRecord(
         file=name,
         start=start,
-        stop=start + len(features),
+        stop=stop,
         bytes=path.stat().st_size,
         sha256=fingerprint.of_file(path),
         rounding=narrowed.rounding,
@@ -60,7 +63,8 @@ def columns_of(file: safe_open, name: str, columns: slice, about: Manifest) -> T
 class ShardReader:
     """Reads columns of the shards of one index; each file's checksum is compared when it is first opened.
 
-    Gradients come back in the dtype in which they were computed, whatever they are stored in.
+    Rows are counted without those that were left out. Gradients come back in the dtype in which they were computed,
+    whatever they are stored in.
     """
 
     def __init__(self, folder: Path, about: Manifest, remedy: str | None = None) -> None:
@@ -70,6 +74,9 @@ class ShardReader:
         self.dtype = about.computed_dtype
         self._blocks = tuple(record.block() for record in about.blocks)
         self._scaled = about.feature_dtype == "float16"
+        gone = [each.row for each in about.left_out]
+        self._before = [shard.start - sum(row < shard.start for row in gone) for shard in about.shards]
+        self._before.append(about.kept)
         self._mapped: dict[str, Tensor] = {}
         self._exponents: dict[str, Tensor] = {}
         self._checked: set[str] = set()
@@ -77,11 +84,15 @@ class ShardReader:
     def gradients(self, columns: slice, rows: slice) -> Tensor:
         """(rows, columns) of the gradients of all shards, copied into memory."""
         parts = []
-        for shard in self.shards:
-            first, last = max(rows.start, shard.start), min(rows.stop, shard.stop)
+        for shard, start, stop in self.places():
+            first, last = max(rows.start, start), min(rows.stop, stop)
             if first < last:
-                parts.append(self._wide(shard, columns, slice(first - shard.start, last - shard.start)))
+                parts.append(self._wide(shard, columns, slice(first - start, last - start)))
         return torch.cat(parts) if len(parts) != 1 else parts[0].clone()
+
+    def places(self) -> Iterator[tuple[ShardRecord, int, int]]:
+        """Each shard with its first and its end row, counted without those that were left out."""
+        yield from zip(self.shards, self._before, self._before[1:], strict=False)
 
     def mapped(self) -> Iterator[Tensor]:
         """(rows, D) gradients of one shard after another, mapped and not copied; narrow ones some rows at a time, widened."""

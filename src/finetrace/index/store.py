@@ -17,6 +17,7 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import manifest, rows
 from finetrace.index.blocks import RowBlocks
+from finetrace.index.rows import Rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
 from finetrace.moments import at_moment, why_no_start
@@ -46,6 +47,10 @@ class Index:
                 f"{folder}: this index is unfinished ({done} of {self.manifest.examples} rows); run finetrace index again "
                 "with the same arguments to finish it."
             )
+        if not self.manifest.kept:
+            raise FinetraceError(
+                f"{folder}: every row was left out, since its values are not finite; look at the model, or use --dtype float32."
+            )
         self.blocks: tuple[Block, ...] = tuple(record.block() for record in self.manifest.blocks)
         self._reader = ShardReader(folder, self.manifest, remedy)
         self._loaded = loaded
@@ -57,13 +62,24 @@ class Index:
         return (folder / manifest.NAME).exists() and manifest.read(folder).complete
 
     def __len__(self) -> int:
-        return self.manifest.examples
+        return self.manifest.kept
 
     @cached_property
-    def rows(self) -> rows.Rows:
-        """The training examples and their encodings; of a view, with the labels and metadata that its parent has now."""
-        own = rows.read(self.folder, self.manifest.data_fingerprint)
-        return rows.Rows(self._parent.rows.examples, own.encoded) if self._parent is not None else own
+    def data_rows(self) -> tuple[int, ...]:
+        """The row of the data, counted from 0, that each row of the index is: all in turn but those left out."""
+        gone = {each.row for each in self.manifest.left_out}
+        return tuple(row for row in range(self.manifest.examples) if row not in gone)
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The training examples that have features, and their encodings."""
+        return self.all_rows.only(self.data_rows) if self.manifest.left_out else self.all_rows
+
+    @cached_property
+    def all_rows(self) -> Rows:
+        """`rows` and those that were left out; of a view, with the labels and metadata that its parent's rows have now."""
+        own = rows.read(self.folder, self.manifest)
+        return Rows(self._parent.rows.examples, own.encoded) if self._parent is not None else own
 
     @cached_property
     def losses(self) -> Tensor:

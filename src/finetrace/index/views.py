@@ -8,10 +8,9 @@ from finetrace.collection.projection import Projection
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
-from finetrace.index.build import build_index, collect_shards
+from finetrace.index.build import build_index, collect_shards, settings
 from finetrace.index.lock import writing
 from finetrace.index.store import Index
-from finetrace.index.stored import FeatureDtype
 from finetrace.models import Loaded
 from finetrace.moments import Moment
 from finetrace.positions import Positions
@@ -41,14 +40,10 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             index.rows.examples,
             folder,
             index.encoder(positions.text),
-            modules=index.manifest.modules,
+            **settings(index.manifest),
             representations=(),
-            batch_tokens=index.manifest.batch_tokens,
             kronecker=kronecker,
             at=at,
-            feature_dtype=kept_dtype(index),
-            projection=index.manifest.projection,
-            projection_seed=index.manifest.projection_seed,
         )
     made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
@@ -65,12 +60,6 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
     return made
 
 
-def kept_dtype(index: Index) -> FeatureDtype | None:
-    """What the index was told to store gradients in; `None` where it stores them as they are computed."""
-    stored = index.manifest.feature_dtype
-    return None if stored == str(index.manifest.computed_dtype).removeprefix("torch.") else stored  # type: ignore[return-value]
-
-
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
     """The factors of every block by name, fitted now in one pass over the rows unless the index holds them.
 
@@ -83,7 +72,8 @@ def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]
         wanted = tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, manifest.track(loaded.model), wanted, manifest.batch_tokens)
         with writing(index.folder):
-            collect_shards(index.folder, manifest, collector, index.rows.examples, index.rows.encoded, labels)
+            rows = index.all_rows
+            collect_shards(index.folder, manifest, collector, rows.examples, rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)
 
 

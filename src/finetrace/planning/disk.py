@@ -78,7 +78,7 @@ class RowFormat:
         zero = torch.zeros(1, width, dtype=dtype)
         pooled = {name: torch.zeros(1, hidden, dtype=dtype) for name in about.representations}
         with tempfile.TemporaryDirectory() as work:
-            record = shards.write(Path(work), Features(zero, torch.zeros(1, dtype=dtype), pooled), 0, about)
+            record = shards.write(Path(work), Features(zero, torch.zeros(1, dtype=dtype), pooled), 0, 1, about)
             with safe_open(str(Path(work) / shards.FOLDER / record.file), framework="pt") as file:
                 parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
                 return cls({name: (tuple(part.get_shape()[1:]), part.get_dtype()) for name, part in parts.items()})
@@ -129,11 +129,13 @@ def manifest_bytes(manifest: Manifest, shards: int) -> int:
     return empty + shards * (noted - empty)
 
 
-def examples_bytes(examples: Sequence[Example], encoded: Sequence[Encoded]) -> int:
+def examples_bytes(about: Manifest, examples: Sequence[Example], encoded: Sequence[Encoded]) -> int:
     """Bytes of examples.parquet: written and weighed; of more than `WHOLE` rows, an even sample is."""
     step = max(1, -(-len(examples) // WHOLE))
     with tempfile.TemporaryDirectory() as work:
-        rows.write(Path(work), examples[::step], encoded[::step])
+        rows.write(
+            Path(work), about.model_copy(update={"examples": len(examples[::step])}), examples[::step], encoded[::step]
+        )
         size = (Path(work) / rows.NAME).stat().st_size
     return round(size * len(examples) / len(examples[::step]))
 

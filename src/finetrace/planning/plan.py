@@ -317,7 +317,7 @@ def _disk(
         if labels is not None
         else 0,
         parts=parts,
-        examples=examples_bytes(examples, encoded),
+        examples=examples_bytes(about, examples, encoded),
         adapter=adapter_bytes(collector.model),
         manifest=manifest_bytes(about, len(sizes)),
     )

@@ -13,7 +13,7 @@ def index_facts(index: Index) -> dict[str, str]:
     facts = {
         "model": manifest.model.name,
         "adapter": f"{manifest.model.adapter_fingerprint} (kept in the index)" if manifest.model.adapter else "none",
-        "training examples": f"{manifest.examples:,} ({manifest.tokens:,} tokens)",
+        "training examples": f"{manifest.kept:,} ({manifest.tokens:,} tokens)",
         "loss on": manifest.encoding.loss_on,
         "gradients at": f"the {manifest.model.at} of the fine-tuning, unless a method says otherwise",
         "gradient entries": f"{width:,} in {len(index.blocks)} matrices",
@@ -23,6 +23,9 @@ def index_facts(index: Index) -> dict[str, str]:
     }
     if manifest.projection != "none":
         facts["projected by"] = f"{manifest.projection}, seed {manifest.projection_seed}"
+    if manifest.left_out:
+        facts["left out"] = ", ".join(f"{each.id} ({each.reason})" for each in manifest.left_out[:4])
+        facts["left out"] += ", ..." if len(manifest.left_out) > 4 else ""
     if manifest.skipped:
         facts["not tracked"] = ", ".join(list(manifest.skipped)[:4]) + (", ..." if len(manifest.skipped) > 4 else "")
     return facts
