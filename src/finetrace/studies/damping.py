@@ -145,7 +145,7 @@ def _figure(records: Sequence[dict[str, Any]], metric: str, head: str, scale: fl
         axis.axvline(joint, color="0.7", linestyle="--", linewidth=0.8, zorder=0, label="the same, joint")
         axis.set_xscale("log")
 
-    return facets(records, draw, "lambda / trace of the empirical Fisher of the block, or of all", head, columns=4)
+    return facets(records, draw, "lambda / trace of the empirical Fisher", head, columns=4)
 
 
 def _spectra(frame: pd.DataFrame) -> Any:

@@ -43,7 +43,7 @@ def facets(
     for axis, (task, protocol) in zip(axes, cells, strict=True):
         cell = where(records, task=task, protocol=protocol)
         draw(axis, cell)
-        axis.set_title(f"{task}, {protocol}{_counts(cell)}", fontsize=8)
+        axis.set_title(f"{task}, {protocol}{_counts(cell)}", fontsize=7)
         axis.set_xlabel(xlabel, fontsize=7)
         axis.set_ylabel(ylabel, fontsize=7)
     legend(figure, axes, columns)
