@@ -61,7 +61,6 @@ def write_index(folder: Path, n: int, per_shard: int = 145) -> None:
     blocks = block_records()
     width = blocks[-1].offset + blocks[-1].shape[0] * blocks[-1].shape[1]
     folder.mkdir(parents=True)
-    rows.write(folder, examples, encoded)
     about = Manifest(
         finetrace=__version__,
         model=ModelRecord(
@@ -85,10 +84,11 @@ def write_index(folder: Path, n: int, per_shard: int = 145) -> None:
         representations=("last-prompt@-1", "last-token@-1", "mean-response@-1"),
         skipped={},
     )
+    rows.write(folder, about, examples, encoded)
     written = []
     for start in range(0, n, per_shard):
         count = min(per_shard, n - start)
-        written.append(shards.write(folder, random_features(count, width, start), start, about))
+        written.append(shards.write(folder, random_features(count, width, start), start, start + count, about))
     manifest.write(folder, about.model_copy(update={"shards": tuple(written)}))
 
 

@@ -149,20 +149,20 @@ class GradientMethod(Method):
         kept = problem.sums.setdefault(self.curvature_key, {})
         missing = [name for name in wanted if name not in kept]
         if missing:
-            shapes = {"products": (problem.m, problem.n), "train_self": (problem.n,), "query_self": (problem.m,)}
-
-            def made(names: Sequence[str]) -> dict[str, Tensor]:
-                totals = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
-                for part in self.parts(problem):
-                    for name in names:
-                        totals[name] += getattr(part, name)()
-                return totals
-
             if "train_self" in missing:  # of the index alone, so it may be there already
-                kept |= self.fetch_own(problem, lambda: made(missing))
+                kept |= self.fetch_own(problem, lambda: self._totals(problem, missing))
                 missing = [name for name in missing if name not in kept]
-            kept |= made(missing) if missing else {}
+            kept |= self._totals(problem, missing) if missing else {}
         return kept
+
+    def _totals(self, problem: Problem, names: Sequence[str]) -> dict[str, Tensor]:
+        """Those sums, computed."""
+        shapes = {"products": (problem.m, problem.n), "train_self": (problem.n,), "query_self": (problem.m,)}
+        totals = {name: torch.zeros(shapes[name], dtype=torch.float64) for name in names}
+        for part in self.parts(problem):
+            for name in names:
+                totals[name] += getattr(part, name)()
+        return totals
 
     def fetch_own(self, problem: Problem, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`train_self` from the index's cache, or all that `make` makes, of which it is kept."""
@@ -196,6 +196,7 @@ class GradientMethod(Method):
     streams: ClassVar[bool] = False
     query_bytes: ClassVar[int] = 48  # an entry of a query: itself, preconditioned, and what is held on the way
     by_block: bool = False  # a cosine of each block
+    plain: bool = False  # queries go through as they are
 
     @property
     def joined(self) -> bool:
@@ -283,8 +284,17 @@ class GradSim(_Spanned):
         """P = I."""
         return Identity(products)
 
+    def _totals(self, problem: Problem, names: Sequence[str]) -> dict[str, Tensor]:
+        """Products alone need no norms, so that blocks need not be told apart."""
+        return {"products": problem.inner()} if list(names) == ["products"] else super()._totals(problem, names)
+
     streams: ClassVar[bool] = True
     query_bytes: ClassVar[int] = 32
+
+    @property
+    def plain(self) -> bool:  # type: ignore[override]
+        """Unless norms are wanted."""
+        return self.normalise == "none"
 
     def operator(self, at: Pass) -> Streamed:
         """P = I; norms are looked at where they are wanted."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution.selection import select
-from finetrace.attribution.streaming import StoredRows, available_memory
+from finetrace.attribution.streaming import StoredRows, adjacent, available_memory
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
-from finetrace.curvature.products import Gradients, Kept, Made, row_squares
+from finetrace.curvature.products import Gradients, Kept, Made, inner_products, row_squares
 from finetrace.curvature.streamed import Sizes
 from finetrace.curvature.streamed import sizes as sizes_of
 from finetrace.encoding import LengthReport
@@ -199,6 +199,21 @@ class Problem:
             products = self._kept.get(block.name) or self._of(block)
             if float(products.train_sq.max()) > 0:
                 yield block, products
+
+    def inner(self) -> Tensor:
+        """(m, n) V G^T over the blocks, float64: the rows are multiplied where they are mapped, in one pass."""
+        if all(block.name in self._kept for block in self.blocks):  # multiplied for another method
+            return torch.stack([products.cross for _, products in self.products()] or [self._nothing()]).sum(0)
+        total = self._nothing()
+        for run in adjacent(self.blocks):
+            query, start = self.features.gradients[:, run], 0
+            for rows in self.index.stored_gradients(run):
+                total[:, start : start + len(rows)] += inner_products(query, rows)
+                start += len(rows)
+        return total
+
+    def _nothing(self) -> Tensor:
+        return torch.zeros(self.m, self.n, dtype=torch.float64)
 
     @cached_property
     def joint(self) -> Products:

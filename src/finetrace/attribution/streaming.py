@@ -7,7 +7,7 @@ one last pass gives the scores of all rows, block after block.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finetrace.collection import Block
-from finetrace.curvature.products import row_squares
+from finetrace.curvature.products import COLUMNS, row_squares
 from finetrace.curvature.solvers import Solution, Solver
 from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_dots, spread
 from finetrace.errors import FinetraceError
@@ -118,23 +118,58 @@ class StoredRows:
 
     def chosen(self, vectors: Tensor) -> Tensor:
         """(r, D) of the chosen blocks out of whole gradients, in the rows' precision."""
-        return torch.cat([vectors[:, block.columns] for block in self.blocks], dim=1).to(self.device, self.dtype)
+        parts = [vectors[:, run] for run in adjacent(self.blocks)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self.device, self.dtype)
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (r, D)) pieces."""
-        piece = min(self.step, max(FEWEST, PIECE // (self.width * self.dtype.itemsize)))
-        wide: Tensor | None = None
+        widened = self._widening()
         for where, raw in self.index.row_blocks(self.step, self._range):
-            for first in range(0, len(raw), piece):
-                part = raw[first : first + piece]
-                if self._gather is not None:
-                    part = part[:, self._gather]
-                if self.device.type != "cpu":
-                    part = part.to(self.device, self.dtype)
-                elif part.dtype != self.dtype:
-                    wide = torch.empty(piece, self.width, dtype=self.dtype) if wide is None else wide
-                    part = wide[: len(part)].copy_(part)
+            for first in range(0, len(raw), self._piece):
+                part = widened(raw[first : first + self._piece])
                 yield slice(where.start + first, where.start + first + len(part)), part
+
+    def products(self, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, (r, m)) inner products with (m, D) vectors, float64, a block of rows at a time.
+
+        Products of `COLUMNS` entries are taken in the rows' precision and summed in float64.
+        """
+        starts = range(0, self.width, COLUMNS)
+        right = [vectors[:, start : start + COLUMNS].to(self.dtype).T.contiguous() for start in starts]
+        product = torch.empty(self._piece, len(vectors), dtype=self.dtype, device=self.device)
+        widened = self._widening()
+        for where, raw in self.index.row_blocks(self.step, self._range):
+            total = torch.zeros(len(raw), len(vectors), dtype=torch.float64, device=self.device)
+            for first in range(0, len(raw), self._piece):
+                part = widened(raw[first : first + self._piece])
+                for start, columns in zip(starts, right, strict=True):
+                    torch.mm(part[:, start : start + COLUMNS], columns, out=product[: len(part)])
+                    total[first : first + len(part)] += product[: len(part)]
+            yield where, total
+
+    @property
+    def _piece(self) -> int:
+        """Rows that are widened at once."""
+        if self.device.type != "cpu":
+            return self.step
+        return min(self.step, max(FEWEST, PIECE // (self.width * self.dtype.itemsize)))
+
+    def _widening(self) -> Callable[[Tensor], Tensor]:
+        """What takes stored rows to the chosen blocks in the rows' precision; each result may overwrite the last."""
+        wide: Tensor | None = None
+
+        def widened(part: Tensor) -> Tensor:
+            nonlocal wide
+            if self._gather is not None:
+                part = part[:, self._gather]
+            if self.device.type != "cpu":
+                return part.to(self.device).to(self.dtype)
+            if part.dtype == self.dtype:
+                return part
+            wide = torch.empty(self._piece, self.width, dtype=self.dtype) if wide is None else wide
+            return wide[: len(part)].copy_(part)
+
+        return widened
 
     def some(self, where: slice) -> Tensor:
         """(r, D) of some rows."""
@@ -150,6 +185,17 @@ class StoredRows:
                 places = slice(block.offset + start - at.start, block.offset + stop - at.start)
                 whole = next(iter(self.index.row_blocks(self.n, places)))[1]
                 yield slice(start, stop), whole.to(self.device, self.dtype)
+
+
+def adjacent(blocks: Sequence[Block]) -> list[slice]:
+    """The columns of some blocks in their order, those that follow one another joined."""
+    runs: list[slice] = []
+    for block in blocks:
+        if runs and runs[-1].stop == block.offset:
+            runs[-1] = slice(runs[-1].start, block.columns.stop)
+        else:
+            runs.append(block.columns)
+    return runs
 
 
 def widest(problem: Problem) -> int:
@@ -311,29 +357,36 @@ class MethodRun:
         method, rows = self.method, self.at.rows
         vectors = rows.chosen(self.problem.features.gradients[chosen])
         ready, own = self._prepared(vectors)
-        asked = segment_dots(vectors.double(), ready, [slice(0, rows.width)])[:, 0]
-        right = ready.to(rows.dtype)
-        queries = reciprocal(asked.clamp_min(0).sqrt())[None, :]
+        if method.by_block:
+            yield from self._cosines(vectors, ready)
+            return
         examples = None if own is None else reciprocal(own.clamp_min(0).sqrt()).to(rows.device)[:, None]
-        cosines = method.by_block
-        if cosines:  # the mean over blocks of each one's own cosine
-            count = int((self.at.sizes.traces > 0).sum())
-            lengths = segment_dots(vectors.double(), ready, rows.blocks_at).sqrt()
-            right = (ready * spread(reciprocal(lengths), rows.blocks_at) / max(1, count)).to(rows.dtype)
+        queries = None
+        if method.normalise == "cosine":
+            queries = reciprocal((vectors.double() * ready).sum(1).clamp_min(0).sqrt())[None, :]
+        for where, total in rows.products(ready):
+            if examples is not None:
+                total *= examples[where]
+            yield where, (total if queries is None else (total * queries).clamp(-1, 1)).T.cpu()
+
+    def _cosines(self, vectors: Tensor, ready: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The mean over blocks of each one's own cosine."""
+        rows = self.at.rows
+        count = int((self.at.sizes.traces > 0).sum())
+        lengths = segment_dots(vectors.double(), ready, rows.blocks_at).sqrt()
+        right = (ready * spread(reciprocal(lengths), rows.blocks_at) / max(1, count)).to(rows.dtype)
         for where, block in rows:
             total = torch.zeros(len(block), len(ready), dtype=torch.float64, device=rows.device)
             for s in rows.blocks_at:
                 inner = block[:, s] @ right[:, s].T  # (r, m)
-                total += inner * reciprocal(row_squares(block[:, s]).sqrt())[:, None] if cosines else inner
-            if examples is not None:
-                total *= examples[where]
-            if method.normalise == "cosine":
-                total = (total if cosines else total * queries).clamp(-1, 1)
-            yield where, total.T.cpu()
+                total += inner * reciprocal(row_squares(block[:, s]).sqrt())[:, None]
+            yield where, total.clamp(-1, 1).T.cpu()
 
     def _prepared(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """(m, D) V P, and (n,) the rows' own influence where it is wanted; a group's curvature is made once for both."""
         method, problem = self.method, self.problem
+        if method.plain:
+            return vectors, None
         kept = problem.sums.setdefault(method.curvature_key, {})
         wanted = self.at.normalised and not method.by_block
 

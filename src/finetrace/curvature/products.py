@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+COLUMNS = 1 << 14  # entries whose products are summed in the precision of the gradients before they go to float64
+
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
@@ -124,6 +126,15 @@ class Products:
     def _known(self) -> Gradients:
         assert self.gradients is not None, "summed products carry no gradients"
         return self.gradients
+
+
+def inner_products(left: Tensor, right: Tensor) -> Tensor:
+    """(a, b) inner products of (a, d) and (b, d) rows, float64: products of `COLUMNS` entries in the rows' precision, summed."""
+    total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
+    for start in range(0, left.shape[1], COLUMNS):
+        chosen = slice(start, start + COLUMNS)
+        total += left[:, chosen] @ right[:, chosen].T
+    return total
 
 
 def row_squares(rows: Tensor) -> Tensor:

@@ -94,16 +94,16 @@ class ShardReader:
         """Each shard with its first and its end row, counted without those that were left out."""
         yield from zip(self.shards, self._before, self._before[1:], strict=False)
 
-    def mapped(self) -> Iterator[Tensor]:
-        """(rows, D) gradients of one shard after another, mapped and not copied; narrow ones some rows at a time, widened."""
+    def mapped(self, columns: slice = slice(None)) -> Iterator[Tensor]:
+        """(rows, columns) gradients of one shard after another, mapped and not copied; narrow ones some rows at a time, widened."""
         for shard in self.shards:
-            stored = self._map(shard)
+            stored = self._map(shard)[:, columns]
             if stored.dtype == self.dtype:
                 yield stored
                 continue
             step = max(1, PIECE // max(1, stored.shape[1] * self.dtype.itemsize))
             for first in range(0, len(stored), step):
-                yield self._wide(shard, slice(None), slice(first, first + step))
+                yield self._wide(shard, columns, slice(first, first + step))
 
     def _wide(self, shard: ShardRecord, columns: slice, rows: slice) -> Tensor:
         stored = self._map(shard)[rows]

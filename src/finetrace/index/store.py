@@ -91,9 +91,9 @@ class Index:
         start, stop, _ = (chosen or slice(None)).indices(len(self))
         return self._reader.gradients(columns, slice(start, stop))
 
-    def stored_gradients(self) -> Iterator[Tensor]:
-        """(rows, D) training gradients, one shard after another, mapped where they are stored as they were computed."""
-        return self._reader.mapped()
+    def stored_gradients(self, columns: slice = slice(None)) -> Iterator[Tensor]:
+        """(rows, columns) of training gradients, one shard after another, mapped where they are stored as they were computed."""
+        return self._reader.mapped(columns)
 
     def row_blocks(self, rows: int, columns: slice | None = None) -> RowBlocks:
         """(rows, columns) blocks of the gradients in their stored dtype, read ahead; for what is larger than memory."""
