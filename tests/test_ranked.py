@@ -138,4 +138,4 @@ def test_trace_keeps_the_strongest_rows_where_the_matrix_does_not_fit(work, caps
     assert "written as they are made: to .parquet, .npy or .safetensors" in said
     code, _, said = run(capsys, *common, "--memory", "lots")
     assert code == 2
-    assert "not an amount of memory" in said
+    assert "--memory lots: not a size" in said

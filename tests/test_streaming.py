@@ -10,7 +10,7 @@ import torch
 
 from finetrace.api import build_index
 from finetrace.attribution import Problem, make
-from finetrace.attribution.streaming import parse_memory, plan
+from finetrace.attribution.streaming import plan
 from finetrace.errors import FinetraceError
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 
@@ -122,17 +122,3 @@ def test_the_budget_decides(index, features):
     assert plan(method, Problem(index, queries, features, memory=1 << 30)) is None
     with pytest.raises(FinetraceError, match="one query and one row of .* entries take .*more than the memory"):
         make("exact:solver=cg").score(Problem(index, queries, features, memory=1000))
-
-
-@pytest.mark.parametrize(
-    ("text", "amount"),
-    [("512MB", 512 * 10**6), ("2GiB", 2 << 30), ("1.5gb", 1_500_000_000), ("4096", 4096), ("1k", 1000)],
-)
-def test_amounts_of_memory(text, amount):
-    assert parse_memory(text) == amount
-
-
-@pytest.mark.parametrize("text", ["", "much", "5XB", "-1GB", "0", "nan"])
-def test_what_is_no_amount_of_memory_is_named(text):
-    with pytest.raises(FinetraceError, match="--memory"):
-        parse_memory(text)

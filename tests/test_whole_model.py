@@ -132,13 +132,21 @@ def test_what_does_not_fit_at_all_is_refused(whole: Loaded, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("20GB", 20 * 10**9), ("1.5 tb", 1500 * 10**9), ("512MiB", 512 << 20), ("7", 7), ("3k", 3000), ("10B", 10)],
+    [
+        ("20GB", 20 * 10**9),
+        ("1.5 tb", 1500 * 10**9),
+        ("512MiB", 512 << 20),
+        ("7", 7),
+        ("1.5gb", 1_500_000_000),
+        ("1k", 1000),
+        ("10B", 10),
+    ],
 )
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_bytes("--disk", text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "12XB", "1e3"])
+@pytest.mark.parametrize("text", ["", "GB", "-3GB", "0", "12XB", "1e3", "nan"])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(FinetraceError, match="not a size; write it as 20GB or 500MB"):
         parse_bytes("--disk", text)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution.selection import select
-from finetrace.attribution.streaming import StoredRows, adjacent, available_memory
+from finetrace.attribution.streaming import StoredRows, adjacent
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
@@ -24,12 +24,14 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.cache import Cache
 from finetrace.index.rows import Rows
+from finetrace.index.sizing import available_memory
 from finetrace.index.store import Index
 from finetrace.index.views import kronecker_factors, view
 from finetrace.moments import At
 from finetrace.positions import Positions
 
 CACHE_BYTES = 2 << 30
+UNKNOWN = 8 << 30  # bytes of memory taken to be available where the system does not say
 
 
 class Problem:
@@ -83,7 +85,7 @@ class Problem:
         self._larger: tuple[Problem, slice] | None = None  # of which this one has some queries
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
-        self.memory = memory if memory is not None else available_memory() // 2
+        self.memory = memory if memory is not None else (available_memory() or UNKNOWN) // 2
         self.step = step
         self.cache = Cache(index.folder, index.manifest, cache) if cache else None
         self.computed: dict[str, dict[str, Any]] = {}  # how, by method or curvature, where there is something to say

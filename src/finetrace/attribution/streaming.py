@@ -6,10 +6,8 @@ one last pass gives the scores of all rows, block after block.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
@@ -30,41 +28,6 @@ if TYPE_CHECKING:
 LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
 PIECE = 2 << 20  # bytes of widened rows at a time, which the processor's caches hold
 FEWEST = 64  # rows in a piece, where a block has as many: products of fewer are slow
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_memory(text: str, flag: str = "--memory") -> int:
-    """Bytes of `512MB`, `2GiB` or a plain number."""
-    digits = text.strip().upper().rstrip("BIKMG")
-    unit = text.strip().upper()[len(digits) :]
-    try:
-        value = float(digits) * UNITS[unit if unit in UNITS else f"{unit}B"]
-    except (ValueError, KeyError):
-        raise FinetraceError(f"{flag} {text}: not an amount of memory; write for instance 512MB or 4GB.") from None
-    if not 0 < value < float("inf"):
-        raise FinetraceError(f"{flag} {text}: give more than nothing.")
-    return int(value)
-
-
-def available_memory() -> int:
-    """Bytes that could be used now without swapping, those of a container's limit at most; 8 GiB where nobody can say."""
-    found = []
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-            found.append(max(0, int(limit) - used))
-    except (OSError, ValueError):
-        pass
-    if not found:
-        try:
-            found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2)
-        except (AttributeError, OSError, ValueError):
-            found.append(8 << 30)
-    return min(found)
 
 
 def words(amount: float) -> str:
@@ -134,18 +97,21 @@ class StoredRows:
 
         Products of `COLUMNS` entries are taken in the rows' precision and summed in float64.
         """
+        right = vectors.to(self.dtype).T
         starts = range(0, self.width, COLUMNS)
-        right = [vectors[:, start : start + COLUMNS].to(self.dtype).T.contiguous() for start in starts]
-        product = torch.empty(self._piece, len(vectors), dtype=self.dtype, device=self.device)
         widened = self._widening()
         for where, raw in self.index.row_blocks(self.step, self._range):
-            total = torch.zeros(len(raw), len(vectors), dtype=torch.float64, device=self.device)
+            shape = len(raw), len(vectors)
+            product = torch.empty(shape, dtype=self.dtype, device=self.device)
+            total = torch.zeros(shape, dtype=torch.float64, device=self.device) if len(starts) > 1 else None
             for first in range(0, len(raw), self._piece):
-                part = widened(raw[first : first + self._piece])
-                for start, columns in zip(starts, right, strict=True):
-                    torch.mm(part[:, start : start + COLUMNS], columns, out=product[: len(part)])
-                    total[first : first + len(part)] += product[: len(part)]
-            yield where, total
+                part, at = widened(raw[first : first + self._piece]), slice(first, first + self._piece)
+                for start in starts:
+                    columns = slice(start, start + COLUMNS)
+                    torch.mm(part[:, columns], right[columns], out=product[at])
+                    if total is not None:
+                        total[at] += product[at]
+            yield where, product.double() if total is None else total
 
     @property
     def _piece(self) -> int:

@@ -82,14 +82,14 @@ def trace(
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
         from finetrace.attribution.ranked import fits
-        from finetrace.attribution.streaming import parse_memory
         from finetrace.examples import Example
         from finetrace.index import open_index
+        from finetrace.index.sizing import parse_bytes
         from finetrace.reading import read_examples
         from finetrace.tracing import default_method, rank_methods, run_methods, standard
 
-        room = parse_memory(memory) if memory is not None else None
-        kept = 0 if no_cache or cache == "0" else parse_memory(cache, "--cache")
+        room = parse_bytes("--memory", memory)
+        kept = 0 if no_cache or cache == "0" else parse_bytes("--cache", cache) or 0
         opened = open_index(index)
         asked_for = method or [default_method(opened)]
         specs = [each for name in asked_for for each in (standard(opened) if name == "all" else [name])]

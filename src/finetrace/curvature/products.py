@@ -129,7 +129,7 @@ class Products:
 
 
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
-    """(a, b) inner products of (a, d) and (b, d) rows, float64: products of `COLUMNS` entries in the rows' precision, summed."""
+    """(a, b) inner products of (a, d) and (b, d) rows, float64: those of `COLUMNS` entries at a time, summed."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
     for start in range(0, left.shape[1], COLUMNS):
         chosen = slice(start, start + COLUMNS)

@@ -95,7 +95,7 @@ class ShardReader:
         yield from zip(self.shards, self._before, self._before[1:], strict=False)
 
     def mapped(self, columns: slice = slice(None)) -> Iterator[Tensor]:
-        """(rows, columns) gradients of one shard after another, mapped and not copied; narrow ones some rows at a time, widened."""
+        """(rows, columns) gradients of one shard after another, mapped and not copied; narrow ones widened in pieces."""
         for shard in self.shards:
             stored = self._map(shard)[:, columns]
             if stored.dtype == self.dtype:

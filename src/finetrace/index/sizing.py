@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -138,18 +139,24 @@ def parse_bytes(flag: str, text: str | None) -> int | None:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be taken without swapping; `None` where the system does not say."""
+    """Bytes that can be taken without swapping, within a container's limit; `None` where the system does not say."""
+    found = []
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            for line in file:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                found.append(int(line.split()[1]) * 1024)
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+            found.append(max(0, int(limit) - used))
+    except (OSError, ValueError):
         pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):
-        return None
+    if found:
+        return min(found)
+    for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):
+        with contextlib.suppress(AttributeError, ValueError, OSError):
+            return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
+    return None
 
 
 def _too_large(model: nn.Module, tracking: Tracking, plan: Plan, budget: Budget) -> str | None:

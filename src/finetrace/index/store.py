@@ -92,7 +92,7 @@ class Index:
         return self._reader.gradients(columns, slice(start, stop))
 
     def stored_gradients(self, columns: slice = slice(None)) -> Iterator[Tensor]:
-        """(rows, columns) of training gradients, one shard after another, mapped where they are stored as they were computed."""
+        """(rows, columns) of training gradients, a shard at a time, mapped where they are stored as they were computed."""
         return self._reader.mapped(columns)
 
     def row_blocks(self, rows: int, columns: slice | None = None) -> RowBlocks:

@@ -1,0 +1,90 @@
+"""Solvers of (F + lambda I) x = q against torch.linalg.solve in float64; a tolerance that is not met is an error."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetrace.curvature.solvers import DualStream, IterativeStream, PrimalStream, Solution, nystroem, refined
+from finetrace.curvature.streamed import HeldRows, Streamed
+from finetrace.errors import FinetraceError
+
+SEGMENTS = [slice(0, 12), slice(12, 52), slice(52, 57)]  # fewer and more columns than the 30 rows
+SOLVERS = ["dual", "primal", "cg", "nystroem"]
+
+
+def rows(dtype: torch.dtype, segments: list[slice] = SEGMENTS) -> HeldRows:
+    """Gradients with a shared direction and columns of very different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randn(30, 57, generator=generator, dtype=torch.float64)
+    train = train * torch.logspace(0, -2, 57, dtype=torch.float64) + torch.randn(
+        57, generator=generator, dtype=torch.float64
+    )
+    return HeldRows(train.to(dtype), segments, step=7)
+
+
+def solver(name: str, at: HeldRows, damping: Tensor, tolerance: float) -> Streamed:
+    if name == "dual":
+        return DualStream(at, damping, tolerance)
+    if name == "primal":
+        return PrimalStream(at, damping, tolerance)
+    return IterativeStream(at, damping, tolerance, nystroem(at, 10) if name == "nystroem" else None)
+
+
+def direct(at: HeldRows, damping: Tensor, vectors: Tensor) -> Tensor:
+    """(m, D) by LU decomposition of every segment's matrix."""
+    result = torch.zeros(vectors.shape, dtype=torch.float64)
+    for k, s in enumerate(at.segments):
+        if float(damping[k]) > 0:
+            part = at.train[:, s].double()
+            matrix = part.T @ part / len(part) + float(damping[k]) * torch.eye(part.shape[1], dtype=torch.float64)
+            result[:, s] = torch.linalg.solve(matrix, vectors[:, s].double().T).T
+    return result
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
+def test_solutions_are_those_of_a_direct_solve(name: str, joint: bool, dtype: torch.dtype, tolerance: float) -> None:
+    at = rows(dtype, [slice(0, 57)] if joint else SEGMENTS)
+    traces = torch.stack([at.train[:, s].double().square().sum(1).mean() for s in at.segments])
+    damping = 0.01 * traces
+    vectors = torch.randn(4, 57, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    made = solver(name, at, damping, tolerance)
+    found, wanted = made.solve(vectors), direct(at, damping, vectors)
+    for k, s in enumerate(at.segments):  # ||x - x*|| <= residual / lambda
+        bound = tolerance * vectors[:, s].norm(dim=1) / damping[k]
+        assert ((found[:, s] - wanted[:, s]).norm(dim=1) <= bound).all()
+    assert made.found.solver == name
+    assert 0 < made.found.residual <= tolerance
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_segment_without_damping_is_left_out(name: str) -> None:
+    at = rows(torch.float64)
+    damping = torch.tensor([0.1, 0.0, 0.3], dtype=torch.float64)
+    vectors = torch.randn(2, 57, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    found = solver(name, at, damping, 1e-10).solve(vectors)
+    assert not found[:, SEGMENTS[1]].any()
+    assert torch.allclose(found, direct(at, damping, vectors), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_tolerance_that_is_not_met_is_an_error(name: str) -> None:
+    """No double reaches 1e-20."""
+    made = solver(name, rows(torch.float64), torch.full((3,), 0.1, dtype=torch.float64), 1e-20)
+    vectors = torch.randn(2, 57, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with pytest.raises(
+        FinetraceError, match=f"solver {name} reaches a relative residual of .* not the tolerance 1e-20"
+    ):
+        made.solve(vectors)
+
+
+@pytest.mark.parametrize("wrong", [0.0, 2.5, float("nan")])
+def test_a_solver_that_is_wrong_is_found_out(wrong: float) -> None:
+    """The residual is measured, not believed."""
+    at, damping = rows(torch.float64), torch.full((3,), 0.1, dtype=torch.float64)
+    vectors = torch.randn(2, 57, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with pytest.raises(FinetraceError, match="not the tolerance"):
+        refined(at, damping, vectors, lambda left: wrong * left, 1e-6, Solution("cg"))
