@@ -112,7 +112,7 @@ def test_adjacent_blocks_are_one_run_of_columns() -> None:
     assert adjacent([blocks[2], blocks[0]]) == [slice(20, 25), slice(0, 6)]
 
 
-def test_a_shard_that_ends_early_is_named(stored, tmp_path: Path) -> None:
+def test_a_shard_that_lost_a_byte_is_named(stored, tmp_path: Path) -> None:
     import shutil
 
     from finetrace.errors import FinetraceError
