@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetrace.errors import FinetraceError
+from finetrace.execution.worker import NUMBER as WORKER
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,9 +149,11 @@ def _local_adapter(adapter: str) -> str:
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA where there is one, else the CPU."""
+    """`auto` is CUDA where there is one, else the CPU; of several GPUs, worker i takes number i of them in turn."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and os.environ.get(WORKER) and torch.cuda.device_count() > 1:
+        name = f"cuda:{int(os.environ[WORKER]) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

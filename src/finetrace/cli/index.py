@@ -96,6 +96,10 @@ def index(
     ] = None,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
     skip_bad: SkipBad = False,
+    engine: options.EngineOption = None,
+    workers: options.Workers = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
@@ -124,6 +128,7 @@ def index(
         from finetrace.positions import Positions
         from finetrace.reading import read_examples
 
+        chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         Positions.parse(loss_on)
         labels = options.one_of("--kronecker", kronecker, ("model", "data")) if kronecker is not None else None
         stored = options.one_of("--feature-dtype", feature_dtype, STORED) if feature_dtype is not None else None
@@ -139,7 +144,7 @@ def index(
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
         startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
-        announcer = announcer or Announcer(options.say)
+        announcer = announcer or Announcer(options.say, alone=chosen_engine.in_process)
         with announcer.announcing(examples, out, labels, began, startup):
             built, lengths = build_index(
                 loaded,
@@ -159,6 +164,7 @@ def index(
                 skip_bad=skip_bad,
                 say=options.say,
                 begin=announcer.begin,
+                engine=chosen_engine,
             )
     options.say_lengths(lengths)
     say_left_out(built.manifest)

@@ -17,6 +17,7 @@ from finetrace.errors import FinetraceError
 
 if TYPE_CHECKING:
     from finetrace.encoding import LengthReport
+    from finetrace.execution import Engine
     from finetrace.models import DType
     from finetrace.reading import Columns
 
@@ -44,6 +45,21 @@ MessagesColumn = Annotated[str | None, typer.Option(help="Column of a list of ch
 LabelColumn = Annotated[str | None, typer.Option(help="Column of the class, if any.")]
 IdColumn = Annotated[str | None, typer.Option(help="Column of the id, if any.")]
 Split = Annotated[str | None, typer.Option(help="Split of a saved or Hub data set.")]
+EngineOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engine",
+        help="local (this process), processes (this machine) or ray (a cluster); follows --workers if not given.",
+    ),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers side by side; 1 if not given.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Of a running Ray cluster: auto or ray://HOST:PORT; one is started here if not given."),
+]
+GpusPerTask = Annotated[
+    float | None, typer.Option(help="GPUs that a Ray worker reserves; 1 where the cluster has any, if not given.")
+]
 
 
 def command(work: Callable[..., None], like: Callable[..., None] | None = None) -> Callable[..., None]:
@@ -84,6 +100,16 @@ def dtype(name: str) -> DType:
     from finetrace.models import DType
 
     return cast("DType", one_of("--dtype", name, get_args(DType)))
+
+
+def engine(name: str | None, workers: int | None, address: str | None, gpus_per_task: float | None) -> Engine:
+    """The engine of --engine, --workers, --address and --gpus-per-task; several workers alone are processes."""
+    from finetrace.execution import Engine, EngineName
+
+    if name in ("processes", "ray") and workers is None:
+        raise FinetraceError(f"--engine {name}: say with --workers how many to run side by side.")
+    alone = "local" if (workers or 1) == 1 else "processes"
+    return Engine(cast("EngineName", name or alone), workers or 1, address, gpus_per_task)
 
 
 def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:

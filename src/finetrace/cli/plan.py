@@ -55,7 +55,7 @@ def plan(
             )
 
     try:
-        index.index(**arguments, announcer=Planner(options.say))
+        index.index(**arguments, workers=workers, announcer=Planner(options.say))
     except _Planned as stopped:
         made = stopped.plan
     text = json.dumps(made.record(), indent=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 
 from finetrace import fingerprint
 from finetrace._version import __version__
-from finetrace.collection import Collector, Features, Representation, track
+from finetrace.collection import Collector, Representation, track
 from finetrace.collection.collect import features_dtype
 from finetrace.collection.factors import Labels
 from finetrace.collection.modules import ALL_LINEAR
@@ -21,13 +22,15 @@ from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.finetune_config import SAVED
 from finetrace.index import factors, lock, manifest, rows, shards, sizing
 from finetrace.index.lock import writing
 from finetrace.index.manifest import BlockRecord, EncodingRecord, LeftOutRecord, Manifest, ModelRecord, ShardRecord
 from finetrace.index.store import Index
 from finetrace.index.stored import FeatureDtype
-from finetrace.models import Loaded, active_adapter, save_adapter
+from finetrace.index.work import Collected, Piece, ShardWork, collect_piece, sweep
+from finetrace.models import Loaded, ModelSpec, active_adapter, save_adapter
 from finetrace.moments import Moment, at_moment
 from finetrace.progress import Tracker
 
@@ -52,6 +55,7 @@ def build_index(
     say: Callable[[str], None] = lambda text: None,
     begin: Callable[[Manifest, Collector, Sequence[Encoded]], None] | None = None,
     skip_bad: bool = False,
+    engine: Engine = Engine(),
 ) -> tuple[Index, LengthReport]:
     """Collect the features of `examples` into `folder`.
 
@@ -83,6 +87,7 @@ def build_index(
         begin: Hears what is to be done before anything is written; what it raises stops the work.
         skip_bad: Leave out rows whose loss, gradient or hidden state is not finite, and note them in the manifest; without it
             the first of them stops the run.
+        engine: Where shards are collected. Workers load the model by its spec, and refuse it where it is not this one.
 
     Returns:
         The index, ready to be queried, and what was longer than the limits.
@@ -139,7 +144,9 @@ def build_index(
             raise FinetraceError(
                 f"{folder}: {left_out_sentence(started)} Give --skip-bad as before, or mend such rows and choose another --out."
             )
-        collect_shards(folder, started, collector, examples, encoded, kronecker, skip_bad=skip_bad, say=say)
+        collect_shards(
+            folder, started, collector, examples, encoded, kronecker, loaded.spec, engine, skip_bad=skip_bad, say=say
+        )
     return Index(folder, loaded), lengths
 
 
@@ -282,44 +289,68 @@ def collect_shards(
     examples: Sequence[Example],
     encoded: Sequence[Encoded],
     labels: Labels | None,
+    spec: ModelSpec | None = None,
+    engine: Engine = Engine(),
     *,
     skip_bad: bool = False,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Collect the shards and factor sums that are missing, one after another, and finish the factors.
+    """Collect the shards and factor sums that are missing, in any order, and finish the factors.
 
-    `examples` and `encoded` are all rows of the data, those too that `started` has left out.
+    The manifest notes each shard as soon as it is whole, so that a killed run goes on after those that are there.
+
+    Args:
+        folder: The index; this process holds its lock.
+        started: Its manifest with the shards that are whole.
+        collector: Of the model in this process.
+        examples, encoded: All rows of the data, those too that `started` has left out.
+        labels: Of the Kronecker factors, where some are wanted.
+        spec: By which workers load the model; without it this process does the work, whatever the engine.
+        engine: Where the shards are collected.
+        skip_bad: As in `build_index`.
+        say: Hears of batches that did not fit in memory.
     """
     done = {shard.start: shard for shard in started.shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
+    pieces, there = [], []
+    for start, stop in started.borders():
+        known = {row: gone[row].reason for row in range(start, stop) if row in gone}
+        if start in done and (unfitted is None or factors.has_part(folder, unfitted, start, stop - start - len(known))):
+            there.append(stop - start)
+        else:
+            pieces.append(Piece(start, stop, start not in done, known))
     tracker = Tracker("collecting gradients", len(examples), "examples")
+    ids = [example.id for example in examples]
+
+    def here(piece: Piece) -> Collected:
+        return collect_piece(
+            folder, started, collector, ids, encoded, piece, unfitted, tracker.advance, skip_bad=skip_bad
+        )
+
+    local = engine.in_process or spec is None
+    work: Callable[[Piece], Collected] = here
+    if spec is not None and not local:
+        work = ShardWork(folder.resolve(), started, spec, unfitted, skip_bad)
     halved = 0
-    with at_moment(collector.model, started.model.at), tracker:
-        for start, stop in started.borders():
-            known = {row - start: gone[row].reason for row in range(start, stop) if row in gone}
-            there = start in done
-            if there and (unfitted is None or factors.has_part(folder, unfitted, start, stop - start - len(known))):
-                tracker.advance(stop - start)
-                continue
-            sums = collector.factor_sums(unfitted) if unfitted is not None else None
-            ids = [example.id for example in examples[start:stop]]
-            features = collector.collect(
-                encoded[start:stop],
-                ids,
-                tracker.advance,
-                factors=sums,
-                first=start,
-                left_out=known,
-                skip_bad=skip_bad and not there,
-            )
-            halved += features.halved
-            if sums is not None:
-                factors.write_part(folder, sums, features.sampled, start, started)
-            if not there:
-                done[start] = shards.write(folder, features, start, stop, started)
-                gone |= {record.row: record for record in left_out(features, ids, start)}
-                manifest.write(folder, noted(started, done, gone))
+    sweep(folder)
+    try:
+        each_piece = (Engine() if local else engine).run_each(
+            work, pieces, name=lambda piece: piece.name, shared=folder
+        )
+        with tracker, closing(each_piece) as arriving:
+            for rows_there in there:
+                tracker.advance(rows_there)
+            for place, found in arriving:
+                if not local:
+                    tracker.advance(pieces[place].stop - pieces[place].start)
+                halved += found.halved
+                if found.shard is not None:
+                    done[found.shard.start] = found.shard
+                    gone |= {record.row: record for record in found.left_out}
+                    manifest.write(folder, noted(started, done, gone))
+    finally:
+        sweep(folder)
     if halved:
         say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
     finished = manifest.read(folder)
@@ -327,11 +358,6 @@ def collect_shards(
         factors.finish(folder, finished, unfitted)
     elif labels is not None:
         factors.tidy(folder, labels)  # what a run left that was killed while it removed them
-
-
-def left_out(features: Features, ids: Sequence[str], start: int) -> list[LeftOutRecord]:
-    """The rows without features of a shard that begins at row `start`."""
-    return [LeftOutRecord(id=ids[i], row=start + i, reason=why) for i, why in sorted(features.left_out.items())]
 
 
 def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:

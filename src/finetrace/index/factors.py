@@ -59,8 +59,10 @@ def refuse_flat(folder: Path, projection: Projection) -> None:
         )
 
 
-def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: int, about: Manifest) -> None:
-    """Keep one shard's sums, and the gradients of its sampled loss."""
+def write_part(
+    folder: Path, sums: FactorSums, sampled: Tensor | None, start: int, about: Manifest, writer: str = ""
+) -> None:
+    """Keep one shard's sums, and the gradients of its sampled loss; `writer` as in `shards.write`."""
     tensors = {f"left.{name}": value.cpu().contiguous() for name, value in sums.left.items()}
     tensors |= {f"right.{name}": value.cpu().contiguous() for name, value in sums.right.items()}
     tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
@@ -71,7 +73,7 @@ def write_part(folder: Path, sums: FactorSums, sampled: Tensor | None, start: in
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FinetraceError(f"{target.parent}: cannot be written ({error}); free some space.") from error
-    with replacing(target) as part:
+    with replacing(target, writer) as part:
         save_file(tensors, str(part))
 
 

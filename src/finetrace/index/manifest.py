@@ -189,10 +189,15 @@ def write_atomically(path: Path, content: bytes) -> None:
         part.write_bytes(content)
 
 
+def part_of(name: str, writer: str = "") -> str:
+    """The temporary name of a file; `writer` tells apart those who may be at the same one."""
+    return f".{name}.{writer}.part" if writer else f".{name}.part"
+
+
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(part_of(path.name, writer))
     try:
         yield part
         with part.open("rb+") as file:

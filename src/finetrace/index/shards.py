@@ -20,17 +20,18 @@ FOLDER = "shards"
 PIECE = 64 << 20  # bytes of widened gradients at a time
 
 
-def write(folder: Path, features: Features, start: int, stop: int, about: Manifest) -> ShardRecord:
+def write(folder: Path, features: Features, start: int, stop: int, about: Manifest, writer: str = "") -> ShardRecord:
     """Write the features of rows `start` to `stop` of the data in one step and describe the file.
 
-    It holds a line for every row but those that were left out, gradients in the index's `feature_dtype`.
+    It holds a line for every row but those that were left out, gradients in the index's `feature_dtype`. `writer` tells apart
+    processes that may be at the same file.
     """
     narrowed = narrowed_rows(features.gradients, about)
     tensors = named("gradients", narrowed) | {"losses": features.losses}
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
     path = folder / FOLDER / name
-    with replacing(path) as part:
+    with replacing(path, writer) as part:
         path.parent.mkdir(exist_ok=True)
         save_file({key: value.contiguous() for key, value in tensors.items()}, str(part))
     return ShardRecord(

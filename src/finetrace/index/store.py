@@ -120,7 +120,7 @@ class Index:
             spec = ModelSpec(record.name, adapter, dtype or record.dtype, device, trust_remote_code)  # type: ignore[arg-type]
             self._loaded = load(spec)
         if not self._checked:
-            self._check(self._loaded)
+            refuse_other_model(self.folder, self.manifest, self._loaded)
             self._checked = True
         return self._loaded
 
@@ -182,34 +182,36 @@ class Index:
             )
         return path
 
-    def _check(self, loaded: Loaded) -> None:
-        record = self.manifest.model
-        facts = (
-            (
-                "base model",
-                record.base_fingerprint,
-                fingerprint.of_base(loaded.model),
-                "open it with the model it was built with",
-            ),
-            (
-                "adapter",
-                record.adapter_fingerprint,
-                fingerprint.of_adapter(loaded.model),
-                "open it with the adapter it was built with",
-            ),
-            (
-                "tokenizer or chat template",
-                record.tokenizer_fingerprint,
-                fingerprint.of_tokenizer(loaded.tokenizer, self.manifest.encoding.template),
-                "use the tokenizer the index was built with",
-            ),
-        )
-        for what, was, now, remedy in facts:
-            if was != now:
-                raise FinetraceError(
-                    f"{self.folder}: the index was built with another {what} (fingerprint {was}, this one has {now}); "
-                    f"{remedy}, or build the index again."
-                )
+
+def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -> None:
+    """Raise `FinetraceError` where a model's fingerprints are not those of an index."""
+    record = about.model
+    facts = (
+        (
+            "base model",
+            record.base_fingerprint,
+            fingerprint.of_base(loaded.model),
+            "open it with the model it was built with",
+        ),
+        (
+            "adapter",
+            record.adapter_fingerprint,
+            fingerprint.of_adapter(loaded.model),
+            "open it with the adapter it was built with",
+        ),
+        (
+            "tokenizer or chat template",
+            record.tokenizer_fingerprint,
+            fingerprint.of_tokenizer(loaded.tokenizer, about.encoding.template),
+            "use the tokenizer the index was built with",
+        ),
+    )
+    for what, was, now, remedy in facts:
+        if was != now:
+            raise FinetraceError(
+                f"{folder}: the index was built with another {what} (fingerprint {was}, this one has {now}); "
+                f"{remedy}, or build the index again."
+            )
 
 
 def open_index(folder: str | Path, loaded: Loaded | None = None) -> Index:

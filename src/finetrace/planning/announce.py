@@ -32,11 +32,14 @@ class Announcer:
 
     Counts and disk are said before anything is written. Time and memory are measured on a few batches where those are at
     most `SHARE` of the work; else the time is said once the work's own first batches, `SHARE` of it and `BATCHES` at least,
-    are done. The last line is how long it took.
+    are done. Where workers do it, whose speed together no batch here tells, no time is said before. The last line is how long
+    it took.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], *, alone: bool = True) -> None:
+        """`say` hears the lines; `alone` is whether this process does the work."""
         self._say = say
+        self._alone = alone
         self._plan: Plan | None = None
         self._said: float | None = None  # seconds of the whole work
         self._coming: list[Piece | int] = []  # batches, or the rows of a shard that is there already
@@ -69,16 +72,17 @@ class Announcer:
         plan = plan_index(about, collector, encoded, self.examples, self.labels, self.folder)
         self._say(words.to_do(plan))
         self._say(words.disk(plan))
-        probes = measure.choose(plan.left.pieces, plan.shape)
+        probes = measure.choose(plan.left.pieces, plan.shape) if self._alone else []
         if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
             plan = measure_plan(plan, collector, encoded, self.folder)
             assert plan.measured is not None
             self._said = plan.measured.seconds
             self._say(f"{words.time(plan)}, from {len(probes)} batches measured")
-        else:
+        elif self._alone:
             left = set(plan.left.shards)
-            for shard in plan.whole.shards:
-                self._coming += shard if shard in left else [sum(len(piece.rows) for piece in shard)]
+            there = [shard for shard in plan.whole.shards if shard not in left]
+            self._coming = [sum(len(piece.rows) for piece in shard) for shard in there]  # they are heard of first
+            self._coming += [piece for shard in plan.whole.shards if shard in left for piece in shard]
             self._coming.reverse()
         self._plan = plan
         self._worked = time.perf_counter()

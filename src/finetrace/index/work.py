@@ -1,0 +1,179 @@
+"""One shard's work: the same rows, the same bytes, in whichever process or on whichever machine it is done."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+from finetrace.collection import Collector, Representation
+from finetrace.collection.factors import Labels
+from finetrace.encoding import Encoded
+from finetrace.errors import FinetraceError
+from finetrace.index import factors, rows, shards
+from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord, part_of
+from finetrace.index.store import refuse_other_model
+from finetrace.models import ModelSpec, load
+from finetrace.moments import at_moment
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard to collect, or what is missing of it.
+
+    Attributes:
+        start, stop: Its rows, the last one not among them.
+        features: Whether its file is wanted; else its part of the Kronecker factors alone.
+        left_out: Rows of the data that are left out whatever their values, with the reason.
+    """
+
+    start: int
+    stop: int
+    features: bool = True
+    left_out: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"rows {self.start + 1} to {self.stop}"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What became of a piece.
+
+    Attributes:
+        shard: What the manifest is to say of the shard, `None` where its file was not wanted.
+        left_out: Its rows without features, where its file was wanted.
+        halved: How many batches did not fit in memory and were halved.
+    """
+
+    shard: ShardRecord | None
+    left_out: tuple[LeftOutRecord, ...] = ()
+    halved: int = 0
+
+
+def collect_piece(
+    folder: Path,
+    about: Manifest,
+    collector: Collector,
+    ids: Sequence[str],
+    encoded: Sequence[Encoded],
+    piece: Piece,
+    labels: Labels | None = None,
+    on_batch: Callable[[int], None] = lambda count: None,
+    *,
+    skip_bad: bool = False,
+    writer: str = "",
+) -> Collected:
+    """Collect one piece and write its files, each in one step; the manifest is the coordinator's.
+
+    Args:
+        folder: The index, with its manifest and examples.
+        about: What the manifest says.
+        collector: Of the index's model.
+        ids, encoded: Of all rows.
+        piece: Which rows.
+        labels: Of the Kronecker factors whose sums over these rows are wanted, if any.
+        on_batch: Hears how many rows each batch finished.
+        skip_bad: Leave out rows that are not finite, and say so in what is returned; of a shard that is there no further row
+            is left out.
+        writer: A name that no other writer has, where several may be at the same shard.
+
+    Raises:
+        FinetraceError: As in `Collector.collect`, or a file cannot be written.
+    """
+    start, stop = piece.start, piece.stop
+    sums = collector.factor_sums(labels) if labels is not None else None
+    with at_moment(collector.model, about.model.at):
+        features = collector.collect(
+            encoded[start:stop],
+            ids[start:stop],
+            on_batch,
+            factors=sums,
+            first=start,
+            left_out={row - start: reason for row, reason in piece.left_out.items()},
+            skip_bad=skip_bad and piece.features,
+        )
+    if sums is not None:
+        factors.write_part(folder, sums, features.sampled, start, about, writer)
+    if not piece.features:
+        return Collected(None, halved=features.halved)
+    gone = sorted(features.left_out.items())
+    return Collected(
+        shards.write(folder, features, start, stop, about, writer),
+        tuple(LeftOutRecord(id=ids[start + i], row=start + i, reason=why) for i, why in gone),
+        features.halved,
+    )
+
+
+@dataclass(frozen=True)
+class ShardWork:
+    """`collect_piece` in a worker: what it needs is in the folder of the index, which the worker sees, and the base model.
+
+    Attributes:
+        folder: The index, by its whole path.
+        about: Its manifest when collection began.
+        spec: How the coordinator loaded the model; a worker takes the adapter that the index keeps.
+        labels: Of the Kronecker factors, where some are wanted.
+        skip_bad: As in `collect_piece`.
+    """
+
+    folder: Path
+    about: Manifest
+    spec: ModelSpec
+    labels: Labels | None = None
+    skip_bad: bool = False
+
+    def __call__(self, piece: Piece) -> Collected:
+        """Collect one piece; the model and the rows are loaded with the first."""
+        ids, encoded = self._rows.ids, self._rows.encoded
+        return collect_piece(
+            self.folder,
+            self.about,
+            self._collector,
+            ids,
+            encoded,
+            piece,
+            self.labels,
+            skip_bad=self.skip_bad,
+            writer=writer_name(),
+        )
+
+    @cached_property
+    def _rows(self) -> rows.Rows:
+        return rows.read(self.folder, self.about)
+
+    @cached_property
+    def _collector(self) -> Collector:
+        about = self.about
+        adapter = str(self.folder / about.model.adapter) if about.model.adapter is not None else None
+        spec = replace(self.spec, adapter=adapter, dtype=about.model.dtype)  # type: ignore[arg-type]
+        loaded = load(spec)
+        try:
+            refuse_other_model(self.folder, about, loaded)
+        except FinetraceError as error:
+            raise FinetraceError(f"a worker loads another model than this process: {error}") from error
+        tracking = about.track(loaded.model)
+        if tracking.blocks != tuple(record.block() for record in about.blocks):
+            raise FinetraceError(
+                f"{self.folder}: a worker's model has other tracked layers than the index; use the same model and versions "
+                "everywhere."
+            )
+        wanted = tuple(map(Representation.parse, about.representations))
+        return Collector(loaded.model, tracking, wanted, about.batch_tokens)
+
+
+def writer_name() -> str:
+    """A name that this process alone has among those that may write to one folder."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
+def sweep(folder: Path) -> None:
+    """Remove what workers that were killed left half written; a writer that is still alive loses nothing but its attempt."""
+    for place in (folder / shards.FOLDER, *(folder / factors.FOLDER).glob("*.parts-*")):
+        for part in place.glob(part_of("*", "*")):
+            part.unlink(missing_ok=True)
