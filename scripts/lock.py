@@ -24,7 +24,7 @@ def dependencies() -> list[str]:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *extras["dev"], *extras["docs"], "setuptools>=77"]
+    wanted = [*project["dependencies"], *extras["dev"], *extras["docs"], *extras["cluster"], "setuptools>=77"]
     return [each for each in wanted if not each.startswith("torch")]
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
 from finetrace.index import build as module
 from finetrace.index import open_index
-from finetrace.index.manifest import ShardRecord
-from finetrace.index.work import Piece, ShardWork
+from finetrace.index.work import Collected, Piece, ShardWork
 from finetrace.models import Loaded, ModelSpec, load
 from test_index import PER_SHARD, ROWS, build, damage, files
 from tiny import with_lora
@@ -57,7 +56,7 @@ class Marked(ShardWork):
     how: str = ""
     wait: float = 0.0
 
-    def __call__(self, piece: Piece) -> ShardRecord | None:
+    def __call__(self, piece: Piece) -> Collected:
         (self.marks / f"{piece.start}-{os.getpid()}-{time.time_ns()}").touch()
         time.sleep(self.wait)
         if piece.start == self.at and len(list(self.marks.glob(f"{piece.start}-*"))) <= self.times:
@@ -88,9 +87,9 @@ def until(condition: Callable[[], bool], seconds: float = 600) -> None:
 
 
 @pytest.fixture(params=["processes", "ray"])
-def two(request: pytest.FixtureRequest) -> Iterator[Engine]:
+def two(request: pytest.FixtureRequest) -> Engine:
     """Two workers of each kind; one Ray cluster for a test, as a command has it."""
-    yield engine(request.param)
+    return engine(request.param)
 
 
 def test_the_bytes_of_one_process(loaded: Loaded, built: Path, tmp_path: Path, two: Engine) -> None:

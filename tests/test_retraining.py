@@ -17,6 +17,7 @@ from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation import retraining
 from finetrace.evaluation.retraining import FOLDER, Retraining, Subset
+from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune
 from finetrace.models import ModelSpec, load
@@ -196,3 +197,23 @@ def test_mean_losses_do_not_hang_on_the_batch(base_folder: Path) -> None:
     together = mean_losses(loaded.model, items)
     alone = torch.cat([mean_losses(loaded.model, [item]) for item in items])
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("name", ["processes", "ray"])
+def test_every_engine_gives_the_same_retrainings(name: Any, base_folder: Path, tmp_path: Path) -> None:
+    if name == "ray":
+        pytest.importorskip("ray", reason="ray is not installed: pip install 'finetrace[cluster]'")
+    subsets = [Subset((0, 1, 2)), Subset((3, 4)), Subset((5, 6, 7), 1)]
+    here = make(base_folder, tmp_path / "here").run(subsets)
+    there = make(base_folder, tmp_path / "there").run(subsets, workers=Engine(name, 2, threads=1))
+    for one, other in zip(here, there, strict=True):
+        assert np.array_equal(one.losses["response"], other.losses["response"])
+    assert {path.name for path in (tmp_path / "here" / FOLDER).iterdir()} == {
+        path.name for path in (tmp_path / "there" / FOLDER).iterdir()
+    }
+
+
+def test_a_worker_with_other_libraries_is_refused(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    with pytest.raises(FinetraceError, match="a worker has another base model, precision"):
+        retraining._retrain(about, Subset((0, 1)), expected="of other versions")

@@ -11,7 +11,7 @@ from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
 from finetrace.evaluation.judging import make_judge
-from finetrace.execution import run_each
+from finetrace.execution import Engine
 from finetrace.models import DType, known_dtype
 from finetrace.tasks import RealData, Recipe, Task, build, external, real_task, recipe
 
@@ -55,24 +55,27 @@ class Plan:
         source: An external set that every cell takes its rows from, or `None`.
         real: Real rows for the tasks by their names, or `None`.
         keep: Keep the indexes, which take the most disk.
-        workers: Processes; each gets its share of the cores.
+        workers: Processes, each with its share of the cores, or an engine.
     """
 
     cells: tuple[Cell, ...]
     judge: tuple[str | None, str | None] = (None, None)
     source: Source | None = None
     keep: bool = False
-    workers: int = 1
+    workers: int | Engine = 1
     real: RealData | None = None
 
 
 def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
     """Bring every cell to its end; a finished one is found again."""
-    alone = plan.workers == 1 or len(plan.cells) == 1  # then the cell itself says how far it has come
-    for place, _ in run_each(partial(_run, folder, plan, say if alone else _silent), plan.cells, plan.workers):
+    engine = Engine.of(plan.workers)
+    if len(plan.cells) == 1 and not isinstance(plan.workers, Engine):
+        engine = Engine()
+    alone = engine.in_process  # then the cell itself says how far it has come
+    work = partial(_run, folder if alone else folder.resolve(), plan, say if alone else _silent)
+    for place, _ in engine.run_each(work, plan.cells, name=_name, shared=folder):
         if not alone:
-            cell = plan.cells[place]
-            say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: done")
+            say(f"{_name(plan.cells[place])}: done")
 
 
 def task_of(cell: Cell, source: Source | None, real: RealData | None = None) -> tuple[Task, Recipe]:
@@ -126,6 +129,10 @@ def _run(folder: Path, plan: Plan, say: Callable[[str], None], cell: Cell) -> No
     task, made = task_of(cell, plan.source, plan.real)
     judge = make_judge(*plan.judge)
     Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.task}, {cell.protocol}, seed {cell.seed}"
 
 
 def _silent(text: str) -> None:

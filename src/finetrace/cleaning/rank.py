@@ -17,6 +17,7 @@ from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
 from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
@@ -177,7 +178,7 @@ def retrain(
     *,
     seeds: int = 1,
     draws: int = 1,
-    workers: int = 1,
+    workers: int | Engine = 1,
     device: str = "auto",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Outcome]:
@@ -192,7 +193,7 @@ def retrain(
         judge: Says which of the new answers are bad.
         seeds: Fine-tunings of each.
         draws: Random removals.
-        workers: Processes.
+        workers: Processes, or an engine.
         device: For retraining.
         say: Hears what is done.
     """

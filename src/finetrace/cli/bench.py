@@ -57,7 +57,10 @@ def bench(
     split: options.Split = None,
     judge: Annotated[str | None, typer.Option(help="A text-classification model; refusal phrases by default.")] = None,
     judge_label: Annotated[str | None, typer.Option(help="The judge's label of a harmful answer.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that run seeds side by side.")] = 1,
+    workers: options.Workers = None,
+    engine: options.EngineOption = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     keep: Annotated[bool, typer.Option("--keep", help="Keep every index (the most disk).")] = False,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -73,7 +76,13 @@ def bench(
         return
     if ATTACK_SUCCESS in (tasks or ()):
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
-        others |= {"--task-seed": task_seed, "--workers": workers > 1, "--keep": keep, "--chat-template": chat_template}
+        others |= {
+            "--task-seed": task_seed,
+            "--workers": (workers or 1) > 1,
+            "--keep": keep,
+            "--chat-template": chat_template,
+        }
+        others |= {"--engine": engine, "--address": address, "--gpus-per-task": gpus_per_task is not None}
         others |= {"--target-modules": target_modules, "--label-column": label_column}
         others |= {
             "--benign": benign,
@@ -101,6 +110,7 @@ def bench(
         raise FinetraceError(
             f"{' '.join(tasks or ['no task'])}: --data, --benign and --share bring the rows of one task; name that one."
         )
+    chosen_engine = options.engine(engine, workers, address, gpus_per_task)
     folder = out or Path("bench")
     with options.quiet_libraries():
         from finetrace.attribution import make
@@ -138,7 +148,7 @@ def bench(
             chat_template=chat_template,
             target_modules=target_modules or (),
         )
-        run_all(folder, Plan(planned, (judge, judge_label), source, keep, workers, real), options.say)
+        run_all(folder, Plan(planned, (judge, judge_label), source, keep, chosen_engine, real), options.say)
         asked = {(cell.task, cell.protocol) for cell in planned}
         written = [row for row in report(folder) if (row.task, row.protocol) in asked]
     from finetrace.benchmark.tables import print_summary

@@ -50,7 +50,10 @@ def clean(
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each, with --retrain.")] = 1,
     draws: Annotated[int, typer.Option(min=1, help="Random removals, with --retrain.")] = 1,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that retrain side by side.")] = 1,
+    workers: options.Workers = None,
+    engine: options.EngineOption = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     config: Annotated[
         Path | None,
         typer.Option(help="The finetune.yaml of the adapter, for --retrain; found in the index if not given."),
@@ -94,6 +97,7 @@ def clean(
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
+        chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         cut = Cut(top, share, expected)
         opened = open_index(index)
         finetuning = finetuning_of(opened, config, adapter) if retrain else None
@@ -123,7 +127,7 @@ def clean(
                 judged_by,
                 seeds=seeds,
                 draws=draws,
-                workers=workers,
+                workers=chosen_engine,
                 device=device,
                 say=options.say,
             )

@@ -61,7 +61,10 @@ def validate(
     out: Annotated[Path, typer.Option(help="Folder of the results; a run that stopped goes on there.")] = Path(
         "validation"
     ),
-    workers: Annotated[int, typer.Option(min=1, help="Processes that retrain side by side.")] = 1,
+    workers: options.Workers = None,
+    engine: options.EngineOption = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
@@ -85,6 +88,7 @@ def validate(
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
+        chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         opened = open_index(index)
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         asked = read_examples(queries, columns)
@@ -101,7 +105,7 @@ def validate(
             "seeds": seeds,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-        plan = replace(plan, share=share, workers=workers, left_out=left_out)
+        plan = replace(plan, share=share, left_out=left_out)
         judged_by = make_judge(judge, judge_label)
         if judge is not None and "drop" not in plan.measures:
             raise FinetraceError(
@@ -115,7 +119,8 @@ def validate(
         judging = {"judge": judged_by.name if judge is not None else None, "judge_label": judge_label}
         about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
         claim(out / "validation.json", about, "a validation")  # methods may join: what was retrained is found again
-        found = run(opened, asked, plan, finetuning, out, options.say, device, judged_by if judge is not None else None)
+        counting = judged_by if judge is not None else None
+        found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine)
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
         keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}")

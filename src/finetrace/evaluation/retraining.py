@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.execution import run_each
+from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
 from finetrace.generation import answer
@@ -43,6 +43,11 @@ class Subset:
 
     rows: tuple[int, ...]
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"the retraining on {len(self.rows)} rows with seed {self.seed}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,13 +88,13 @@ class Retraining:
     answer_tokens: int = 0
 
     def run(
-        self, subsets: Sequence[Subset], *, workers: int = 1, say: Callable[[str], None] = lambda text: None
+        self, subsets: Sequence[Subset], *, workers: int | Engine = 1, say: Callable[[str], None] = lambda text: None
     ) -> list[Retrained]:
         """What each subset's retraining did; those that were done before are read.
 
         Args:
             subsets: What to train on.
-            workers: Processes side by side.
+            workers: Processes side by side, or an engine.
             say: Hears how many there are and, after the first, how long they will take.
 
         Raises:
@@ -101,10 +106,17 @@ class Retraining:
         if missing:
             say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
         started = time.perf_counter()
-        for done, (place, seconds) in enumerate(run_each(partial(_retrain, self), missing, workers), 1):
+        engine = Engine.of(workers)
+        if len(missing) == 1 and not isinstance(workers, Engine):
+            engine = Engine()
+        work = partial(_retrain, self)
+        if not engine.in_process:
+            work = partial(_retrain, replace(self, folder=self.folder.resolve()), expected=self._about)
+        retrained = engine.run_each(work, missing, name=lambda subset: subset.name, shared=self.folder)
+        for done, (place, seconds) in enumerate(retrained, 1):
             if done == 1 and len(missing) > 1:
                 rows = sum(len(subset.rows) for subset in missing) / len(missing[place].rows)
-                left = (rows - 1) * seconds / min(workers, len(missing))
+                left = (rows - 1) * seconds / min(engine.workers, len(missing))
                 say(f"the first took {seconds:.0f} s; the others take about {left / 60:.0f} minutes")
             elif done == len(missing):
                 say(f"{done} retrainings in {(time.perf_counter() - started) / 60:.1f} minutes")
@@ -224,8 +236,17 @@ def _base(spec: ModelSpec) -> Loaded:
     return _bases[spec]
 
 
-def _retrain(about: Retraining, subset: Subset) -> float:
-    """Train on a subset, measure the queries, keep what was found; the seconds that took."""
+def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> float:
+    """Train on a subset, measure the queries, keep what was found; the seconds that took.
+
+    A worker whose base, precision or libraries are not those of the coordinator, `expected`, is refused: what it finds would be
+    another retraining.
+    """
+    if expected is not None and about._about != expected:
+        raise FinetraceError(
+            "a worker has another base model, precision, kind of device or version of torch, transformers or peft than this "
+            "process; install the same everywhere, and give --dtype and --device."
+        )
     name = f"{about.base} {about._about} {fingerprint.of_text(' '.join(about._rows))}"
     if name not in _trainers:
         _trainers.clear()  # one base at a time

@@ -6,7 +6,7 @@ A piece is done whole or not at all, and its result does not depend on where it 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar, get_args
@@ -73,7 +73,7 @@ class Engine:
         *,
         name: Callable[[Item], str] | None = None,
         shared: Path | None = None,
-    ) -> Iterator[tuple[int, Result]]:
+    ) -> Generator[tuple[int, Result], None, None]:
         """(position, result) of every item, in the order in which they are done.
 
         Args:

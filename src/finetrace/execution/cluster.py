@@ -84,7 +84,7 @@ class RayPool(Pool):
                 events.append(Event(worker, "died", type(error).__name__))
                 continue
             self._any_ready = True
-            events.append(Event(worker, kind, revived(value) if kind == "failed" else value))  # type: ignore[arg-type]
+            events.append(Event(worker, kind, revived(value) if kind == "failed" else value))
         return events
 
     def close(self) -> None:

@@ -19,6 +19,7 @@ from finetrace.evaluation.removal import Effect, effects, groups, removals
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
 from finetrace.evaluation.tail_patch import tail_patch
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
@@ -59,6 +60,7 @@ def validate(
     say: Callable[[str], None] = lambda text: None,
     device: str = "auto",
     judge: Judge | None = None,
+    engine: Engine | None = None,
 ) -> Validated:
     """Retrain on subsets of the index's rows and without the rows that methods name, and compare.
 
@@ -71,6 +73,7 @@ def validate(
         say: Hears what is done.
         device: For retraining.
         judge: Lets every model without the rows that a method names answer again, and says which answers count.
+        engine: Where retrainings are done, in place of `config.workers`.
 
     Raises:
         FinetraceError: A measure is not known, or the index is not of an adapter.
@@ -97,7 +100,7 @@ def validate(
         dtype: DType = index.manifest.model.dtype  # type: ignore[assignment]
         base = ModelSpec(index.manifest.model.name, None, dtype, device)
         again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(queries), folder)
-        found = _retrained(again, problem, scores, config, finetuning.seed, say, judge)
+        found = _retrained(again, problem, scores, config, finetuning.seed, say, judge, engine or config.workers)
     names = {method.label: method.title for method in chosen}
     records = _records(found, patches, names)
     said = verdict(found.lds, found.drops, found.losses, names, loo=found.loo, rates=found.rates, before=found.rate)
@@ -124,6 +127,7 @@ def _retrained(
     first: int,
     say: Callable[[str], None],
     judge: Judge | None,
+    workers: int | Engine,
 ) -> _Found:
     n, seeds = problem.n, range(first, first + config.seeds)
     none = np.zeros((0, n), dtype=bool)
@@ -138,7 +142,7 @@ def _retrained(
         gone = removals(named, asked, config.removed(n), problem.rows.labels, draws=config.draws, seed=first)
 
     def trained(which: Retraining, rows: Sequence[tuple[int, ...]]) -> list[Retrained]:
-        return which.run([Subset(each, seed) for each in rows for seed in seeds], workers=config.workers, say=say)
+        return which.run([Subset(each, seed) for each in rows for seed in seeds], workers=workers, say=say)
 
     def losses(done: Sequence[Retrained]) -> NDArray[np.float64]:  # (rows, k, m)
         return np.stack([each.losses[RESPONSE] for each in done]).reshape(-1, config.seeds, problem.m)
