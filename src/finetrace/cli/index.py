@@ -194,6 +194,10 @@ def append(
         bool, typer.Option("--skip-known", help="Leave out rows whose ids the index holds, in place of refusing them.")
     ] = False,
     skip_bad: SkipBad = False,
+    engine: options.EngineOption = None,
+    workers: options.Workers = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     device: options.Device = "auto",
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
@@ -212,11 +216,14 @@ def append(
         from finetrace.index import open_index
         from finetrace.reading import read_examples
 
+        chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         opened = open_index(index)
         opened.model(None, device, trust_remote_code)
-        grown, lengths = add(opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say)
+        grown, lengths = add(
+            opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say, engine=chosen_engine
+        )
     options.say_lengths(lengths)
     say_left_out(grown.manifest)
     typer.echo(f"index: {index}   {len(grown) - len(opened)} examples added, {len(grown)} in all")

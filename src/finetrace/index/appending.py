@@ -18,6 +18,7 @@ from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.build import build_index, refuse_duplicates, settings
 from finetrace.index.lock import writing
@@ -37,6 +38,7 @@ def append(
     skip_known: bool = False,
     skip_bad: bool = False,
     say: Callable[[str], None] = lambda text: None,
+    engine: Engine = Engine(),
 ) -> tuple[Index, LengthReport]:
     """Add rows to an index, by its own model, adapter, encoding and settings.
 
@@ -50,6 +52,7 @@ def append(
         skip_known: Leave out rows whose ids the index holds, in place of refusing them.
         skip_bad: As in `build_index`.
         say: Hears what was done otherwise than asked, and what was removed.
+        engine: Where the new rows' shards are collected.
 
     Returns:
         The index with the new rows, and which of these are longer than the limits.
@@ -90,6 +93,7 @@ def append(
             at=about.model.at,
             skip_bad=skip_bad,
             say=say,
+            engine=engine,
         )
         _take_over(index, manifest.read(staged), fresh, encoded)
         settle(folder, say)
