@@ -11,7 +11,7 @@ from typing import Any
 
 from finetrace.errors import FinetraceError
 from finetrace.execution.dispatch import Event, Pool
-from finetrace.execution.worker import attempt, revived, settle
+from finetrace.execution.worker import SEEN, attempt, revived, settle
 
 PATIENCE = 300.0  # seconds for the first worker to start
 STORE_BYTES = 256 << 20  # of a cluster started here: descriptions and results are small, and more goes to disk
@@ -117,7 +117,7 @@ class RayPool(Pool):
         if shared is None:
             return None
         content = secrets.token_hex(16)
-        token = shared.resolve() / f".seen-{content[:8]}"
+        token = shared.resolve() / f"{SEEN}{content[:8]}"
         try:
             token.parent.mkdir(parents=True, exist_ok=True)
             token.write_text(content)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 NUMBER = "FINETRACE_WORKER"  # of a worker process on this machine; decides which of several GPUs it takes
+SEEN = ".seen-"  # how a file begins that workers on other machines have to find
 
 
 def settle(threads: int, number: int | None = None) -> None:

@@ -13,6 +13,7 @@ from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
+from finetrace.execution.worker import SEEN
 from finetrace.index import factors, rows, shards
 from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord, part_of
 from finetrace.index.store import refuse_other_model
@@ -173,7 +174,12 @@ def writer_name() -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what workers that were killed left half written; a writer that is still alive loses nothing but its attempt."""
+    """Remove what a killed run left: files half written, and the one that its workers looked for.
+
+    A writer that is still alive loses nothing but its attempt.
+    """
     for place in (folder / shards.FOLDER, *(folder / factors.FOLDER).glob("*.parts-*")):
         for part in place.glob(part_of("*", "*")):
             part.unlink(missing_ok=True)
+    for token in folder.glob(f"{SEEN}*"):
+        token.unlink(missing_ok=True)
