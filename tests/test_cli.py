@@ -124,7 +124,6 @@ def test_every_method_traces(index, place, capsys):
         (["index", "{here}/none.jsonl", "--out", "{here}/i"], ["none.jsonl"]),
         (["index", "{here}/empty.jsonl", "--out", "{here}/i"], ["empty.jsonl"]),
         (["index", "{here}/silent.jsonl", "--out", "{here}/i"], ["silent.jsonl", "row 2", "response"]),
-        (["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/base"], ["--adapter", "--modules"]),
         (["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/gone"], ["gone", "cannot be loaded"]),
         (
             ["index", "{here}/train.jsonl", "--out", "{here}/i", "--model", "{here}/base", "--adapter", "{here}/other"],
