@@ -35,12 +35,13 @@ def tasks(records: Records) -> list[str]:
     return list(dict.fromkeys(r["task"] for r in records))
 
 
-def _cell(record: dict[str, Any] | None, name: str = "value", sign: str = "") -> str:
+def _cell(record: dict[str, Any] | None, name: str = "value", sign: str = "", places: int = 2) -> str:
     if record is None or record.get(name) is None:
         return "-"
     low, high = record.get(f"{name}_low"), record.get(f"{name}_high")
-    ends = f" [{low:{sign}.2f}, {high:{sign}.2f}]" if low is not None and high is not None else ""
-    return f"{record[name]:{sign}.2f}{ends}"
+    form = f"{sign}.{places}f"
+    ends = f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""
+    return f"{record[name]:{form}}{ends}"
 
 
 def _one(records: Records, **values: Any) -> dict[str, Any] | None:
@@ -48,7 +49,7 @@ def _one(records: Records, **values: Any) -> dict[str, Any] | None:
     return found[0] if found else None
 
 
-def _wide(records: Records, measure: str) -> tuple[list[str], list[list[str]]]:
+def _wide(records: Records, measure: str, places: int = 2) -> tuple[list[str], list[list[str]]]:
     """A line a method, a column a task."""
     specs = dict.fromkeys(r["spec"] for r in where(records, measure=measure))
     lines = [
@@ -69,7 +70,7 @@ def lds_table(records: Records) -> tuple[list[str], list[list[str]]]:
 
 def patch_table(records: Records) -> tuple[list[str], list[list[str]]]:
     """Fall of each query's loss after a step on its top ten rows, nats a token."""
-    return _wide(records, "tail-patch")
+    return _wide(records, "tail-patch", 3)
 
 
 def drop_table(records: Records) -> tuple[list[str], list[list[str]]]:
@@ -102,6 +103,7 @@ def forest(records: Records) -> Any:
         axis.axvline(0, color="0.7", linewidth=0.8, zorder=0)
         axis.set_yticks(range(len(shown)), shown, fontsize=5.5)
         axis.set_xlim(-0.7, 1.05)
+        axis.set_xticks([-0.5, 0, 0.5, 1])
         axis.set_title(f"{task}: {mine[0]['n_train']} rows, {mine[0]['n_queries']} queries", fontsize=7)
         axis.set_xlabel("LDS", fontsize=7)
     return figure
