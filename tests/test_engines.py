@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,14 @@ def engine(name: str, workers: int = 2) -> Engine:
     if name == "ray":
         pytest.importorskip("ray", reason="ray is not installed: pip install 'finetrace[cluster]'")
     return Engine(name, workers, threads=1)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def found_by_workers() -> Iterator[None]:
+    """A Ray worker imports what it is sent by name, this module among it."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="module")

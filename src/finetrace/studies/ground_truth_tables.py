@@ -53,7 +53,7 @@ def _wide(records: Records, measure: str, places: int = 2) -> tuple[list[str], l
     """A line a method, a column a task."""
     specs = dict.fromkeys(r["spec"] for r in where(records, measure=measure))
     lines = [
-        [spec, *(_cell(_one(records, measure=measure, task=task, spec=spec)) for task in tasks(records))]
+        [spec, *(_cell(_one(records, measure=measure, task=task, spec=spec), places=places) for task in tasks(records))]
         for spec in specs
     ]
     return ["method", *tasks(records)], lines
