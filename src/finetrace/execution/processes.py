@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -65,9 +66,13 @@ class ProcessPool(Pool):
 
     def close(self) -> None:
         """Those that are idle end by themselves, the others are stopped."""
-        for connection, (process, _) in self._workers.items():
+        for connection in self._workers:
+            connection.close()  # an idle worker reads no further and cleans up
+        until = time.monotonic() + GRACE
+        for process, _ in self._workers.values():
+            process.join(max(0.0, until - time.monotonic()))
+        for process, _ in self._workers.values():
             process.terminate()
-            connection.close()
         for process, _ in self._workers.values():
             process.join(GRACE)
             if process.is_alive():
