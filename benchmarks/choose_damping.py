@@ -24,6 +24,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.index import build_index
 from finetrace.models import EMBEDDED, ModelSpec, known_dtype, load
+from finetrace.studies.ground_truth import first
 from finetrace.tasks import recipe
 from finetrace.tracing import BEST, prepare
 
@@ -71,9 +72,9 @@ def main() -> None:
 
     right = relevance([row.label for row in train], [query.label for query in queries])
     coverage = {label: evaluate(each, right)["coverage"].value for label, each in scores.items()}
-    first = draw_subsets(len(train), CHOSEN, 0.5, CHOOSE_SEED)
-    found = losses(first, range(1))
-    chosen = {label: float(np.nanmean(per_query(each, first, found))) for label, each in scores.items()}
+    tried = draw_subsets(len(train), CHOSEN, 0.5, CHOOSE_SEED)
+    found = losses(tried, range(1))
+    chosen = {label: float(np.nanmean(per_query(each, tried, found))) for label, each in scores.items()}
     order = sorted((label for label in scores if label in {make(each).label for each in GRID}), key=chosen.get)[::-1]  # type: ignore[arg-type]
     print(f"on {CHOSEN} halves to choose on, one seed:")
     for label in order[:25]:
@@ -99,17 +100,7 @@ def main() -> None:
 def rows() -> tuple[list[Example], list[Example]]:
     """The first rows and queries of every class."""
     task = recipe("grammars").build(0)
-    return _first(task.train, ROWS), _first(task.queries, QUERIES)
-
-
-def _first(examples: tuple[Example, ...], count: int) -> list[Example]:
-    seen: dict[str | None, int] = {}
-    found = []
-    for each in examples:
-        seen[each.label] = seen.get(each.label, 0) + 1
-        if seen[each.label] <= count:
-            found.append(each)
-    return found
+    return first(task.train, ROWS), first(task.queries, QUERIES)
 
 
 if __name__ == "__main__":
