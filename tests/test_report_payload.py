@@ -152,5 +152,5 @@ def test_a_report_without_labels_or_behaviour_renders() -> None:
     train = [ExampleView(f"t{i}", None, "p\ud800", "") for i in range(3)]
     queries = [ExampleView("q", None, "p", "")]
     text = render(Report("T", ["H."], {}, train, queries, [method("exact", np.full((1, 3), np.nan))], "exact"))
-    assert "no ground truth" in text
+    assert "no ground truth here to measure the methods against. Controls" in " ".join(text.split())
     assert "Behaviour" not in text
