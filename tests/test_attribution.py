@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +272,20 @@ def test_a_query_without_a_response_is_named(index):
         Problem(index, [Example.from_prompt("hello", id="q1")])
     with pytest.raises(FinetraceError, match="no query"):
         Problem(index, [])
+
+
+def test_lexical_search_does_not_start_jax(tmp_path: Path) -> None:
+    """bm25s tries JAX, which would reserve most of a GPU's memory, for a sort that is not asked of it."""
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "__init__.py").write_text("raise SystemExit('JAX was started')")
+    script = (
+        "from finetrace.attribution.lexical import _bm25s; import sys; print(_bm25s().__name__, 'jax' in sys.modules)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.split() == ["bm25s", "False"]

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from finetrace.encoding import Encoded
+
+BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}  # padded tokens a batch: a GPU waits for work in small ones
+
+
+def batch_budget(device: torch.device) -> int:
+    """Padded tokens a batch holds at most on a device, where nothing else is asked for."""
+    return BATCH_TOKENS.get(device.type, BATCH_TOKENS["cpu"])
 
 
 def batches(items: Sequence[Encoded], budget: int) -> list[list[int]]:

@@ -29,6 +29,7 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.forward import Batch, token_losses
 from finetrace.prefix import Prefix, frozen_prefix
 from finetrace.progress import Tracker
+from finetrace.reproducible import reproducible
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -153,7 +154,8 @@ def fit(
         data_collator=_collate,
         callbacks=[EarlyStoppingCallback(config.patience)] if held else [],
     )
-    trainer.train(resume_from_checkpoint=resume_from)
+    with reproducible(model.device):
+        trainer.train(resume_from_checkpoint=resume_from)
     model.eval()
     bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
     if bad:

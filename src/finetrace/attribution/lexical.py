@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -14,6 +17,17 @@ from finetrace.attribution.problem import Problem
 from finetrace.examples import Example
 
 Text = Literal["prompt", "response", "both"]
+
+
+def _bm25s() -> ModuleType:
+    """bm25s, kept from importing JAX to sort scores that are not sorted here: JAX reserves most of a GPU when it starts."""
+    if "bm25s" in sys.modules or "jax" in sys.modules:
+        return importlib.import_module("bm25s")
+    sys.modules["jax"] = None  # type: ignore[assignment]
+    try:
+        return importlib.import_module("bm25s")
+    finally:
+        del sys.modules["jax"]
 
 
 def _texts(examples: Sequence[Example], which: Text) -> list[str]:
@@ -38,8 +52,7 @@ class BM25(Method):
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) BM25 scores; 0 where no word is shared."""
-        import bm25s
-
+        bm25s = _bm25s()
         corpus = bm25s.tokenize(_texts(problem.rows.examples, self.text), stopwords="en", show_progress=False)
         if not any(corpus.ids):
             return np.zeros((problem.m, problem.n))

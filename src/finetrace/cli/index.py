@@ -94,7 +94,10 @@ def index(
     memory: Annotated[
         str | None, typer.Option(help="What auto may take of memory; half of what is available if not given.")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Padded tokens a batch holds at most.")] = 2048,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Padded tokens a batch holds at most; 2048 on a CPU and 16384 on a GPU if not given."),
+    ] = None,
     skip_bad: SkipBad = False,
     engine: options.EngineOption = None,
     workers: options.Workers = None,

@@ -23,6 +23,7 @@ from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
+from finetrace.reproducible import reproducible
 
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
@@ -82,6 +83,7 @@ class Collector:
         prefix = self._prefix()
         todo = deque(batches(items, self.batch_tokens))
         with (
+            reproducible(next(self.model.parameters()).device),
             GradientRecorder(self.model, self.tracking, self.dtype) as recorder,
             wide_residual(self.model) as narrowing,
         ):

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from finetrace.batching import batches
+from finetrace.batching import batch_budget, batches
 from finetrace.collection.precision import wide_prefix, wide_residual
 from finetrace.encoding import Encoded
 from finetrace.forward import Batch, example_losses, token_losses
 
 
 def mean_losses(
-    model: nn.Module, items: Sequence[Encoded], *, learnt: Sequence[nn.Parameter] = (), batch_tokens: int = 2048
+    model: nn.Module, items: Sequence[Encoded], *, learnt: Sequence[nn.Parameter] = (), batch_tokens: int | None = None
 ) -> Tensor:
     """(n,) each example's own mean loss in nats, float64, on the CPU.
 
@@ -23,13 +23,13 @@ def mean_losses(
         items: Examples; each loss is that of its own tokens, whatever batch it travels in.
         learnt: The parameters that differ from one model to the next: what lies below the lowest of them is computed once a
             batch and found again for the next model of the same base.
-        batch_tokens: Padded tokens a batch holds at most.
+        batch_tokens: Padded tokens a batch holds at most; by default what suits the device.
     """
     device = next(model.parameters()).device
     losses = torch.empty(len(items), dtype=torch.float64)
     prefix = wide_prefix(model, learnt) if learnt else None
     with torch.no_grad(), wide_residual(model) as narrowing:
-        for chosen in batches(items, batch_tokens):
+        for chosen in batches(items, batch_tokens or batch_budget(device)):
             batch = Batch.of([items[i] for i in chosen]).to(device)
             with narrowing():
                 tokens, _ = token_losses(model, batch, prefix=prefix)

@@ -185,7 +185,7 @@ def refined(
         FinetraceError: The tolerance is not met.
     """
     segments = rows.segments
-    shift = spread(damping, segments)
+    shift = spread(damping.to(rows.device), segments)
     present = (shift > 0).double()
     wanted = vectors.to(rows.device).double() * present
     size = segment_dots(wanted, wanted, segments).sqrt()  # (m, S)

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from finetrace import fingerprint
 from finetrace._version import __version__
+from finetrace.batching import batch_budget
 from finetrace.collection import Collector, Representation, track
 from finetrace.collection.collect import features_dtype
 from finetrace.collection.factors import Labels
@@ -43,7 +44,7 @@ def build_index(
     *,
     modules: Sequence[str] | None = None,
     representations: Sequence[Representation] = DEFAULT_REPRESENTATIONS,
-    batch_tokens: int = 2048,
+    batch_tokens: int | None = None,
     rows_per_shard: int | None = None,
     kronecker: Labels | None = None,
     at: Moment = "end",
@@ -71,7 +72,8 @@ def build_index(
         modules: Regular expressions for plain linear layers to track, or `all-linear`; by default the LoRA matrices, and of a
             model without an adapter all linear layers.
         representations: Hidden states to keep.
-        batch_tokens: Padded tokens a batch holds at most.
+        batch_tokens: Padded tokens a batch holds at most; by default those of an index that is there, else what suits the
+            device (`batching.batch_budget`).
         rows_per_shard: Examples a shard; by default as many as fit 128 MB.
         kronecker: Fit the factors of K-FAC and EK-FAC on the way, with labels drawn from the `model` (one more backward
             pass) or those of the `data` (none); without it they are fitted when a method first asks for them.
@@ -111,25 +113,26 @@ def build_index(
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
     computed = features_dtype(loaded.model)
     stored = feature_dtype or str(computed).removeprefix("torch.")
+    there = manifest.read(folder) if (folder / manifest.NAME).exists() else None
+    budget = batch_tokens or (there.batch_tokens if there is not None else batch_budget(loaded.model.device))
     size = sizing.Plan(
         encoded,
-        batch_tokens,
+        budget,
         computed.itemsize,
         getattr(torch, stored).itemsize,
         rows_per_shard,
         2 if kronecker == "model" else 1,
     )
     if projection == sizing.AUTO:
-        kept = _kept_projection(folder, projection_seed)
-        if kept is not None:
-            by = kept
+        if there is not None:  # what was chosen once stays, however much is free by now
+            by = Projection.parse(there.projection, projection_seed)
         else:
             by, sentence = sizing.fit(
                 loaded.model, modules, projection_seed, size, sizing.Budget.of(folder, disk, memory)
             )
             say(sentence)
         tracking = track(loaded.model, modules, by)
-    collector = Collector(loaded.model, tracking, wanted, batch_tokens)
+    collector = Collector(loaded.model, tracking, wanted, budget)
     per_shard = size.rows_per_shard(tracking)
     plan = _plan(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
     need = size.disk(tracking)
@@ -195,13 +198,6 @@ def _plan(
         projection=by.text,
         projection_seed=by.seed if by.kind != "none" else 0,
     )
-
-
-def _kept_projection(folder: Path, seed: int) -> Projection | None:
-    """That of the index that is there: what `auto` chose once stays, however much is free by now."""
-    if not (folder / manifest.NAME).exists():
-        return None
-    return Projection.parse(manifest.read(folder).projection, seed)
 
 
 def _open(folder: Path) -> None:
