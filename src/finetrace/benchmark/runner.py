@@ -73,9 +73,11 @@ def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
         engine = Engine()
     alone = engine.in_process  # then the cell itself says how far it has come
     work = partial(_run, folder if alone else folder.resolve(), plan, say if alone else _silent)
-    for place, _ in engine.run_each(work, plan.cells, name=_name, shared=folder):
+    # side by side the longest of a seed come first, so that no worker is left with one at the end
+    order = plan.cells if alone else sorted(plan.cells, key=lambda cell: (cell.seed, -_length(cell, plan)))
+    for place, _ in engine.run_each(work, order, name=_name, shared=folder):
         if not alone:
-            say(f"{_name(plan.cells[place])}: done")
+            say(f"{_name(order[place])}: done")
 
 
 def task_of(cell: Cell, source: Source | None, real: RealData | None = None) -> tuple[Task, Recipe]:
@@ -129,6 +131,13 @@ def _run(folder: Path, plan: Plan, say: Callable[[str], None], cell: Cell) -> No
     task, made = task_of(cell, plan.source, plan.real)
     judge = make_judge(*plan.judge)
     Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
+
+
+def _length(cell: Cell, plan: Plan) -> int:
+    """How much there is to do, roughly: characters, once an epoch and a dozen times for views of the gradients."""
+    task, made = task_of(cell, plan.source, plan.real)
+    epochs = cell.epochs or protocol(cell.protocol).finetuning(made, cell.seed, None).epochs
+    return (epochs + 12) * sum(len(row.prompt) + len(row.response) for row in (*task.train, *task.queries))
 
 
 def _name(cell: Cell) -> str:
