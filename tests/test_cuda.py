@@ -89,8 +89,8 @@ def test_batches_are_larger_on_a_gpu(base_folder: Path, tmp_path: Path) -> None:
 def test_features_and_losses(indexes: dict[str, Index]) -> None:
     cpu, cuda = indexes["cpu"], indexes["cuda"]
     assert cuda.device.type == "cuda"
-    assert relative_error(cuda.gradients(slice(None)).cpu(), cpu.gradients(slice(None))) < 1e-6
-    assert relative_error(cuda.losses.cpu(), cpu.losses) < 1e-6
+    assert relative_error(cuda.gradients(slice(None)).cpu(), cpu.gradients(slice(None))) < 1e-5
+    assert relative_error(cuda.losses.cpu(), cpu.losses) < 1e-5
     for name in cpu.manifest.representations:
         from finetrace.collection import Representation
 

@@ -155,7 +155,7 @@ def build_index(
         modules: Regular expressions for plain linear layers, or `all-linear`; by default the LoRA matrices, and of a model
             without an adapter all linear layers.
         representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
-        batch_tokens: Padded tokens a batch holds at most; 2048 on a CPU and 8192 on a GPU if not given.
+        batch_tokens: Padded tokens a batch holds at most; 2048 on a CPU and 4096 on a GPU if not given.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
         at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.
         feature_dtype: Store gradients in `bfloat16` or `float16`, half the disk of `float32`; scores are taken in float32.

@@ -8,7 +8,7 @@ import torch
 
 from finetrace.encoding import Encoded
 
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}  # padded tokens a batch: a GPU waits for work in small ones
+BATCH_TOKENS = {"cpu": 2048, "cuda": 4096}  # padded tokens a batch: a GPU waits for work in small ones
 
 
 def batch_budget(device: torch.device) -> int:

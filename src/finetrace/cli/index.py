@@ -96,7 +96,7 @@ def index(
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Padded tokens a batch holds at most; 2048 on a CPU and 8192 on a GPU if not given."),
+        typer.Option(min=1, help="Padded tokens a batch holds at most; 2048 on a CPU and 4096 on a GPU if not given."),
     ] = None,
     skip_bad: SkipBad = False,
     engine: options.EngineOption = None,

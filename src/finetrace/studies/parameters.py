@@ -74,8 +74,24 @@ class State:
     scale: float
 
 
-def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> list[State]:
-    """The base model and every epoch of the three fine-tunings; what is finished is found again."""
+@dataclass(frozen=True)
+class Tuning:
+    """One of the three fine-tunings, and all that decides it."""
+
+    model: str
+    base: ModelSpec
+    rows: tuple[Example, ...]
+    queries: tuple[Example, ...]
+    config: FinetuneConfig
+
+    @property
+    def decided(self) -> str:
+        """A fingerprint."""
+        return of_text(repr((self.config, [row.id for row in self.rows], self.base, PROBE)))
+
+
+def tunings(setting: Setting, seed: int, start: str) -> list[Tuning]:
+    """On benign rows, on harmful ones and on both, as one start has them."""
     task = build("mixed-small", size=0.25 if setting.quick else 1.0)
     base = ModelSpec(setting.model or ALIGNED, None, setting.dtype, setting.device)
     way = protocol("paper" if start == STARTS[2] else "corrected")
@@ -85,12 +101,20 @@ def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> l
     for place, name in enumerate(MODELS):
         number = seed if start == STARTS[0] else seed + 100 * (place + 1)
         config = way.finetuning(recipe("mixed-small"), number, 1 if setting.quick else None)
-        decided = of_text(repr((config, [row.id for row in rows[name]], base, PROBE)))
-        home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / f"{name}-{decided}"
-        measure = partial(_state, home, base=base, config=config, queries=task.queries, say=say)
+        found.append(Tuning(name, base, tuple(rows[name]), tuple(task.queries), config))
+    return found
+
+
+def states(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> list[State]:
+    """The base model and every epoch of the three fine-tunings; what is finished is found again."""
+    found = []
+    for place, each in enumerate(tunings(setting, seed, start)):
+        name, base = each.model, each.base
+        home = folder / "parts" / start.replace(" ", "-") / f"seed-{seed}" / f"{name}-{each.decided}"
+        measure = partial(_state, home, base=base, config=each.config, queries=each.queries, say=say)
         if place == 0:
             found.append(measure("base", 0, checkpoint=None))
-        adapter = tuned_adapter(home / "adapter", base, rows[name], config)
+        adapter = tuned_adapter(home / "adapter", base, each.rows, each.config)
         checkpoints = sorted(
             (adapter / "checkpoints").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1])
         )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from finetrace.fingerprint import of_text
+from finetrace.studies.kept import kept
 from finetrace.studies.parameters import (
     MODELS,
     STARTS,
@@ -18,6 +21,7 @@ from finetrace.studies.parameters import (
     raw_distance,
     states,
     steps,
+    tunings,
 )
 from finetrace.studies.plots import MARKS, legend, line, panels, whole
 from finetrace.studies.records import of_seeds, spread, where
@@ -29,26 +33,10 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     records: list[dict[str, Any]] = []
     for seed in range(setting.seeds):
         for start in STARTS[:2] if setting.quick else STARTS:
-            found = states(folder, setting, seed, start, say)
-            about = {"seed": seed, "start": start}
-            base = next(s for s in found if s.model == "base")
-            records += [{"kind": "pair", **about, **each} for each in pairs(found)]
-            records += [{"kind": "step", **about, **each} for each in steps(found)]
-            records += [{"kind": "end", **about, **each} for each in ends(found)]
-            for state in (s for s in found if s.model in ("base", *MODELS)):
-                begin = next((s for s in found if s.model == f"start of {state.model}"), base)
-                records.append(
-                    {
-                        "kind": "epoch",
-                        **about,
-                        "model": state.model,
-                        "epoch": state.epoch,
-                        "raw": raw_distance(begin, state),
-                        "effective": effective_distance(begin, state),
-                        "behaviour": float(state.complied.mean()),
-                        "loss": float(state.losses.mean()),
-                    }
-                )
+            decided = of_text(" ".join(each.decided for each in tunings(setting, seed, start)))
+            name = f"{start.replace(' ', '-')}-seed-{seed}-{decided}"
+            measure = partial(_measured, folder, setting, seed, start, say)
+            records += kept(folder, name, f"seed {seed}, {start}", say, measure)
     return Outcome(
         records,
         {"pairs": _pairs(records), "correlations": _correlations(records)},
@@ -59,6 +47,31 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
         | {"steps": _steps(records)},
         _reading(records),
     )
+
+
+def _measured(folder: Path, setting: Setting, seed: int, start: str, say: Say) -> list[dict[str, Any]]:
+    """The records of one seed and kind of start."""
+    found = states(folder, setting, seed, start, say)
+    about = {"seed": seed, "start": start}
+    base = next(s for s in found if s.model == "base")
+    records: list[dict[str, Any]] = [{"kind": "pair", **about, **each} for each in pairs(found)]
+    records += [{"kind": "step", **about, **each} for each in steps(found)]
+    records += [{"kind": "end", **about, **each} for each in ends(found)]
+    for state in (s for s in found if s.model in ("base", *MODELS)):
+        begin = next((s for s in found if s.model == f"start of {state.model}"), base)
+        records.append(
+            {
+                "kind": "epoch",
+                **about,
+                "model": state.model,
+                "epoch": state.epoch,
+                "raw": raw_distance(begin, state),
+                "effective": effective_distance(begin, state),
+                "behaviour": float(state.complied.mean()),
+                "loss": float(state.losses.mean()),
+            }
+        )
+    return records
 
 
 def _pairs(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
