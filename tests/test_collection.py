@@ -478,4 +478,4 @@ def test_cuda_equals_the_cpu() -> None:
     found = collect(model.cuda(), items, budget=100)
     assert found.gradients.device.type == "cpu"
     assert relative_error(found.gradients, expected.gradients) < 1e-5  # rotary angles are float32 everywhere
-    assert relative_error(found.losses, expected.losses) < 1e-9
+    assert relative_error(found.losses, expected.losses) < 1e-6
