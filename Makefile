@@ -12,7 +12,7 @@ STAMP := $(VENV)/installed
 demo: $(STAMP)  ## the main job on the embedded model, small set: under five minutes on two cores
 	$(BIN)/finetrace demo --small
 
-demo-full: $(STAMP)  ## the same with 240 benign rows: under fifteen minutes
+demo-full: $(STAMP)  ## the same with 240 benign rows: about twenty minutes
 	$(BIN)/finetrace demo
 
 test: $(STAMP)

@@ -1,0 +1,86 @@
+"""Collection against the study's released loop: python benchmarks/released_loop.py [--rows 24] [--rounds 3] [--task grammars].
+
+The loop is a literal one: one example at a time, padded to 128 tokens, every position of the window in the loss, logits at
+all of them, float32, the gradient of every adapter matrix copied out. Against it stands an index that is written to disk, in
+float32 and in bfloat16. All of them in turn, ratios within each round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from collection import seconds, with_adapter
+from finetrace.encoding import Encoder
+from finetrace.examples import Example
+from finetrace.index import build_index
+from finetrace.models import Loaded
+from finetrace.tasks import build
+
+WINDOW = 128
+
+
+def loop(loaded: Loaded, examples: list[Example]) -> list[dict[str, Tensor]]:
+    """The gradients of every example, by matrix."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    found = []
+    for example in examples:
+        text = f"{example.prompt}\n{example.response}"
+        given = tokenizer(text, padding="max_length", truncation=True, max_length=WINDOW, return_tensors="pt")
+        given = given.to(model.device)
+        model.zero_grad()
+        model(**given, labels=given["input_ids"]).loss.backward()
+        found.append(
+            {name: p.grad.detach().cpu().clone() for name, p in model.named_parameters() if p.grad is not None}
+        )
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def index(loaded: Loaded, examples: list[Example]) -> None:
+    """An index on disk, of the response's loss."""
+    with tempfile.TemporaryDirectory() as work:
+        build_index(loaded, examples, Path(work) / "index", Encoder(loaded.tokenizer))
+
+
+def main() -> None:
+    """Print times and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--task", default="grammars")
+    args = parser.parse_args()
+    rows = list(build(args.task).train)
+    examples = rows[:: max(1, len(rows) // args.rows)][: args.rows]
+    models = {dtype: with_adapter(dtype) for dtype in ("float32", "bfloat16")}
+    for loaded in models.values():  # warm up
+        index(loaded, examples[:2])
+    loop(models["float32"], examples[:1])
+    times: dict[str, list[float]] = {"loop": [], "float32": [], "bfloat16": []}
+    for _ in range(args.rounds):
+        times["loop"].append(seconds(lambda: loop(models["float32"], examples)))
+        for dtype, loaded in models.items():
+            times[dtype].append(seconds(lambda model=loaded: index(model, examples)))  # type: ignore[misc]
+    base = statistics.median(times["loop"])
+    encoder = Encoder(models["float32"].tokenizer)
+    tokens = statistics.mean(len(item.ids) for item in encoder.encode_all(examples)[0])
+    print(
+        f"{args.task}, {len(examples)} rows of {tokens:.0f} tokens, {torch.get_num_threads()} threads: loop {base:.1f} s"
+    )
+    for dtype in models:
+        ratios = sorted(a / b for a, b in zip(times["loop"], times[dtype], strict=True))
+        print(
+            f"index on disk in {dtype}: {statistics.median(times[dtype]):.1f} s, {statistics.median(ratios):.1f} times faster "
+            f"({ratios[0]:.1f} to {ratios[-1]:.1f}, {args.rounds} rounds)"
+        )
+
+
+if __name__ == "__main__":
+    main()
