@@ -34,6 +34,7 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.evaluation.metrics import precision_at, relevance
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.reading import read_examples, write_examples
 from finetrace.tasks import TASKS, build, recipe
 from test_cli import assert_one_sentence, run
@@ -338,6 +339,22 @@ def test_two_processes_give_the_numbers_of_one(finished, tmp_path):
         assert numbers(tmp_path / "two", cell) == numbers(folder, cell)
     with pytest.raises(FinetraceError, match="--workers 0"):
         run_all(tmp_path / "two", Plan(made, workers=0), silent)
+
+
+def test_side_by_side_the_longest_come_first(base, tmp_path, monkeypatch):
+    """Of the first seed, and only then those of the second; one after another they keep their order."""
+    made = cells(["emotion", "grammars", "mathqa"], ["corrected"], 2, methods=["random"], model=base, device="cpu")
+    given = []
+
+    def noted(self, work, items, **_):
+        given.append([(cell.task, cell.seed) for cell in items])
+        return iter(())
+
+    monkeypatch.setattr(Engine, "run_each", noted)
+    for workers in (2, 1):
+        run_all(tmp_path, Plan(made, workers=workers), silent)
+    assert given[0] == [(task, seed) for seed in (0, 1) for task in ("mathqa", "grammars", "emotion")]
+    assert given[1] == [(cell.task, cell.seed) for cell in made]
 
 
 def test_seeds_differ(finished):
