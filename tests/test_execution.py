@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def die(number: int) -> int:
     if number == 1:
         os._exit(9)
     return number
+
+
+def warn(number: int) -> int:
+    warnings.warn("a library will change", FutureWarning, stacklevel=1)
+    warnings.warn("a row is odd", UserWarning, stacklevel=1)
+    return number
+
+
+def test_workers_do_not_repeat_what_libraries_say_of_their_future(capfd: pytest.CaptureFixture[str]) -> None:
+    assert dict(run_each(warn, [1, 2], 2)) == {0: 1, 1: 2}
+    said = capfd.readouterr().err
+    assert "a library will change" not in said
+    assert "a row is odd" in said
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])

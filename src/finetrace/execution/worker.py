@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,11 @@ SEEN = ".seen-"  # how a file begins that workers on other machines have to find
 
 
 def settle(threads: int, number: int | None = None) -> None:
-    """Threads of this process, and its number among the workers of the machine."""
+    """Threads of this process, and its number among the workers of the machine.
+
+    What libraries have to say of their own future is said once, by the coordinator, and not by every worker.
+    """
+    warnings.simplefilter("ignore", FutureWarning)
     if number is not None:
         os.environ[NUMBER] = str(number)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
