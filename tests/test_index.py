@@ -713,3 +713,14 @@ def test_what_training_moved_and_the_index_does_not_see(tmp_path: Path) -> None:
         )
         < 1e-6
     )
+
+
+def test_a_model_that_is_loaded_is_not_taken_for_another(built: Path) -> None:
+    index = open_index(built)
+    loaded = index.model("float64", "cpu")
+    assert index.model() is loaded
+    assert index.model("auto") is loaded
+    with pytest.raises(
+        FinetraceError, match="its model is loaded already, in float64; open the index again for float32"
+    ):
+        index.model("float32")

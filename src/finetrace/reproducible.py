@@ -18,7 +18,7 @@ def reproducible(device: torch.device) -> Iterator[None]:
     """While open, torch takes kernels on a GPU that add in one order, wherever it has them.
 
     It has none for the backward pass of fused attention short of refusing all operations that lack one, so in half precision
-    two runs on a GPU may still differ by rounding. Who has asked torch for such a refusal keeps it. On a CPU nothing is changed:
+    two runs on a GPU may still differ by rounding. Who has asked torch for such a refusal keeps it. On a CPU nothing changes:
     there two runs agree in every bit.
     """
     if device.type != "cuda":

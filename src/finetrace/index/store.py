@@ -119,6 +119,11 @@ class Index:
             adapter = str(self._inside(record.adapter)) if record.adapter else None
             spec = ModelSpec(record.name, adapter, dtype or record.dtype, device, trust_remote_code)  # type: ignore[arg-type]
             self._loaded = load(spec)
+        there = str(self._loaded.model.dtype).removeprefix("torch.")
+        if dtype not in (None, "auto", there):
+            raise FinetraceError(
+                f"{self.folder}: its model is loaded already, in {there}; open the index again for {dtype}."
+            )
         if not self._checked:
             refuse_other_model(self.folder, self.manifest, self._loaded)
             self._checked = True
