@@ -23,6 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--command", required=True, help="the command that made the folder")
+    parser.add_argument("--where", help="in place of the time: what it ran on, where parts were brought together")
     args = parser.parse_args()
     config = json.loads((args.folder / "results.json").read_text(encoding="utf-8"))["config"]
     about = study(config["study"])
@@ -32,7 +33,8 @@ def main() -> None:
     time = f"{minutes:.0f} minutes" if minutes > 2 else f"{config['seconds']:.0f} seconds"
     part = "; what was finished before is not counted" if config["resumed"] else ""
     seeds = f"{config['seeds']} seeds" if config["seeds"] > 1 else "one seed"
-    lines = ["```bash", args.command, "```", "", f"{seeds.capitalize()}, {time} on two cores{part}.", ""]
+    took = args.where or f"{time} on two cores{part}"
+    lines = ["```bash", args.command, "```", "", f"{seeds.capitalize()}, {took}.", ""]
     lines += [f"- {sentence}" for sentence in config["reading"]]
     figures = DOCS / f"study-{about.name}"
     shutil.rmtree(figures, ignore_errors=True)
