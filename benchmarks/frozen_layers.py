@@ -1,4 +1,4 @@
-"""Retraining the last layers, hidden states below them kept: python benchmarks/frozen_layers.py [--layers 4] [--epochs 12].
+"""Retraining the last layers, hidden states below them kept: python benchmarks/frozen_layers.py [--layers 4].
 
 The same fine-tuning of the embedded model on rows of `grammars`, each round both ways in turn: once all layers are run in
 every step, once those below the lowest trained one in the first epoch alone. CPU seconds of the process, which leave out what
@@ -30,8 +30,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=50)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--dtype", default="auto")
     args = parser.parse_args()
-    loaded = load(ModelSpec())
+    loaded = load(ModelSpec(dtype=args.dtype))
     depth = int(loaded.model.config.num_hidden_layers)
     config = FinetuneConfig(epochs=args.epochs, batch_size=8, layers=tuple(range(depth - args.layers, depth)))
     task = build("grammars")
