@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from finetrace.curvature import Damping, DampingRule, DataInf, LiSSA, Products, ReleasedLiSSA
 from finetrace.curvature.fisher import FisherDual
+from finetrace.index.sizing import available_memory
 from finetrace.studies.mnist import (
     CLASSES,
     Digits,
@@ -64,9 +65,10 @@ class Size:
         return CLASSES * self.points <= HESSIAN_ROWS
 
     def dense_fits(self) -> bool:
-        """Whether half of this machine's memory holds them."""
+        """Whether half of this machine's memory holds them, and two thirds of what is available by now."""
         memory: int = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return self.dense_bytes <= memory // 2
+        available = available_memory()
+        return self.dense_bytes <= memory // 2 and (available is None or 3 * self.dense_bytes <= 2 * available)
 
 
 @dataclass(frozen=True, eq=False)
