@@ -26,8 +26,8 @@ from finetrace.planning.counts import Work, pieces_of
 from finetrace.planning.measure import Fit
 from finetrace.planning.plan import Plan, measure_plan, plan_index
 from finetrace.planning.schedule import schedule
-from finetrace.planning.words import duration, size
 from finetrace.reading import write_examples
+from finetrace.units import duration, size
 from tiny import make_encoded, make_examples, make_llama, names, save_base, with_lora
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
-from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest, words
+from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest
 from finetrace.collection import Block
 from finetrace.curvature import (
     Damping,
@@ -32,6 +32,7 @@ from finetrace.curvature.solvers import packed
 from finetrace.curvature.streamed import DataInfStream, DenseStream, IdentityStream, Streamed
 from finetrace.errors import FinetraceError
 from finetrace.moments import At
+from finetrace.units import size
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
 Scope = Literal["block", "joint"]
@@ -122,8 +123,8 @@ class GradientMethod(Method):
             return np.mean([each.matrix(each.prepared(problem)) for each in several], axis=0)
         if not self.streams and self.held_bytes(problem) > problem.memory:
             raise FinetraceError(
-                f"{self.label}: this method holds {words(self.held_bytes(problem))} in memory, more than the "
-                f"{words(problem.memory)} allowed; give more with --memory, or take exact, which needs less."
+                f"{self.label}: this method holds {size(self.held_bytes(problem))} in memory, more than the "
+                f"{size(problem.memory)} allowed; give more with --memory, or take exact, which needs less."
             )
         return self._matrix(problem)
 

@@ -20,6 +20,7 @@ from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_do
 from finetrace.errors import FinetraceError
 from finetrace.index.cache import digest
 from finetrace.index.store import Index
+from finetrace.units import size
 
 if TYPE_CHECKING:
     from finetrace.attribution.gradient import GradientMethod
@@ -28,14 +29,6 @@ if TYPE_CHECKING:
 LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
 PIECE = 2 << 20  # bytes of widened rows at a time, which the processor's caches hold
 FEWEST = 64  # rows in a piece, where a block has as many: products of fewer are slow
-
-
-def words(amount: float) -> str:
-    """Bytes as a person says them."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if amount >= size:
-            return f"{amount / size:.3g} {unit}"
-    return f"{amount:.0f} bytes"
 
 
 class StoredRows:
@@ -222,8 +215,8 @@ def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bo
     row = width * (2 * stored + (problem.index.manifest.computed_dtype.itemsize if stored < 4 else 0))
     if query + row > memory:
         raise FinetraceError(
-            f"{method.label}: one query and one row of {width:,} entries take {words(query + row)}, more than the memory "
-            f"of {words(memory)}; give more with --memory."
+            f"{method.label}: one query and one row of {width:,} entries take {size(query + row)}, more than the memory "
+            f"of {size(memory)}; give more with --memory."
         )
     queries = max(1, min(problem.m, memory // 2 // query))
     step = problem.step or max(1, min(LARGEST_BLOCK, memory // 4) // row)

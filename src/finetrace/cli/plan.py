@@ -11,6 +11,7 @@ import typer
 
 from finetrace.cli import index, options
 from finetrace.errors import FinetraceError
+from finetrace.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,8 +69,6 @@ def plan(
         return
     print_plan(made, Console())
     if made.disk.peak > made.free:
-        from finetrace.planning.words import size
-
         options.say(f"the disk has {size(made.free)} free, less than it will need ({size(made.disk.peak)}).")
 
 
@@ -99,8 +98,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _rows(plan: Plan) -> Sequence[tuple[str, list[str]]]:
-    from finetrace.planning.words import duration, size
-
     whole, left, measured = plan.whole, plan.left, plan.measured
     assert measured is not None
     padded = f"{whole.padded:,} computed, {whole.padding:.1%} of them padding"
