@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from finetrace.curvature.solvers import DualStream, IterativeStream, PrimalStream, Solution, nystroem, refined
-from finetrace.curvature.streamed import HeldRows, Streamed
+from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.train_rows import HeldRows
 from finetrace.errors import FinetraceError
 
 SEGMENTS = [slice(0, 12), slice(12, 52), slice(52, 57)]  # fewer and more columns than the 30 rows

@@ -28,8 +28,10 @@ from finetrace.curvature import (
     Products,
     ReleasedLiSSA,
 )
+from finetrace.curvature.datainf import DataInfStream, DenseDataInfStream
+from finetrace.curvature.identity import IdentityStream
 from finetrace.curvature.solvers import packed
-from finetrace.curvature.streamed import DataInfStream, DenseStream, IdentityStream, Streamed
+from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
 from finetrace.moments import At
 from finetrace.units import size
@@ -383,7 +385,7 @@ class DataInfMethod(_Spanned):
         """One pass for the queries, or d x d matrices that take none."""
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         if at.normalised and packed(at.widths, at.spare) is not None:
-            return DenseStream(at.rows, damping, datainf=True)
+            return DenseDataInfStream(at.rows, damping)
         return DataInfStream(at.rows, damping)
 
 

@@ -15,7 +15,8 @@ from finetrace.attribution.problem import Problem
 from finetrace.attribution.streaming import Pass
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
-from finetrace.curvature.streamed import KroneckerStream, Streamed
+from finetrace.curvature.kronecker import KroneckerStream
+from finetrace.curvature.streamed import Streamed
 from finetrace.index.factors import digest as factors_digest
 from finetrace.moments import At
 

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from finetrace.collection import Block
+from finetrace.curvature.passes import Sizes
 from finetrace.curvature.products import COLUMNS, row_squares
+from finetrace.curvature.segments import reciprocal, segment_dots, spread
 from finetrace.curvature.solvers import Solution, Solver
-from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_dots, spread
+from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
 from finetrace.index.cache import digest
 from finetrace.index.store import Index
