@@ -14,17 +14,12 @@ from finetrace.attribution.problem import Problem
 from finetrace.attribution.streaming import Pass, held
 from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, FisherDual, FisherPrimal, InverseCurvature, Products, fisher
-from finetrace.curvature.solvers import (
-    DualStream,
-    IterativeStream,
-    PrimalStream,
-    Solver,
-    choose,
-    default_tolerance,
-    nystroem,
-    packed,
-    sketch_rank,
-)
+from finetrace.curvature.conjugate_gradients import IterativeStream
+from finetrace.curvature.dual import DualStream
+from finetrace.curvature.nystroem import nystroem
+from finetrace.curvature.primal import PrimalStream
+from finetrace.curvature.refinement import default_tolerance
+from finetrace.curvature.solvers import Solver, choose, packed, sketch_rank
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
 from finetrace.moments import At

@@ -16,8 +16,9 @@ from torch import Tensor
 from finetrace.collection import Block
 from finetrace.curvature.passes import Sizes
 from finetrace.curvature.products import COLUMNS, row_squares
+from finetrace.curvature.refinement import Solution
 from finetrace.curvature.segments import reciprocal, segment_dots, spread
-from finetrace.curvature.solvers import Solution, Solver
+from finetrace.curvature.solvers import Solver
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
 from finetrace.index.cache import digest

@@ -38,6 +38,14 @@ class TrainRows(Protocol):
         ...
 
 
+class ColumnRows(TrainRows, Protocol):
+    """Training gradients that can be read by columns too."""
+
+    def columns(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
+        """(columns, (n, c)) pieces of some columns."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class HeldRows:
     """(n, D) gradients in memory as `TrainRows`, `step` rows at a time."""
