@@ -24,7 +24,8 @@ from torch import Tensor
 from finetrace.attribution import Problem, make
 from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.ranked import Strongest
-from finetrace.attribution.streaming import StoredRows, all_blocks
+from finetrace.attribution.stored_rows import StoredRows
+from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
 from finetrace.curvature import DataInf, LiSSA, Products
 from finetrace.examples import Example

@@ -9,9 +9,10 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, _Scoped
+from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
-from finetrace.attribution.streaming import Pass, held
+from finetrace.attribution.streaming import Pass
 from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, FisherDual, FisherPrimal, InverseCurvature, Products, fisher
 from finetrace.curvature.conjugate_gradients import IterativeStream

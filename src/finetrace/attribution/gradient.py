@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
+from finetrace.attribution.memory import held, plan, widest
 from finetrace.attribution.method import Method, Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
-from finetrace.attribution.streaming import MethodRun, Pass, Run, held, plan, run_of, whole, widest
+from finetrace.attribution.streaming import MethodRun, Pass, Run, run_of, whole
 from finetrace.collection import Block
 from finetrace.curvature import (
     Damping,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution.selection import select
-from finetrace.attribution.streaming import StoredRows, adjacent
+from finetrace.attribution.stored_rows import StoredRows, adjacent
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
