@@ -10,7 +10,7 @@ from finetrace.errors import FinetraceError
 from finetrace.units import size
 
 if TYPE_CHECKING:
-    from finetrace.attribution.gradient import GradientMethod
+    from finetrace.attribution.streamed_gradient import StreamedMethod
 
 LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
 
@@ -51,7 +51,7 @@ class Plan:
         }
 
 
-def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bool = False) -> Plan | None:
+def plan(method: StreamedMethod, problem: Problem, share: int = 1, *, forced: bool = False) -> Plan | None:
     """How the method streams; `None` where all it needs fits the problem's memory, so that it goes on in memory.
 
     Args:
@@ -64,7 +64,7 @@ def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bo
         FinetraceError: Not even one row and one query fit.
     """
     forced = forced or problem.step is not None or method.must_stream
-    if not method.streams or (not forced and method.held_bytes(problem) <= problem.memory):
+    if not forced and method.held_bytes(problem) <= problem.memory:
         return None
     memory = problem.memory // share
     stored = problem.index.row_blocks(1).dtype.itemsize

@@ -26,7 +26,7 @@ from finetrace.curvature.streamed import Streamed
 from finetrace.index.cache import digest
 
 if TYPE_CHECKING:
-    from finetrace.attribution.gradient import GradientMethod
+    from finetrace.attribution.streamed_gradient import StreamedMethod
 
 
 class Pass:
@@ -85,7 +85,7 @@ class Run(Protocol):
 class MethodRun:
     """One method on one problem."""
 
-    def __init__(self, method: GradientMethod, problem: Problem, made: Plan) -> None:
+    def __init__(self, method: StreamedMethod, problem: Problem, made: Plan) -> None:
         self.method = method
         self.problem = problem
         self.plan = made
@@ -242,7 +242,7 @@ class MeanRun:
             yield parts[0][0], torch.stack([part for _, part in parts]).mean(0)
 
 
-def run_of(pairs: Sequence[tuple[GradientMethod, Problem]]) -> Run | None:
+def run_of(pairs: Sequence[tuple[StreamedMethod, Problem]]) -> Run | None:
     """How several views of one method, or a single one, stream; `None` where all fit in memory."""
     if all(plan(method, problem) is None for method, problem in pairs):
         return None
