@@ -36,7 +36,8 @@ def plan(
     from rich.console import Console
 
     from finetrace.planning.announce import Announcer
-    from finetrace.planning.plan import measure_plan, plan_index
+    from finetrace.planning.extrapolation import measure_plan
+    from finetrace.planning.plan import plan_index
 
     if results is not None and results.suffix != ".json":
         raise FinetraceError(f"--results {results}: the name must end in .json.")

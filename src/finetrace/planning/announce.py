@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from finetrace.planning import measure, words
 from finetrace.planning.counts import Piece
+from finetrace.planning.extrapolation import extrapolate, measure_plan
 from finetrace.planning.measure import Timing
-from finetrace.planning.plan import Plan, extrapolate, measure_plan, plan_index
+from finetrace.planning.plan import Plan, plan_index
 from finetrace.progress import hearing
 from finetrace.units import duration
 
