@@ -48,9 +48,9 @@ class GradientMethod(Method):
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     normalise: Normalise
-    loss_on: str
-    layers: str
-    at: At
+    loss_on: str = ""
+    layers: str = "all"
+    at: At = ""
 
     def __post_init__(self) -> None:
         pairs = views(self.loss_on, self.layers)
