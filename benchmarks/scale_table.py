@@ -16,7 +16,7 @@ from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, PASSES, SKETCH_
 from finetrace.index.sizing import SHARD_BYTES
 from finetrace.planning.cost import Shape
 from finetrace.planning.disk import factor_bytes
-from finetrace.planning.words import duration, size
+from finetrace.units import duration, size
 
 COUNTS = (10**4, 10**6, 10**8)
 POOLINGS = 3  # representations that an index keeps by default, in float32

@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution import Problem, make
-from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.ranked import Strongest
-from finetrace.attribution.streaming import StoredRows, all_blocks
+from finetrace.attribution.stored_rows import StoredRows
+from finetrace.attribution.streamed_gradient import StreamedMethod
+from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
 from finetrace.curvature import DataInf, LiSSA, Products
 from finetrace.examples import Example
@@ -174,7 +175,7 @@ def stream(folder: Path, rounds: int, n: int = 1_000_000, d: int = 1024, m: int 
 
     def query() -> None:
         method = make("gradsim")
-        assert isinstance(method, GradientMethod)
+        assert isinstance(method, StreamedMethod)
         run = method.run(Problem(index, asked, features, memory=512 * 10**6))
         assert run is not None
         best = Strongest(m, 10)

@@ -68,7 +68,7 @@ def test_nothing_of_the_gram_matrix_is_computed_twice(copied, features, monkeypa
 
 def test_solutions_of_the_same_queries_are_kept(copied, features, monkeypatch):  # noqa: F811
     first = make("exact:solver=nystroem").score(problem(copied, features, step=6))
-    from finetrace.curvature.solvers import IterativeStream
+    from finetrace.curvature.conjugate_gradients import IterativeStream
 
     monkeypatch.setattr(IterativeStream, "_run", lambda *_: pytest.fail("solved again"))
     again = make("exact:solver=nystroem").score(problem(copied, features, step=6))

@@ -23,7 +23,7 @@ from finetrace.execution import Engine
 from finetrace.execution.dispatch import Event, Pool
 from finetrace.execution.worker import attempt, revived
 from finetrace.index import append, kronecker_factors, open_index
-from finetrace.index import build as module
+from finetrace.index import collecting as module
 from finetrace.index.work import Collected, Piece, ShardWork
 from finetrace.models import Loaded, ModelSpec, load
 from test_bad_rows import poisoned, rows
@@ -297,7 +297,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from pathlib import Path
 import test_engines as tests
-from finetrace.index import build as module
+from finetrace.index import collecting as module
 if __name__ == "__main__":
     Path({marks!r}).mkdir()
     module.ShardWork = lambda *described: tests.Marked(*described, marks=Path({marks!r}), wait=0.2)

@@ -221,7 +221,7 @@ def test_killed_at_any_moment(
 ) -> None:
     """What a kill leaves on disk at the awkward moments; nothing that a handler could have tidied up."""
     folder = tmp_path / "i"
-    from finetrace.index import build as module
+    from finetrace.index import rows, shards, starting
 
     def die(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
@@ -236,16 +236,16 @@ def test_killed_at_any_moment(
             folder.mkdir()
             (folder / ".manifest.json.part").write_text("{")
         elif moment == "rows":
-            patch.setattr(module.rows, "write", die)
+            patch.setattr(rows, "write", die)
         elif moment == "adapter":
-            patch.setattr(module, "save_adapter", die)
+            patch.setattr(starting, "save_adapter", die)
         elif moment == "adapter half":
-            patch.setattr(module, "save_adapter", half)
+            patch.setattr(starting, "save_adapter", half)
         elif moment == "shard half":
-            patch.setattr(module.shards, "write", die)
+            patch.setattr(shards, "write", die)
         else:
-            whole = module.manifest.write
-            patch.setattr(module.manifest, "write", lambda at, plan: whole(at, plan) if not plan.shards else die())
+            whole = manifests.write
+            patch.setattr(manifests, "write", lambda at, plan: whole(at, plan) if not plan.shards else die())
         if moment != "manifest":
             with pytest.raises(KeyboardInterrupt):
                 build(tiny_loaded, folder)
@@ -267,9 +267,9 @@ build(load(ModelSpec({base!r}, {adapter!r}, dtype="float64", device="cpu")), Pat
 
 SLOWLY = """
 import time
-from finetrace.index import build as module
-write = module.shards.write
-module.shards.write = lambda *all: (time.sleep(0.1), write(*all))[1]
+from finetrace.index import shards
+write = shards.write
+shards.write = lambda *all: (time.sleep(0.1), write(*all))[1]
 """
 
 
@@ -660,7 +660,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk(tiny_loaded: Loaded, small_disk: Path, monkeypatch: pytest.MonkeyPatch, left: int) -> None:
     """The disk fills while the index is being written, at one file or another."""
     monkeypatch.setattr(
-        "finetrace.index.build.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**12)
+        "finetrace.index.starting.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**12)
     )
     folder = small_disk / "i"
     with (small_disk / "ballast").open("wb") as ballast:
@@ -677,7 +677,7 @@ def test_a_full_disk_is_freed_and_the_run_goes_on(
     tiny_loaded: Loaded, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "finetrace.index.build.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**12)
+        "finetrace.index.starting.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 10**12)
     )
     (small_disk / "ballast").write_bytes(bytes(520 * 1024))
     with pytest.raises(FinetraceError, match="cannot be written"):
@@ -691,7 +691,9 @@ def test_a_full_disk_is_freed_and_the_run_goes_on(
 def test_too_small_a_disk_is_refused_beforehand(
     tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("finetrace.index.build.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000))
+    monkeypatch.setattr(
+        "finetrace.index.starting.shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 1000)
+    )
     with pytest.raises(FinetraceError, match=r"the index needs 0.00 GB and the disk has 0.00 GB free"):
         build(tiny_loaded, tmp_path / "i")
     assert files(tmp_path / "i") == {}

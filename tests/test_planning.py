@@ -23,11 +23,12 @@ from finetrace.planning import measure
 from finetrace.planning.announce import Announcer
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
+from finetrace.planning.extrapolation import measure_plan
 from finetrace.planning.measure import Fit
-from finetrace.planning.plan import Plan, measure_plan, plan_index
+from finetrace.planning.plan import Plan, plan_index
 from finetrace.planning.schedule import schedule
-from finetrace.planning.words import duration, size
 from finetrace.reading import write_examples
+from finetrace.units import duration, size
 from tiny import make_encoded, make_examples, make_llama, names, save_base, with_lora
 
 
@@ -265,7 +266,8 @@ sys.path.insert(0, sys.argv[2])
 from collection import with_adapter
 from finetrace.encoding import Encoder
 from finetrace.index import build_index
-from finetrace.planning.plan import measure_plan, plan_index
+from finetrace.planning.extrapolation import measure_plan
+from finetrace.planning.plan import plan_index
 from finetrace.tasks import mixed
 loaded, examples, out = with_adapter("float32"), list(mixed().train)[::5][:48], Path(sys.argv[3])
 encoder, options = Encoder(loaded.tokenizer), {"batch_tokens": 1024}

@@ -124,7 +124,7 @@ def test_trace_keeps_the_strongest_rows_where_the_matrix_does_not_fit(work, caps
     small = ["--memory", "80KB"]
     code, found, said = run(capsys, *common, *small, "--scores", work / "all.npy")
     assert code == 0, said
-    assert "do not fit the memory of 80 KB: the 3 strongest rows of each query are kept; metrics" in said
+    assert "do not fit the memory of 80 kB: the 3 strongest rows of each query are kept; metrics" in said
     assert "gradsim: streamed," in said
     a, b = json.loads(wanted)["records"], json.loads(found)["records"]
     assert [r["example"] for r in a] == [r["example"] for r in b]

@@ -6,8 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetrace.curvature.solvers import DualStream, IterativeStream, PrimalStream, Solution, nystroem, refined
-from finetrace.curvature.streamed import HeldRows, Streamed
+from finetrace.curvature.conjugate_gradients import IterativeStream
+from finetrace.curvature.dual import DualStream
+from finetrace.curvature.nystroem import nystroem
+from finetrace.curvature.primal import PrimalStream
+from finetrace.curvature.refinement import Solution, refined
+from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.train_rows import HeldRows
 from finetrace.errors import FinetraceError
 
 SEGMENTS = [slice(0, 12), slice(12, 52), slice(52, 57)]  # fewer and more columns than the 30 rows

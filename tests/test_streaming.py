@@ -10,7 +10,7 @@ import torch
 
 from finetrace.api import build_index
 from finetrace.attribution import Problem, make
-from finetrace.attribution.streaming import plan
+from finetrace.attribution.memory import plan
 from finetrace.errors import FinetraceError
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 

@@ -10,8 +10,8 @@ import torch
 
 from finetrace.api import build_index
 from finetrace.attribution import Problem, make
-from finetrace.attribution import streaming as module
-from finetrace.attribution.streaming import StoredRows, adjacent
+from finetrace.attribution import stored_rows as module
+from finetrace.attribution.stored_rows import StoredRows, adjacent
 from finetrace.collection import Block
 from finetrace.curvature import products as products_module
 from finetrace.index import Index, sizing

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from finetrace.attribution import Method, Problem, Scores, make
 from finetrace.attribution.ranked import Ranked, rank
-from finetrace.attribution.streaming import words
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
 from finetrace.encoding import TEMPLATES, Encoder
 from finetrace.errors import FinetraceError
@@ -19,6 +18,7 @@ from finetrace.index.cache import LIMIT
 from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import Columns, examples_from_rows, read_examples
 from finetrace.tracing import default_method
+from finetrace.units import size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,8 +61,8 @@ class Index(store.Index):
         problem = self.problem(queries, memory)
         if problem.m * problem.n * 8 > problem.memory:
             raise FinetraceError(
-                f"the {problem.m} x {problem.n} scores alone take {words(problem.m * problem.n * 8)}, more than the memory of "
-                f"{words(problem.memory)}; ask for the strongest rows with index.top(queries, k), or give more memory."
+                f"the {problem.m} x {problem.n} scores alone take {size(problem.m * problem.n * 8)}, more than the memory of "
+                f"{size(problem.memory)}; ask for the strongest rows with index.top(queries, k), or give more memory."
             )
         return self._method(method, parameters).score(problem)
 

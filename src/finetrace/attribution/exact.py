@@ -8,23 +8,20 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, _Scoped
+from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, ScopedMethod
+from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
-from finetrace.attribution.streaming import Pass, held
+from finetrace.attribution.streamed_gradient import StreamedMethod
+from finetrace.attribution.streaming import Pass
 from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, FisherDual, FisherPrimal, InverseCurvature, Products, fisher
-from finetrace.curvature.solvers import (
-    DualStream,
-    IterativeStream,
-    PrimalStream,
-    Solver,
-    choose,
-    default_tolerance,
-    nystroem,
-    packed,
-    sketch_rank,
-)
+from finetrace.curvature.conjugate_gradients import IterativeStream
+from finetrace.curvature.dual import DualStream
+from finetrace.curvature.nystroem import nystroem
+from finetrace.curvature.primal import PrimalStream
+from finetrace.curvature.refinement import default_tolerance
+from finetrace.curvature.solvers import Solver, choose, packed, sketch_rank
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
 from finetrace.moments import At
@@ -32,7 +29,7 @@ from finetrace.moments import At
 
 @register("exact")
 @dataclass(frozen=True)
-class Exact(_Scoped):
+class Exact(ScopedMethod, StreamedMethod):
     """Influence with the empirical Fisher inverted exactly: sum_b V_b (lambda_b I + G_b^T G_b / n)^(-1) G_b^T.
 
     scope `joint` takes one Fisher over all blocks. Solvers agree to the `tolerance`, the largest relative residual
@@ -51,7 +48,6 @@ class Exact(_Scoped):
     layers: str = "all"
     at: At = ""
 
-    streams: ClassVar[bool] = True
     query_bytes: ClassVar[int] = 128
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:

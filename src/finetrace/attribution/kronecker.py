@@ -9,20 +9,22 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from finetrace.attribution.gradient import GradientMethod, Positive
+from finetrace.attribution.gradient import Positive
 from finetrace.attribution.method import Need, Normalise, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.streamed_gradient import StreamedMethod
 from finetrace.attribution.streaming import Pass
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
-from finetrace.curvature.streamed import KroneckerStream, Streamed
+from finetrace.curvature.kronecker import KroneckerStream
+from finetrace.curvature.streamed import Streamed
 from finetrace.index.factors import digest as factors_digest
 from finetrace.moments import At
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
 
 
-class _KroneckerMethod(GradientMethod):
+class _KroneckerMethod(StreamedMethod):
     """sum_b V_b (Q_b (Lambda_b + lambda_b I) Q_b^T)^(-1) G_b^T with Q_b = Q_L x Q_R.
 
     Needs gradients that are sums of products of two sides: whole, or projected on both sides.
@@ -44,9 +46,6 @@ class _KroneckerMethod(GradientMethod):
         for block, products in problem.products():
             basis = bases[block.name]
             yield Kronecker(products, basis, self.eigenvalues(basis), self.damping)
-
-    streams: ClassVar[bool] = True
-    query_bytes: ClassVar[int] = 48
 
     def operator(self, at: Pass) -> Streamed:
         """Queries are preconditioned in the eigenbases."""

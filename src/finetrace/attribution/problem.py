@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution.selection import select
-from finetrace.attribution.streaming import StoredRows, adjacent
+from finetrace.attribution.stored_rows import StoredRows, adjacent
 from finetrace.collection import Block, Features, Representation
 from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
+from finetrace.curvature.passes import Sizes
+from finetrace.curvature.passes import sizes as sizes_of
 from finetrace.curvature.products import Gradients, Kept, Made, inner_products, row_squares
-from finetrace.curvature.streamed import Sizes
-from finetrace.curvature.streamed import sizes as sizes_of
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example

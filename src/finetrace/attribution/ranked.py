@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.method import Method
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.scores import Top, about
+from finetrace.attribution.streamed_gradient import StreamedMethod
 from finetrace.attribution.streaming import all_blocks
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -149,7 +149,7 @@ def rank(method: Method, problem: Problem, k: int, *, opponents: bool = False, s
 
 def _pieces(method: Method, problem: Problem) -> Iterator[tuple[slice, slice, NDArray[np.float64]]]:
     """(queries, rows, scores) of all queries, rows in order for each."""
-    run = method.run(problem) if isinstance(method, GradientMethod) else None
+    run = method.run(problem) if isinstance(method, StreamedMethod) else None
     if run is not None:
         for queries, where, scores in all_blocks(run, problem.m):
             yield queries, where, scores.numpy()

@@ -6,228 +6,27 @@ one last pass gives the scores of all rows, block after block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import torch
 from torch import Tensor
 
+from finetrace.attribution.memory import Plan, plan
+from finetrace.attribution.problem import Problem
+from finetrace.attribution.stored_rows import StoredRows
 from finetrace.collection import Block
-from finetrace.curvature.products import COLUMNS, row_squares
-from finetrace.curvature.solvers import Solution, Solver
-from finetrace.curvature.streamed import Sizes, Streamed, reciprocal, segment_dots, spread
-from finetrace.errors import FinetraceError
+from finetrace.curvature.passes import Sizes
+from finetrace.curvature.products import row_squares
+from finetrace.curvature.refinement import Solution
+from finetrace.curvature.segments import reciprocal, segment_dots, spread
+from finetrace.curvature.solvers import Solver
+from finetrace.curvature.streamed import Streamed
 from finetrace.index.cache import digest
-from finetrace.index.store import Index
 
 if TYPE_CHECKING:
-    from finetrace.attribution.gradient import GradientMethod
-    from finetrace.attribution.problem import Problem
-
-LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
-PIECE = 2 << 20  # bytes of widened rows at a time, which the processor's caches hold
-FEWEST = 64  # rows in a piece, where a block has as many: products of fewer are slow
-
-
-def words(amount: float) -> str:
-    """Bytes as a person says them."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if amount >= size:
-            return f"{amount / size:.3g} {unit}"
-    return f"{amount:.0f} bytes"
-
-
-class StoredRows:
-    """The gradients of some blocks of an index as `TrainRows`: read in row blocks, widened piece by piece.
-
-    Attributes:
-        segments: One a block, or a single one of all columns.
-        step: Rows that are read at once.
-    """
-
-    def __init__(self, index: Index, blocks: Sequence[Block], step: int, *, joint: bool, device: torch.device) -> None:
-        self.index = index
-        self.blocks = tuple(blocks)
-        self.step = step
-        self.joint = joint
-        self.device = device
-        self.n = len(index)
-        self._first = min(block.offset for block in blocks)
-        stop = max(block.columns.stop for block in blocks)
-        self._range = slice(self._first, stop)
-        self._gather: Tensor | None = None
-        widths = [block.size for block in blocks]
-        if sum(widths) != stop - self._first:  # layers that do not follow one another
-            places = [torch.arange(block.offset, block.offset + block.size) for block in blocks]
-            self._gather = torch.cat(places) - self._first
-        ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-        self.blocks_at = [slice(end - width, end) for end, width in zip(ends, widths, strict=True)]
-        self.segments: Sequence[slice] = [slice(0, ends[-1])] if joint else self.blocks_at
-        self.dtype = index.manifest.computed_dtype
-
-    @property
-    def width(self) -> int:
-        """D of the chosen blocks."""
-        return self.blocks_at[-1].stop
-
-    def by_block(self) -> StoredRows:
-        """The same with a segment a block."""
-        return StoredRows(self.index, self.blocks, self.step, joint=False, device=self.device) if self.joint else self
-
-    def part(self, blocks: Sequence[Block]) -> StoredRows:
-        """The same rows, some of the blocks."""
-        return StoredRows(self.index, blocks, self.step, joint=self.joint, device=self.device)
-
-    def chosen(self, vectors: Tensor) -> Tensor:
-        """(r, D) of the chosen blocks out of whole gradients, in the rows' precision."""
-        parts = [vectors[:, run] for run in adjacent(self.blocks)]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self.device, self.dtype)
-
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, (r, D)) pieces."""
-        widened = self._widening()
-        for where, raw in self.index.row_blocks(self.step, self._range):
-            for first in range(0, len(raw), self._piece):
-                part = widened(raw[first : first + self._piece])
-                yield slice(where.start + first, where.start + first + len(part)), part
-
-    def products(self, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, (r, m)) inner products with (m, D) vectors, float64, a block of rows at a time.
-
-        Products of `COLUMNS` entries are taken in the rows' precision and summed in float64.
-        """
-        right = vectors.to(self.dtype).T
-        starts = range(0, self.width, COLUMNS)
-        widened = self._widening()
-        for where, raw in self.index.row_blocks(self.step, self._range):
-            shape = len(raw), len(vectors)
-            product = torch.empty(shape, dtype=self.dtype, device=self.device)
-            total = torch.zeros(shape, dtype=torch.float64, device=self.device) if len(starts) > 1 else None
-            for first in range(0, len(raw), self._piece):
-                part, at = widened(raw[first : first + self._piece]), slice(first, first + self._piece)
-                for start in starts:
-                    columns = slice(start, start + COLUMNS)
-                    torch.mm(part[:, columns], right[columns], out=product[at])
-                    if total is not None:
-                        total[at] += product[at]
-            yield where, product.double() if total is None else total
-
-    @property
-    def _piece(self) -> int:
-        """Rows that are widened at once."""
-        if self.device.type != "cpu":
-            return self.step
-        return min(self.step, max(FEWEST, PIECE // (self.width * self.dtype.itemsize)))
-
-    def _widening(self) -> Callable[[Tensor], Tensor]:
-        """What takes stored rows to the chosen blocks in the rows' precision; each result may overwrite the last."""
-        wide: Tensor | None = None
-
-        def widened(part: Tensor) -> Tensor:
-            nonlocal wide
-            if self._gather is not None:
-                part = part[:, self._gather]
-            if self.device.type != "cpu":
-                return part.to(self.device).to(self.dtype)
-            if part.dtype == self.dtype:
-                return part
-            wide = torch.empty(self._piece, self.width, dtype=self.dtype) if wide is None else wide
-            return wide[: len(part)].copy_(part)
-
-        return widened
-
-    def some(self, where: slice) -> Tensor:
-        """(r, D) of some rows."""
-        part = self.index.gradients(self._range, where)
-        return (part if self._gather is None else part[:, self._gather]).to(self.device, self.dtype)
-
-    def columns(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
-        """(columns, (n, c)) pieces of some columns, as large as the blocks of rows are."""
-        room = max(1, self.step * self.width // self.n)
-        for block, at in zip(self.blocks, self.blocks_at, strict=True):
-            for start in range(max(at.start, chosen.start), min(at.stop, chosen.stop), room):
-                stop = min(start + room, at.stop, chosen.stop)
-                places = slice(block.offset + start - at.start, block.offset + stop - at.start)
-                whole = next(iter(self.index.row_blocks(self.n, places)))[1]
-                yield slice(start, stop), whole.to(self.device, self.dtype)
-
-
-def adjacent(blocks: Sequence[Block]) -> list[slice]:
-    """The columns of some blocks in their order, those that follow one another joined."""
-    runs: list[slice] = []
-    for block in blocks:
-        if runs and runs[-1].stop == block.offset:
-            runs[-1] = slice(runs[-1].start, block.columns.stop)
-        else:
-            runs.append(block.columns)
-    return runs
-
-
-def widest(problem: Problem) -> int:
-    """Entries of the largest block."""
-    return max(block.size for block in problem.blocks)
-
-
-def held(problem: Problem, *, gram: bool) -> int:
-    """Bytes that scoring in memory takes, about: a block's gradients, the products, and with `gram` an n x n matrix."""
-    n, m = problem.n, problem.m
-    columns = 2 * n * widest(problem) * problem.features.gradients.element_size()
-    return columns + 40 * m * n + (32 * n**2 if gram else 0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How one method goes through the rows.
-
-    Attributes:
-        memory: Bytes that it may use.
-        step: Rows read at once.
-        queries: Queries that go through together.
-    """
-
-    memory: int
-    step: int
-    queries: int
-
-    def describe(self) -> dict[str, Any]:
-        """As results say it."""
-        return {
-            "computed": "streamed",
-            "memory": self.memory,
-            "rows_at_once": self.step,
-            "queries_at_once": self.queries,
-        }
-
-
-def plan(method: GradientMethod, problem: Problem, share: int = 1, *, forced: bool = False) -> Plan | None:
-    """How the method streams; `None` where all it needs fits the problem's memory, so that it goes on in memory.
-
-    Args:
-        method: One that looks at one loss and one choice of layers.
-        problem: As the method looks at it.
-        share: How many methods go through their rows side by side and share the memory.
-        forced: Stream even if all fits.
-
-    Raises:
-        FinetraceError: Not even one row and one query fit.
-    """
-    forced = forced or problem.step is not None or method.must_stream
-    if not method.streams or (not forced and method.held_bytes(problem) <= problem.memory):
-        return None
-    memory = problem.memory // share
-    stored = problem.index.row_blocks(1).dtype.itemsize
-    width = sum(block.size for block in problem.blocks)
-    query = width * method.query_bytes
-    row = width * (2 * stored + (problem.index.manifest.computed_dtype.itemsize if stored < 4 else 0))
-    if query + row > memory:
-        raise FinetraceError(
-            f"{method.label}: one query and one row of {width:,} entries take {words(query + row)}, more than the memory "
-            f"of {words(memory)}; give more with --memory."
-        )
-    queries = max(1, min(problem.m, memory // 2 // query))
-    step = problem.step or max(1, min(LARGEST_BLOCK, memory // 4) // row)
-    return Plan(memory, min(problem.n, step), queries)
+    from finetrace.attribution.streamed_gradient import StreamedMethod
 
 
 class Pass:
@@ -286,7 +85,7 @@ class Run(Protocol):
 class MethodRun:
     """One method on one problem."""
 
-    def __init__(self, method: GradientMethod, problem: Problem, made: Plan) -> None:
+    def __init__(self, method: StreamedMethod, problem: Problem, made: Plan) -> None:
         self.method = method
         self.problem = problem
         self.plan = made
@@ -443,7 +242,7 @@ class MeanRun:
             yield parts[0][0], torch.stack([part for _, part in parts]).mean(0)
 
 
-def run_of(pairs: Sequence[tuple[GradientMethod, Problem]]) -> Run | None:
+def run_of(pairs: Sequence[tuple[StreamedMethod, Problem]]) -> Run | None:
     """How several views of one method, or a single one, stream; `None` where all fit in memory."""
     if all(plan(method, problem) is None for method, problem in pairs):
         return None

@@ -46,7 +46,7 @@ SkipBad = Annotated[
 
 def say_left_out(about: Manifest) -> None:
     """Say which rows are left out, if any are."""
-    from finetrace.index.build import left_out_sentence
+    from finetrace.index.manifest import left_out_sentence
 
     if about.left_out:
         options.say(left_out_sentence(about))

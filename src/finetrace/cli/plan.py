@@ -11,6 +11,7 @@ import typer
 
 from finetrace.cli import index, options
 from finetrace.errors import FinetraceError
+from finetrace.units import duration, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,7 +36,8 @@ def plan(
     from rich.console import Console
 
     from finetrace.planning.announce import Announcer
-    from finetrace.planning.plan import measure_plan, plan_index
+    from finetrace.planning.extrapolation import measure_plan
+    from finetrace.planning.plan import plan_index
 
     if results is not None and results.suffix != ".json":
         raise FinetraceError(f"--results {results}: the name must end in .json.")
@@ -68,8 +70,6 @@ def plan(
         return
     print_plan(made, Console())
     if made.disk.peak > made.free:
-        from finetrace.planning.words import size
-
         options.say(f"the disk has {size(made.free)} free, less than it will need ({size(made.disk.peak)}).")
 
 
@@ -99,8 +99,6 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _rows(plan: Plan) -> Sequence[tuple[str, list[str]]]:
-    from finetrace.planning.words import duration, size
-
     whole, left, measured = plan.whole, plan.left, plan.measured
     assert measured is not None
     padded = f"{whole.padded:,} computed, {whole.padding:.1%} of them padding"

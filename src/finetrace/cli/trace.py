@@ -10,6 +10,7 @@ import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
+from finetrace.units import size
 
 if TYPE_CHECKING:
     from finetrace.attribution import Method, Problem
@@ -138,26 +139,22 @@ def _say_left_out(
     problem: Problem, methods: Sequence[Method], top: int, scores: Path | None, report: Path | None
 ) -> None:
     """What needs the whole matrix of scores, where it is not held."""
-    from finetrace.attribution.streaming import words
-
-    size = f"the {problem.m} x {problem.n} scores of {len(methods)} methods do not fit the memory of {words(problem.memory)}"
+    what = f"the {problem.m} x {problem.n} scores of {len(methods)} methods do not fit the memory of {size(problem.memory)}"
     if report is not None:
-        raise FinetraceError(f"--report {report}: {size}, and the page needs them all; give more with --memory.")
+        raise FinetraceError(f"--report {report}: {what}, and the page needs them all; give more with --memory.")
     if scores is not None and scores.suffix in (".json", ".csv"):
         raise FinetraceError(
-            f"--scores {scores}: {size}, and are written as they are made: to .parquet, .npy or .safetensors."
+            f"--scores {scores}: {what}, and are written as they are made: to .parquet, .npy or .safetensors."
         )
-    options.say(f"{size}: the {top} strongest rows of each query are kept; metrics and their intervals are left out")
+    options.say(f"{what}: the {top} strongest rows of each query are kept; metrics and their intervals are left out")
 
 
 def _say_computed(result: Result | RankedResult) -> None:
     """How scores that were streamed or solved were computed."""
-    from finetrace.attribution.streaming import words
-
     how = result.scores.computed
     said = []
     if how.get("computed") == "streamed":
-        said.append(f"streamed, {how['rows_at_once']} rows at a time, in {words(how['memory'])}")
+        said.append(f"streamed, {how['rows_at_once']} rows at a time, in {size(how['memory'])}")
     if "solver" in how:
         said.append(f"solver {how['solver']}, relative residual {how['residual']:.0e}")
     if said:

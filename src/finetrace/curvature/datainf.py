@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
-from finetrace.curvature.products import Products
+from finetrace.curvature.passes import dense_fisher, through_rows
+from finetrace.curvature.products import Products, row_squares
+from finetrace.curvature.segments import reciprocal, spread
+from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.train_rows import TrainRows
 
 
 class DataInf:
@@ -44,3 +49,41 @@ class DataInf:
     def query_self(self) -> Tensor:
         """(m,) [||v||^2 - sum_j D_j C_j^2 / n] / lambda."""
         return (self.of.query_sq - self.of.cross.square() @ self._weights / self.of.n) / self.damping
+
+
+class DataInfStream(Streamed):
+    """P = (1/lambda) [I - (1/n) sum_i D_i g_i g_i^T] with D_i = 1 / (lambda + ||g_i||^2), as `DataInf`: one pass a call."""
+
+    passes = True
+
+    def __init__(self, rows: TrainRows, damping: Tensor) -> None:
+        """`damping` is (S,) lambda; a segment whose damping is 0 is left out."""
+        self.rows = rows
+        self.damping = damping.to(rows.device)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """(v - (1/n) sum_i D_i g_i <g_i, v>) / lambda."""
+        kept = spread(reciprocal(self.damping), self.rows.segments)
+        wide = vectors.to(self.rows.device).double()
+        second = through_rows(self.rows, wide, lambda k, part: reciprocal(self.damping[k] + row_squares(part)))
+        return (wide - second) * kept
+
+
+class DenseDataInfStream(Streamed):
+    """P = (I - G^T D G / n) / lambda as one d x d matrix a segment, which takes one pass to make and none to apply."""
+
+    def __init__(self, rows: TrainRows, damping: Tensor) -> None:
+        """`damping` is (S,) lambda; a segment whose damping is 0 is left out."""
+        self.segments = rows.segments
+        self.damping = damping
+        self.matrices = dense_fisher(rows, damping, lambda k, part: reciprocal(damping[k] + row_squares(part)))
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """(v - v G^T D G / n) / lambda."""
+        result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        for k, s in enumerate(self.segments):
+            matrix = self.matrices[k]
+            if matrix is not None:
+                part = vectors[:, s].double()
+                result[:, s] = part / self.damping[k] - part @ matrix / self.damping[k]
+        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from finetrace.curvature.products import Gradients, Products
+from finetrace.curvature.streamed import Streamed
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,3 +93,28 @@ class Kronecker:
     def _gradients(self) -> Gradients:
         assert self.of.gradients is not None, "a Kronecker curvature needs the gradients themselves"
         return self.of.gradients
+
+
+class KroneckerStream(Streamed):
+    """P = (Q_L x Q_R) (Lambda + lambda I)^{-1} (Q_L x Q_R)^T in every segment, as `Kronecker`."""
+
+    def __init__(
+        self,
+        segments: Sequence[slice],
+        bases: Sequence[KroneckerBasis | None],
+        eigenvalues: Sequence[Tensor],
+        multiple: float,
+    ) -> None:
+        """`None` in place of a basis leaves a segment out."""
+        self.segments = segments
+        self.bases = bases
+        self.inverses = [1 / (each.double() + multiple * float(each.mean())) for each in eigenvalues]
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """The vectors preconditioned in the eigenbasis."""
+        result = torch.zeros(vectors.shape, dtype=torch.float64, device=vectors.device)
+        for s, basis, inverse in zip(self.segments, self.bases, self.inverses, strict=True):
+            if basis is not None:
+                rotated = basis.rotate(vectors[:, s].contiguous())
+                result[:, s] = basis.rotate_back(rotated * inverse.to(rotated)).double()
+        return result

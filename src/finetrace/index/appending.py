@@ -20,9 +20,10 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.index import factors, manifest, rows, shards
-from finetrace.index.build import build_index, refuse_duplicates, settings
+from finetrace.index.build import build_index, refuse_duplicates
 from finetrace.index.lock import writing
 from finetrace.index.manifest import AppendRecord, Manifest, replacing
+from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.index.views import FOLDER as VIEWS
 from finetrace.index.views import model_of

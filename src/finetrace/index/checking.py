@@ -17,7 +17,6 @@ from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.appending import settle
-from finetrace.index.build import whole
 from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
@@ -75,7 +74,7 @@ def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
     """What an index and a view have in common: shards, examples and factors."""
     found = []
     for shard in about.shards:
-        if not whole(folder, shard):
+        if not shards.whole(folder, shard):
             path = folder / shards.FOLDER / shard.file
             state = "its checksum differs from the manifest's" if path.exists() else "missing"
             what = f"{path}: {state} (rows {shard.start + 1} to {shard.stop})."

@@ -156,6 +156,15 @@ class Manifest(_Strict):
         return [shard.start for shard in self.shards] == stops[:-1] and stops[-1] == self.examples
 
 
+def left_out_sentence(about: Manifest) -> str:
+    """How many rows an index left out, and the first five of them; empty where it has them all."""
+    if not about.left_out:
+        return ""
+    named = "; ".join(f"example {each.id} (row {each.row + 1}): {each.reason}" for each in about.left_out[:5])
+    more = "; ..." if len(about.left_out) > 5 else ""
+    return f"{len(about.left_out)} of {about.examples} rows are left out: {named}{more}."
+
+
 def read(folder: Path) -> Manifest:
     """The manifest of an index; `FinetraceError` where there is none or it cannot be one."""
     path = folder / NAME

@@ -44,6 +44,16 @@ def write(folder: Path, features: Features, start: int, stop: int, about: Manife
     )
 
 
+def whole(folder: Path, shard: ShardRecord) -> bool:
+    """Whether a shard is there with the size and the checksum that the manifest has."""
+    path = folder / FOLDER / shard.file
+    return path.is_file() and _unchanged(path, shard)
+
+
+def _unchanged(path: Path, shard: ShardRecord) -> bool:
+    return path.stat().st_size == shard.bytes and fingerprint.of_file(path) == shard.sha256
+
+
 def narrowed_rows(rows: Tensor, about: Manifest) -> Narrowed:
     """(rows, D) gradients as an index keeps them."""
     return narrow(rows, getattr(torch, about.feature_dtype), [record.block() for record in about.blocks])
@@ -137,7 +147,7 @@ class ShardReader:
             raise FinetraceError(f"{path}: this shard is missing; {remedy}")
         try:
             if shard.file not in self._checked:
-                if path.stat().st_size != shard.bytes or fingerprint.of_file(path) != shard.sha256:
+                if not _unchanged(path, shard):
                     raise FinetraceError(
                         f"{path}: this shard is broken (its checksum differs from the manifest's); {remedy}"
                     )

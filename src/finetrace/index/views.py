@@ -8,8 +8,10 @@ from finetrace.collection.projection import Projection
 from finetrace.curvature.kronecker import KroneckerBasis
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
-from finetrace.index.build import build_index, collect_shards, settings
+from finetrace.index.build import build_index
+from finetrace.index.collecting import collect_shards
 from finetrace.index.lock import writing
+from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.models import Loaded
 from finetrace.moments import Moment

@@ -2,6 +2,7 @@
 
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Piece, Work, pieces_of
-from finetrace.planning.plan import Plan, measure_plan, plan_index
+from finetrace.planning.extrapolation import measure_plan
+from finetrace.planning.plan import Plan, plan_index
 
 __all__ = ["Piece", "Plan", "Shape", "Work", "measure_plan", "pieces_of", "plan_index"]

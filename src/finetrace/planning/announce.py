@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from finetrace.planning import measure, words
 from finetrace.planning.counts import Piece
+from finetrace.planning.extrapolation import extrapolate, measure_plan
 from finetrace.planning.measure import Timing
-from finetrace.planning.plan import Plan, extrapolate, measure_plan, plan_index
+from finetrace.planning.plan import Plan, plan_index
 from finetrace.progress import hearing
+from finetrace.units import duration
 
 if TYPE_CHECKING:
     from finetrace.collection import Collector
@@ -64,8 +66,8 @@ class Announcer:
         with hearing(self._advanced):
             yield
         if self._plan is not None:
-            said = f" (said: about {words.duration(self._said)})" if self._said is not None else ""
-            self._say(f"took {words.duration(time.perf_counter() - self._worked)}{said}")
+            said = f" (said: about {duration(self._said)})" if self._said is not None else ""
+            self._say(f"took {duration(time.perf_counter() - self._worked)}{said}")
 
     def begin(self, about: Manifest, collector: Collector, encoded: Sequence[Encoded]) -> None:
         """Say what there is to do, and how long it takes if that can be measured at little cost."""

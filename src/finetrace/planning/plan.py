@@ -1,23 +1,19 @@
-"""The plan of an index: what there is to do, the disk it takes, and from a few measured batches its time and memory."""
+"""The plan of an index: what there is to do, the disk it takes, and where a few batches were measured, time and memory."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetrace.collection.factors import FactorSums
 from finetrace.errors import FinetraceError
 from finetrace.index import factors
 from finetrace.index.manifest import NAME, Manifest, read
-from finetrace.moments import at_moment
-from finetrace.planning import measure
-from finetrace.planning.cost import Shape, decomposition
+from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
 from finetrace.planning.disk import (
     Disk,
@@ -29,7 +25,7 @@ from finetrace.planning.disk import (
     manifest_bytes,
     shard_sizes,
 )
-from finetrace.planning.measure import Fit, Timing
+from finetrace.planning.measure import Timing
 from finetrace.planning.schedule import Schedule, schedule
 
 if TYPE_CHECKING:
@@ -208,93 +204,6 @@ def plan_index(
     )
 
 
-def measure_plan(
-    plan: Plan,
-    collector: Collector,
-    encoded: Sequence[Encoded],
-    folder: Path,
-    *,
-    startup: float = 0.0,
-    encoding: float = 0.0,
-    workers: Sequence[int] = (1,),
-    probes: int = measure.PROBES,
-) -> Plan:
-    """`plan` with time and memory from `probes` of its batches, measured here and now after one to warm up.
-
-    Args:
-        plan: From `plan_index`.
-        collector: The index's.
-        encoded: All examples, in order.
-        folder: Where the index will go; a file is written there, or in the nearest folder that is there, and removed.
-        startup: Seconds that loading took.
-        encoding: Seconds that reading and encoding the data took.
-        workers: Numbers of machines to reckon with.
-        probes: Batches to measure.
-    """
-    labels, shape, model = plan.labels, plan.shape, collector.model
-    chosen = measure.choose(plan.left.pieces, shape, probes)
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    sums = collector.factor_sums(labels) if labels is not None else None
-    now, loaded = measure.memory_now(), measure.peak_memory()
-    with at_moment(model, plan.about.model.at):
-        timings = [measure.run(collector, encoded, piece, shape, sums, labels) for piece in chosen][1:]
-    high = measure.peak_memory()
-    activations = high - now if now and high > loaded else 0  # else the system does not say what the batches had
-    on_device = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
-    if device.type == "cpu" and not activations:
-        half = plan.about.model.dtype in ("bfloat16", "float16")
-        activations = max((shape.activations(*piece.shape, half) for piece in chosen), default=0)
-    disk = plan.disk
-    if sums is not None:  # layers that see the same input have one eigenbasis of it
-        disk = replace(disk, factors=disk.factors - _shared(sums))
-    made = replace(
-        plan,
-        startup=startup,
-        encoding=encoding,
-        disk=disk,
-        measured=extrapolate(plan, timings, folder, _memory(plan, collector, now, high, activations, on_device)),
-    )
-    return replace(made, workers=tuple(made.with_workers(count) for count in workers))
-
-
-def extrapolate(plan: Plan, timings: Sequence[Timing], folder: Path, memory: Memory | None) -> Measured:
-    """Seconds of all that is left, from some batches; how fast the disk and the decompositions are is tried here."""
-    labels, shape = plan.labels, plan.shape
-    write = measure.write_rate(folder) or (0.0, 0.0)
-    finishing = _finishing(shape, plan.whole.rows) if labels is not None else (0.0, 0.0)
-    operations = [each.operations for each in timings]
-    clocks = [each.seconds for each in timings], [each.cpu_seconds for each in timings]
-    fits = [Fit.to(operations, clock) if timings else Fit(0.0, 0.0) for clock in clocks]
-    passes = [
-        [sum(fit.seconds(shape.collection(*piece.shape, labels)) for piece in shard) for shard in plan.left.shards]
-        for fit in fits
-    ]
-    row = plan.row.row_bytes() + (plan.row.row_bytes("gradients") if labels == "model" else 0)
-    stored = [row * sum(len(piece.rows) for piece in shard) for shard in plan.left.shards]
-    return Measured(
-        timings=tuple(timings),
-        shards=tuple(seconds + size * write[0] for seconds, size in zip(passes[0], stored, strict=True)),
-        collecting=sum(passes[0]),
-        writing=sum(stored) * write[0],
-        finishing=finishing[0],
-        cpu=sum(passes[1]) + sum(stored) * write[1] + finishing[1],
-        memory=memory,
-    )
-
-
-def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: int, device: int) -> Memory:
-    """Peak memory: with the features of a whole shard beside a batch, while a shard is written, while factors are made."""
-    row = collector.tracking.width * collector.dtype.itemsize
-    features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
-    features *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
-    bases = factor_bytes(plan.shape.tracked, 8) if plan.labels is not None else 0
-    peak = max(high, now + activations + features, now + 2 * features, now + 2 * bases)
-    weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
-    return Memory(peak, weights, activations, features, device)
-
-
 def _disk(
     about: Manifest,
     collector: Collector,
@@ -321,26 +230,6 @@ def _disk(
         adapter=adapter_bytes(collector.model),
         manifest=manifest_bytes(about, len(sizes)),
     )
-
-
-def _shared(sums: FactorSums) -> int:
-    """Bytes of eigenbases that several blocks have in common, as their sums are equal."""
-    seen: set[str] = set()
-    spared = 0
-    for side in (sums.left, sums.right):
-        for value in side.values():
-            key = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
-            spared += value.nbytes if key in seen else 0
-            seen.add(key)
-    return spared
-
-
-def _finishing(shape: Shape, examples: int) -> tuple[float, float]:
-    """(wall-clock, processor) seconds of decomposing the factors and turning the gradients into their eigenbases."""
-    wall, cpu = measure.decomposition_seconds(shape.tracked)
-    turned = decomposition(shape.tracked, examples)[1]
-    rate = measure.product_rate()
-    return wall + turned * rate[0], cpu + turned * rate[1]
 
 
 def _done(folder: Path, about: Manifest) -> set[int]:

@@ -1,0 +1,102 @@
+"""Collecting the shards that an index lacks, here or by workers: each is written whole and noted in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+
+from finetrace.collection import Collector
+from finetrace.collection.factors import Labels
+from finetrace.encoding import Encoded
+from finetrace.examples import Example
+from finetrace.execution import Engine
+from finetrace.index import factors, manifest
+from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord
+from finetrace.index.work import Collected, Piece, ShardWork, collect_piece, sweep
+from finetrace.models import ModelSpec
+from finetrace.progress import Tracker
+
+
+def collect_shards(
+    folder: Path,
+    started: Manifest,
+    collector: Collector,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    labels: Labels | None,
+    spec: ModelSpec | None = None,
+    engine: Engine = Engine(),
+    *,
+    skip_bad: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Collect the shards and factor sums that are missing, in any order, and finish the factors.
+
+    The manifest notes each shard as soon as it is whole, so that a killed run goes on after those that are there.
+
+    Args:
+        folder: The index; this process holds its lock.
+        started: Its manifest with the shards that are whole.
+        collector: Of the model in this process.
+        examples, encoded: All rows of the data, those too that `started` has left out.
+        labels: Of the Kronecker factors, where some are wanted.
+        spec: By which workers load the model; without it this process does the work, whatever the engine.
+        engine: Where the shards are collected.
+        skip_bad: As in `build_index`.
+        say: Hears of batches that did not fit in memory.
+    """
+    done = {shard.start: shard for shard in started.shards}
+    gone = {each.row: each for each in started.left_out}
+    unfitted = labels if labels is not None and not factors.there(folder, labels) else None
+    pieces, there = [], []
+    for start, stop in started.borders():
+        known = {row: gone[row].reason for row in range(start, stop) if row in gone}
+        if start in done and (unfitted is None or factors.has_part(folder, unfitted, start, stop - start - len(known))):
+            there.append(stop - start)
+        else:
+            pieces.append(Piece(start, stop, start not in done, known))
+    tracker = Tracker("collecting gradients", len(examples), "examples")
+    ids = [example.id for example in examples]
+
+    def here(piece: Piece) -> Collected:
+        return collect_piece(
+            folder, started, collector, ids, encoded, piece, unfitted, tracker.advance, skip_bad=skip_bad
+        )
+
+    local = engine.in_process or spec is None
+    work: Callable[[Piece], Collected] = here
+    if spec is not None and not local:
+        work = ShardWork(folder.resolve(), started, spec, unfitted, skip_bad)
+    halved = 0
+    sweep(folder)
+    try:
+        each_piece = (Engine() if local else engine).run_each(
+            work, pieces, name=lambda piece: piece.name, shared=folder
+        )
+        with tracker, closing(each_piece) as arriving:
+            for rows_there in there:
+                tracker.advance(rows_there)
+            for place, found in arriving:
+                if not local:
+                    tracker.advance(pieces[place].stop - pieces[place].start)
+                halved += found.halved
+                if found.shard is not None:
+                    done[found.shard.start] = found.shard
+                    gone |= {record.row: record for record in found.left_out}
+                    manifest.write(folder, noted(started, done, gone))
+    finally:
+        sweep(folder)
+    if halved:
+        say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
+    finished = manifest.read(folder)
+    if unfitted is not None and finished.kept:
+        factors.finish(folder, finished, unfitted)
+    elif labels is not None:
+        factors.tidy(folder, labels)  # what a run left that was killed while it removed them
+
+
+def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:
+    """The manifest with these shards, by first row, and rows left out, by number."""
+    shard_records = tuple(done[start] for start in sorted(done))
+    return started.model_copy(update={"shards": shard_records, "left_out": tuple(gone[row] for row in sorted(gone))})

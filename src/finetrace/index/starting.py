@@ -1,0 +1,130 @@
+"""Starting an index, or finding the one that a run before left: its manifest, its examples, its adapter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from finetrace.encoding import Encoded
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.finetune_config import SAVED
+from finetrace.index import lock, manifest, rows, shards
+from finetrace.index.manifest import Manifest
+from finetrace.models import Loaded, save_adapter
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder; one that holds something else than an index, finished or not, is refused."""
+    known = (manifest.PART, lock.NAME)
+    try:
+        if (folder / manifest.NAME).exists():
+            return
+        if folder.exists() and (not folder.is_dir() or any(path.name not in known for path in folder.iterdir())):
+            raise FinetraceError(
+                f"{folder}: there is something else already; choose another --out or empty the folder."
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(
+            f"{folder}: cannot be written ({error}); free some space or choose another folder."
+        ) from error
+
+
+def start(
+    folder: Path,
+    plan: Manifest,
+    loaded: Loaded,
+    examples: Sequence[Example],
+    encoded: Sequence[Encoded],
+    need: int,
+) -> Manifest:
+    """A new index up to its first shard, or the one that is there with the shards that are whole.
+
+    The manifest comes first, so that a run killed at any moment leaves something that the next one knows. `plan` is the
+    manifest wanted, and `need` the bytes that a new index will take.
+
+    Raises:
+        FinetraceError: The index that is there is another one, or the disk is too small.
+    """
+    if (folder / manifest.NAME).exists():
+        there = manifest.read(folder)
+        _refuse_other(folder, there, plan)
+        started = there.model_copy(update={"shards": tuple(s for s in there.shards if shards.whole(folder, s))})
+        if not started.shards or not _furnished(folder, started):
+            _furnish(folder, started, loaded, examples, encoded)
+        elif rows.read(folder, there).examples != tuple(examples):
+            rows.write(folder, there, examples, encoded)  # same ids and tokens: labels or metadata were changed
+        return started
+    free = shutil.disk_usage(folder).free
+    if need > free:
+        raise FinetraceError(
+            f"{folder}: the index needs {need / 1e9:.2f} GB and the disk has {free / 1e9:.2f} GB free; free some "
+            "space or choose another folder."
+        )
+    manifest.write(folder, plan)
+    _furnish(folder, plan, loaded, examples, encoded)
+    return plan
+
+
+def _furnish(
+    folder: Path, started: Manifest, loaded: Loaded, examples: Sequence[Example], encoded: Sequence[Encoded]
+) -> None:
+    """Write what an index holds besides its shards: the examples and the adapter."""
+    rows.write(folder, started, examples, encoded)
+    if started.model.adapter is not None:
+        try:
+            save_adapter(loaded.model, folder / "adapter")
+            saved = Path(loaded.spec.adapter or "") / SAVED
+            if loaded.spec.adapter and saved.is_file():  # how it was fine-tuned, for retraining
+                shutil.copyfile(saved, folder / started.model.adapter / SAVED)
+        except (OSError, SafetensorError) as error:
+            raise FinetraceError(
+                f"{folder}: the adapter cannot be written ({error}); free some space or choose another folder."
+            ) from error
+
+
+def _furnished(folder: Path, started: Manifest) -> bool:
+    """Whether the examples and the adapter of an index are there and whole."""
+    adapter = started.model.adapter
+    if adapter is not None and not (folder / adapter / "adapter_model.safetensors").is_file():
+        return False
+    try:
+        rows.read(folder, started)
+    except FinetraceError:
+        return False
+    return True
+
+
+def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
+    """Say which part of the configuration differs from the index that is already there."""
+    names = {
+        "model.base_fingerprint": "base model",
+        "model.adapter_fingerprint": "adapter",
+        "model.tokenizer_fingerprint": "tokenizer or chat template",
+        "data_fingerprint": "data set or encoding",
+    }
+    was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
+    for key in now:
+        if key not in ("shards", "left_out", "appended", "finetrace") and was.get(key) != now[key]:
+            what = names.get(key, f"{key} ({was.get(key)}, not {now[key]})")
+            raise FinetraceError(
+                f"{folder}: an index of another {what} is there; choose another --out or remove the folder."
+            )
+
+
+def _flat(document: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in document.items():
+        if key in ("model", "encoding"):
+            flat |= {f"{key}.{inner}": each for inner, each in value.items()}
+        else:
+            flat[key] = value
+    # what is fingerprinted first, and the blocks, which follow from everything else, last
+    return dict(
+        sorted(flat.items(), key=lambda pair: (not pair[0].endswith("fingerprint"), pair[0] == "blocks", pair[0]))
+    )
