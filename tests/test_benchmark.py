@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 from finetrace.attribution import make
-from finetrace.benchmark import behaviour, pages, stages
+from finetrace.benchmark import behaviour, figures, pages, stages
 from finetrace.benchmark import finished as finished_module
 from finetrace.benchmark import run as run_module
 from finetrace.benchmark.ablation import ABLATION
@@ -583,6 +583,36 @@ def test_the_ablation_is_drawn(tmp_path):
     assert (tmp_path / "ablation-t-corrected.png").stat().st_size > 1000
     draw_ablation(rows, tmp_path)
     assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
+
+
+def test_the_ablation_names_every_choice_of_tokens(tmp_path, monkeypatch):
+    made = [make(spec) for spec in ABLATION]
+    rows = [
+        Row(
+            "t",
+            "corrected",
+            m.label,
+            m.title,
+            False,
+            {"auprc": Estimate(0.5, 0.4, 0.6, 3)},
+            None,
+            1.0,
+            "r",
+            0.1,
+            1,
+            10,
+            3,
+        )
+        for m in made
+    ]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    draw_ablation(rows, tmp_path)
+    [axis] = [a for a in drawn[0].axes if a.child_axes]
+    named = [label.get_text() for label in axis.child_axes[0].get_xticklabels()]
+    wanted = {f"{m.parameters['loss_on']}{', start' * (m.parameters['at'] == 'start')}" for m in made}
+    assert len(named) == len(wanted) == 15
+    assert set(named) == wanted
 
 
 def test_key_words_are_the_example_s_and_not_the_task_s():

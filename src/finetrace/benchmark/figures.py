@@ -138,7 +138,7 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
         for edge in _edges(positions):
             axis.axvline(edge, color="white", linewidth=2)
         top = axis.secondary_xaxis("top")
-        top.set_xticks(*_names(positions, True), fontsize=7, rotation=30, ha="left", rotation_mode="anchor")
+        top.set_xticks(*_names(positions, True, len(positions)), fontsize=7, rotation=30, ha="left", rotation_mode="anchor")
         top.tick_params(length=0)
         top.set_xlabel("tokens of the loss (@128: padded to 128; start: before fine-tuning)", fontsize=8)
         axis.set_xlabel("layers", fontsize=8)
@@ -170,10 +170,10 @@ def _edges(labels: Sequence[str]) -> list[float]:
     return [i - 0.5 for i in range(1, len(labels)) if labels[i] != labels[i - 1]]
 
 
-def _names(labels: Sequence[str], wanted: bool) -> tuple[list[float], list[str]]:
-    """The middle of each class, and its name; nothing where names are not wanted or would not fit."""
+def _names(labels: Sequence[str], wanted: bool, most: int = NAMED) -> tuple[list[float], list[str]]:
+    """The middle of each class, and its name; nothing where names are not wanted, or are more than fit."""
     edges = [-0.5, *_edges(labels), len(labels) - 0.5]
-    if not wanted or len(edges) - 1 > NAMED:
+    if not wanted or len(edges) - 1 > most:
         return [], []
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
     return middles, [labels[round(a + 0.5)] for a in edges[:-1]]
