@@ -1,0 +1,271 @@
+"""One layer of a Llama, forward and backward by hand, for frozen weights: only gradients of inputs are computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from finetrace.attention import grouped, grouped_backward
+from finetrace.collection.fused_group import Group, record
+from finetrace.collection.fused_layout import Layout, Pair, matched
+from finetrace.collection.hooks import GradientRecorder
+
+
+class Workspace:
+    """Memory by name that one batch leaves to the next: fresh memory has to be cleared page by page."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialised; what lay under this name before is overwritten."""
+        size = 1
+        for each in shape:
+            size *= each
+        held = self._held.get(name)
+        if held is None or len(held) < size or held.dtype != dtype:
+            self._held.pop(name, None)
+            held = self._held[name] = torch.empty(size, dtype=dtype)
+        return held[:size].view(*shape)
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._held.clear()
+
+
+@dataclass(frozen=True)
+class Norm:
+    """y = w x / sqrt(mean(x^2) + eps), with w in the dtype of x."""
+
+    weight: Tensor
+    eps: float
+
+    def scales(self, x: Tensor) -> Tensor:
+        """(F, 1) 1 / sqrt(mean(x^2) + eps)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
+
+    def forward(self, x: Tensor, scales: Tensor) -> Tensor:
+        """(F, d)."""
+        return (x * scales).mul_(self.weight)
+
+    def backward(self, grad: Tensor, deltas: Tensor, x: Tensor, scales: Tensor, pairs: tuple[Pair, ...]) -> None:
+        """Add dL/dx of (N, d) dL/dy to `grad` (N, d)."""
+        weighted = torch.mul(deltas, self.weight)
+        for g, t, a, s in matched(pairs, (grad, weighted), (x, scales)):
+            along = (t * a).sum(-1, keepdim=True).mul_(s.pow(3).div_(-a.shape[-1]))
+            g.addcmul_(t, s).addcmul_(a, along)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Heads, groups of heads that share a key, and the width of a head."""
+
+    heads: int
+    groups: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all layers of a batch share.
+
+    Attributes:
+        layout: Of the rows.
+        bias: (r T, T) zero where a query sees a key, else minus infinity.
+        forward, backward: cos and sin of the rotation of every forward and backward row, (F, 1, D / 2) each.
+        workspace: For what the backward pass needs.
+    """
+
+    layout: Layout
+    bias: Tensor
+    forward: tuple[Tensor, Tensor]
+    backward: tuple[Tensor, Tensor]
+    workspace: Workspace
+
+
+@dataclass
+class Kept:
+    """What a layer's backward pass needs; `from_row` is the first forward row of everything after attention."""
+
+    x: Tensor
+    scales: Tensor
+    low: Tensor | None
+    attention: tuple[Tensor, Tensor, Tensor, Tensor]
+    from_row: int
+    attended: Tensor
+    out_low: Tensor | None
+    middle: Tensor
+    middle_scales: Tensor
+    gate: Tensor
+    gate_low: Tensor | None
+    up: Tensor
+    up_low: Tensor | None
+    down_low: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer.
+
+    Attributes:
+        number: Of the layer, for the names of its memory.
+        shape: Of its attention.
+        before, between: Norms before attention and before the perceptron.
+        qkv, out, gate, up, down: Linear maps.
+    """
+
+    number: int
+    shape: Shape
+    before: Norm
+    between: Norm
+    qkv: Group
+    out: Group
+    gate: Group
+    up: Group
+    down: Group
+
+    def forward(self, x: Tensor, place: Place, from_row: int, keep: bool) -> tuple[Tensor, Kept | None]:
+        """The layer's output for the forward rows from `from_row` on, and what `backward` needs."""
+        layout, dtype = place.layout, self.qkv.weight.dtype
+        name = f"{self.number}" if keep else "passing"
+
+        def room(what: str, rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
+            return place.workspace.take(f"{what} {name}", (rows, columns), kind)
+
+        scales = self.before.scales(x)
+        normed = self.before.forward(x, scales)
+        qkv = place.workspace.take("qkv", (len(x), len(self.qkv.weight)), dtype)
+        low = self.qkv.forward(normed.to(dtype), normed, qkv)
+        attention, result = self._attend(qkv, place, name)
+        attended = result.index_select(0, layout.places[from_row:])  # (F', H D)
+        rows = len(attended)
+        added = place.workspace.take("added", (rows, x.shape[1]), dtype)
+        out_low = self.out.forward(attended, attended, added)
+        middle = torch.add(x[from_row:], added, out=room("middle", rows, x.shape[1], x.dtype))
+        middle_scales = self.between.scales(middle)
+        normed = self.between.forward(middle, middle_scales)
+        narrow = normed.to(dtype)
+        gate, up = room("gate", rows, len(self.gate.weight)), room("up", rows, len(self.up.weight))
+        gate_low, up_low = self.gate.forward(narrow, normed, gate), self.up.forward(narrow, normed, up)
+        product = silu(gate).mul_(up)
+        down_low = self.down.forward(product, product, added)
+        passed = place.workspace.take(f"x {self.number + 1 if keep else self.number % 2}", middle.shape, x.dtype)
+        torch.add(middle, added, out=passed)
+        if not keep:
+            return passed, None
+        return passed, Kept(
+            x, scales, low, attention, from_row, attended, out_low, middle, middle_scales,
+            gate, gate_low, up, up_low, down_low,
+        )  # fmt: skip
+
+    def _attend(self, qkv: Tensor, place: Place, name: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Query, key, value and weights of all groups, and (B T, H D) results."""
+        layout, shape = place.layout, self.shape
+        count, width = layout.count, layout.width
+        rotate(qkv, shape, place.forward, 1)
+        spread = layout.spread(qkv).view(count, width, -1, shape.width).transpose(1, 2)  # (B, H + 2 G, T, D)
+        parts = spread.split((shape.heads, shape.groups, shape.groups), 1)
+        grouped_parts = []
+        for what, part in zip("qkv", parts, strict=True):
+            held = place.workspace.take(f"{what} {name}", part.shape, part.dtype)
+            grouped_parts.append(held.copy_(part).view(count * shape.groups, -1, shape.width))
+        query, key, value = grouped_parts
+        result, weights = grouped(query, key, value, place.bias, shape.width**-0.5)
+        result = result.view(count, shape.heads, width, shape.width).transpose(1, 2).reshape(count * width, -1)
+        return (query, key, value, weights), result
+
+    def backward(
+        self, grad: Tensor, kept: Kept, place: Place, recorder: GradientRecorder, pairs: tuple[Pair, ...], lowest: bool
+    ) -> None:
+        """Turn `grad` (N, d) of the layer's output into that of its input, in place, and record what is tracked.
+
+        `pairs` say which rows of `grad`, the last ones or all, come from the output; the lowest layer's input has no gradient.
+        """
+        layout, dtype = place.layout, self.qkv.weight.dtype
+        rows = grad[len(grad) - pairs[-1].grads.stop :]
+        deltas = self._perceptron(rows, kept, place, recorder, pairs)
+        if self.out.watched:
+            inputs = _spread(kept.attended, layout, kept.from_row).to(self.out.wide)
+            low = _whole(kept.out_low, layout, kept.from_row)
+            record(self.out, recorder, layout, inputs, low, deltas[1], self.out.low_deltas(deltas[1]))
+        attended = self._unattend(layout.scatter(deltas[0]), kept, place)  # (N, out)
+        rotate(attended, self.shape, place.backward, -1)
+        small = self.qkv.low_deltas(attended)
+        if self.qkv.watched:
+            normed = self.before.forward(kept.x, kept.scales) if self.qkv.sees_inputs else kept.x[:, :0]
+            record(self.qkv, recorder, layout, layout.spread(normed), kept.low, attended, small)
+        if not lowest:
+            found = self.qkv.backward(attended, small)
+            self.before.backward(grad, found, kept.x, kept.scales, layout.whole)
+        assert attended.dtype == dtype
+
+    def _perceptron(
+        self, grad: Tensor, kept: Kept, place: Place, recorder: GradientRecorder, pairs: tuple[Pair, ...]
+    ) -> tuple[Tensor, Tensor]:
+        """Carry `grad` to the input of the second norm; returns dL/d(attended) and dL/d(output of `out`)."""
+        layout, dtype = place.layout, self.gate.weight.dtype
+        deltas = grad.to(dtype)
+        low = self.down.low_deltas(deltas)
+        inner = self.down.backward(deltas, low)  # (N, m)
+        if self.down.watched:
+            product = silu(kept.gate) * kept.up
+            inputs = _spread(product, layout, kept.from_row).to(self.down.wide)
+            record(self.down, recorder, layout, inputs, _whole(kept.down_low, layout, kept.from_row), deltas, low)
+        take = place.workspace.take
+        by_gate, by_up = take("by gate", inner.shape, dtype), take("by up", inner.shape, dtype)
+        for a, b, d, g, u in matched(pairs, (by_gate, by_up, inner), (kept.gate, kept.up)):
+            torch.mul(d, silu(g), out=b)
+            torch.mul(d, u, out=a)
+            torch.ops.aten.silu_backward(a, g, grad_input=a)
+        gate_low, up_low = self.gate.low_deltas(by_gate), self.up.low_deltas(by_up)
+        if self.gate.watched or self.up.watched:
+            inputs = _spread(self.between.forward(kept.middle, kept.middle_scales), layout, kept.from_row)
+            for group, mine, its_low, small in (
+                (self.gate, by_gate, kept.gate_low, gate_low),
+                (self.up, by_up, kept.up_low, up_low),
+            ):
+                record(group, recorder, layout, inputs, _whole(its_low, layout, kept.from_row), mine, small)
+        found = self.up.backward(by_up, up_low, self.gate.backward(by_gate, gate_low))
+        self.between.backward(grad, found, kept.middle, kept.middle_scales, pairs)
+        deltas = grad.to(dtype)
+        return self.out.backward(deltas, self.out.low_deltas(deltas)), deltas
+
+    def _unattend(self, grad: Tensor, kept: Kept, place: Place) -> Tensor:
+        """(N, (H + 2 G) D) gradients of rotated queries, rotated keys and values from (B, T, H D) of the results."""
+        layout, shape = place.layout, self.shape
+        count, width = layout.count, layout.width
+        query, key, value, weights = kept.attention
+        above = grad.view(count, width, shape.heads, shape.width).transpose(1, 2).reshape(query.shape)
+        found = grouped_backward(above, query, key, value, weights, shape.width**-0.5)
+        joined = place.workspace.take("joined", (count, width, shape.heads + 2 * shape.groups, shape.width), grad.dtype)
+        parts = joined.split((shape.heads, shape.groups, shape.groups), 2)
+        for part, each in zip(parts, found, strict=True):
+            part.copy_(each.view(count, -1, width, shape.width).transpose(1, 2))
+        return joined.view(count * width, -1).index_select(0, layout.carrying)
+
+
+def rotate(qkv: Tensor, shape: Shape, turn: tuple[Tensor, Tensor], way: int) -> None:
+    """Rotate the queries and keys of (rows, (H + 2 G) D) in place, by the rows' places in their examples, or back."""
+    cos, sin = turn  # (rows, 1, D / 2)
+    turned = qkv.view(len(qkv), -1, 2, shape.width // 2)[:, : shape.heads + shape.groups]
+    first, second = turned[:, :, 0].to(cos.dtype), turned[:, :, 1].to(cos.dtype)
+    left, right = (first * cos).addcmul_(second, sin, value=-way), (second * cos).addcmul_(first, sin, value=way)
+    turned[:, :, 0], turned[:, :, 1] = left, right
+
+
+def _whole(values: Tensor | None, layout: Layout, from_row: int) -> Tensor | None:
+    """Forward rows from `from_row` on, with zeros for those before."""
+    if values is None or from_row == 0:
+        return values
+    return torch.cat([values.new_zeros(from_row, values.shape[1]), values])
+
+
+def _spread(values: Tensor, layout: Layout, from_row: int) -> Tensor:
+    whole = _whole(values, layout, from_row)
+    assert whole is not None
+    return layout.spread(whole)
