@@ -85,7 +85,7 @@ class Collector:
             raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
         gathered = self._room(len(items), factors is not None and factors.labels == "model")
         fused = self._fused()
-        prefix = self._prefix() if fused is None else None
+        prefix = self._prefix()
         todo = deque(batches(items, self.batch_tokens))
         with (
             reproducible(next(self.model.parameters()).device),
@@ -163,7 +163,8 @@ class Collector:
         """The features of one batch, on the CPU."""
         batch = Batch.of(items).to(next(self.model.parameters()).device)
         if fused is not None and fused.fits(batch):
-            loss, rows, hidden = fused.run(recorder, batch, ids, {each.layer for each in self.representations})
+            wanted = {each.layer for each in self.representations}
+            loss, rows, hidden = fused.run(recorder, batch, ids, wanted, prefix)
         else:
             loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
         sampling = recorder.factors is not None and recorder.factors.labels == "model"

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from finetrace.attention import LONGEST, MOST_WEIGHTS
 from finetrace.collection.factors import drawn, uniforms
-from finetrace.collection.fused_layer import Kept, Place, Workspace
+from finetrace.collection.fused_layer import Kept, Layer, Place, Workspace
 from finetrace.collection.fused_layout import Layout
 from finetrace.collection.fused_plan import Plan, plan
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.forward import Batch, example_losses
+from finetrace.prefix import Prefix
 
 HEAD_ROWS = 128  # of logits at a time
 
@@ -53,27 +54,45 @@ class Fused:
 
     @torch.no_grad()
     def run(
-        self, recorder: GradientRecorder, batch: Batch, ids: Sequence[str], wanted: set[int]
+        self,
+        recorder: GradientRecorder,
+        batch: Batch,
+        ids: Sequence[str],
+        wanted: set[int],
+        prefix: Prefix | None = None,
     ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
         """Losses (B,), gradients (B, D) and the hidden states wanted, by layer counted from the end.
 
         Hidden states are (B, T, d), right where a representation looks and anything elsewhere. Where the recorder's factors
-        want labels of the model's own, `recorder.rows` holds the gradients of the sampled loss.
+        want labels of the model's own, `recorder.rows` holds the gradients of the sampled loss. A `prefix` remembers what lies
+        below the lowest tracked layer, where no other hidden states than the last are wanted.
         """
         recorder.expect(batch)
         layout = Layout.of(batch, bool(wanted))
         place = self._place(layout)
         hidden: dict[int, Tensor] = {}
-        x = self.plan.embedding.index_select(0, layout.ids).to(self.plan.wide)
         kept: list[Kept] = []
         layers = self.plan.layers
-        upper = layout.wanted if recorder.factors is None else 0  # factors count the last layer's other tokens too
-        for layer in layers:
+
+        def below() -> Tensor:
+            """(F, d) what enters the lowest layer with something tracked."""
+            x = self.plan.embedding.index_select(0, layout.ids).to(self.plan.wide)
+            for layer in layers[: self.plan.lowest]:
+                notice(layer, x)
+                x, _ = layer.forward(x, place, 0, keep=False)
+            return x.clone() if self.plan.lowest else x  # out of the workspace
+
+        def notice(layer: Layer, x: Tensor) -> None:
             if layer.number - len(layers) - 1 in wanted:
                 hidden[layer.number - len(layers) - 1] = _pooled(x[layout.wanted :], layout)
-            from_row = upper if layer.number == len(layers) - 1 else 0
-            x, held = layer.forward(x, place, from_row, layer.number >= self.plan.lowest)
-            kept += [held] if held is not None else []
+
+        x = below() if prefix is None or wanted - {-1} else prefix.remembered(layout.key, below)
+        upper = layout.wanted if recorder.factors is None else 0  # factors count the last layer's other tokens too
+        for layer in layers[self.plan.lowest :]:
+            notice(layer, x)
+            x, held = layer.forward(x, place, upper if layer.number == len(layers) - 1 else 0, keep=True)
+            assert held is not None
+            kept.append(held)
         x = x[layout.wanted - upper :]
         scales = self.plan.norm.scales(x)
         final = self.plan.norm.forward(x, scales)  # (F - wanted, d)

@@ -106,6 +106,12 @@ class Layout:
             last=(Pair(slice(0, counts[2]), (counts[2],), slice(counts[1], counts[1] + counts[2])),),
         )
 
+    @property
+    def key(self) -> bytes:
+        """Tells batches apart whose forward rows differ."""
+        size = f"fused {self.count} {self.width} {len(self.ids)}|".encode()
+        return size + self.ids.numpy().tobytes() + self.places.numpy().tobytes()
+
     def spread(self, values: Tensor) -> Tensor:
         """(F, d) forward rows as (B, T, d)."""
         return values.index_select(0, self.source).view(self.count, self.width, -1)
