@@ -158,9 +158,13 @@ def grouped(
 def grouped_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value from that of the results of `grouped`, in their shapes."""
+    """Gradients of query, key and value from that of the results of `grouped`, in their shapes.
+
+    With `scale` 1 those of query and key are left to be scaled.
+    """
     grad_weights = torch.bmm(grad, value.transpose(1, 2))
     grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_query = torch.bmm(grad_scores, key).mul_(scale)
-    grad_key = torch.bmm(grad_scores.transpose(1, 2), query).mul_(scale)
+    grad_query, grad_key = torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query)
+    if scale != 1:
+        grad_query, grad_key = grad_query.mul_(scale), grad_key.mul_(scale)
     return grad_query, grad_key, torch.bmm(weights.transpose(1, 2), grad)

@@ -145,10 +145,8 @@ class Fused:
         bias = torch.zeros(causal.shape, dtype=wide).masked_fill_(~causal, -torch.inf)
         angles = torch.arange(layout.width).float()[:, None] * self.plan.frequencies
         turns = angles.cos().to(wide).unsqueeze(1), angles.sin().to(wide).unsqueeze(1)  # (T, 1, D / 2)
-        forward, backward = (
-            (turns[0].index_select(0, at), turns[1].index_select(0, at))
-            for at in (layout.positions, layout.carrying % layout.width)
-        )
+        forward = turns[0].index_select(0, layout.positions), turns[1].index_select(0, layout.positions)
+        backward = turns[0] * shape.width**-0.5, -turns[1] * shape.width**-0.5
         return Place(layout, bias.repeat(shape.heads // shape.groups, 1), forward, backward, self.workspace)
 
 

@@ -99,7 +99,7 @@ def record(
     inputs: Tensor,
     low: Tensor | None,
     deltas: Tensor,
-    low_deltas: Tensor | None,
+    low_deltas: Tensor,
 ) -> None:
     """Hand the gradients of what is tracked to the recorder.
 
@@ -109,20 +109,16 @@ def record(
         layout: Of the rows.
         inputs: (B, T, in) x in `wide`; not read where the group does not see its inputs.
         low: (F, r) A x.
-        deltas: (N, out) dL/dy; fewer rows are the last ones.
-        low_deltas: (N, r) dL/d(A x).
+        deltas: (B, T, out) dL/dy in `wide`, zero where nothing is computed.
+        low_deltas: (B, T, r) dL/d(A x); anything without LoRA.
     """
-    if not group.watched:
-        return
-    whole = layout.scatter(deltas).to(group.wide) if any(each.kind != "a" for each in group.watched) else deltas
-    small = layout.scatter(low_deltas) if low_deltas is not None else whole
     ranks = layout.spread(low) if low is not None else inputs
     product: Tensor | None = None  # of all ranks
     for each in group.watched:
         side = {
-            "weight": (inputs, whole[..., each.outputs]),
-            "a": (inputs, small[..., each.ranks]),
-            "b": (ranks[..., each.ranks], whole[..., each.outputs]),
+            "weight": (inputs, deltas[..., each.outputs]),
+            "a": (inputs, low_deltas[..., each.ranks]),
+            "b": (ranks[..., each.ranks], deltas[..., each.outputs]),
         }[each.kind]
         if not recorder.multiplies(each.layer):
             delta = side[1] * each.scale if each.kind == "b" else side[1]
@@ -132,7 +128,7 @@ def record(
             recorder.accumulate(each.layer, seen, delta)
         elif each.kind == "a":
             if product is None:
-                product = torch.bmm(small.transpose(1, 2), inputs)  # (B, r, in)
+                product = torch.bmm(low_deltas.transpose(1, 2), inputs)  # (B, r, in)
             recorder.add(each.layer.weight, product[:, each.ranks].flatten(1))
         else:
             rows = torch.bmm(side[1].transpose(1, 2), side[0])  # (B, out, in or r)

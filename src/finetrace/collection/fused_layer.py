@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
 
 from finetrace.attention import grouped, grouped_backward
 from finetrace.collection.fused_group import Group, record
 from finetrace.collection.fused_layout import Layout, Pair, matched
 from finetrace.collection.hooks import GradientRecorder
+
+STEP = 256  # rows of the perceptron at a time, which stay in the processor's cache
 
 
 class Workspace:
@@ -77,7 +78,9 @@ class Place:
     Attributes:
         layout: Of the rows.
         bias: (r T, T) zero where a query sees a key, else minus infinity.
-        forward, backward: cos and sin of the rotation of every forward and backward row, (F, 1, D / 2) each.
+        forward: cos and sin of the rotation of every forward row, (F, 1, D / 2) each.
+        backward: cos and sin of the rotation back at every place of an example, (T, 1, D / 2) each, times the scale of
+            attention's inner products.
         workspace: For what the backward pass needs.
     """
 
@@ -101,10 +104,11 @@ class Kept:
     out_low: Tensor | None
     middle: Tensor
     middle_scales: Tensor
-    gate: Tensor
     gate_low: Tensor | None
-    up: Tensor
     up_low: Tensor | None
+    by_gate: Tensor
+    by_up: Tensor
+    product: Tensor | None
     down_low: Tensor | None
 
 
@@ -150,24 +154,25 @@ class Layer:
         middle_scales = self.between.scales(middle)
         normed = self.between.forward(middle, middle_scales)
         narrow = normed.to(dtype)
-        gate, up = room("gate", rows, len(self.gate.weight)), room("up", rows, len(self.up.weight))
+        gate, up = (place.workspace.take(what, (rows, len(self.gate.weight)), dtype) for what in ("gate", "up"))
         gate_low, up_low = self.gate.forward(narrow, normed, gate), self.up.forward(narrow, normed, up)
-        product = silu(gate).mul_(up)
+        by_gate, by_up = (room(what, rows, gate.shape[1]) for what in ("by gate", "by up"))
+        product = swiglu(gate, up, by_gate, by_up, self.gate.wide)
         down_low = self.down.forward(product, product, added)
         passed = place.workspace.take(f"x {self.number + 1 if keep else self.number % 2}", middle.shape, x.dtype)
         torch.add(middle, added, out=passed)
         if not keep:
             return passed, None
         return passed, Kept(
-            x, scales, low, attention, from_row, attended, out_low, middle, middle_scales,
-            gate, gate_low, up, up_low, down_low,
+            x, scales, low, attention, from_row, attended, out_low, middle, middle_scales, gate_low, up_low,
+            by_gate, by_up, product.clone() if self.down.watched else None, down_low,
         )  # fmt: skip
 
     def _attend(self, qkv: Tensor, place: Place, name: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """Query, key, value and weights of all groups, and (B T, H D) results."""
         layout, shape = place.layout, self.shape
         count, width = layout.count, layout.width
-        rotate(qkv, shape, place.forward, 1)
+        rotate(qkv, shape, place.forward)
         spread = layout.spread(qkv).view(count, width, -1, shape.width).transpose(1, 2)  # (B, H + 2 G, T, D)
         parts = spread.split((shape.heads, shape.groups, shape.groups), 1)
         grouped_parts = []
@@ -186,42 +191,62 @@ class Layer:
 
         `pairs` say which rows of `grad`, the last ones or all, come from the output; the lowest layer's input has no gradient.
         """
-        layout, dtype = place.layout, self.qkv.weight.dtype
+        layout = place.layout
         rows = grad[len(grad) - pairs[-1].grads.stop :]
-        deltas = self._perceptron(rows, kept, place, recorder, pairs)
+        self._perceptron(rows, kept, place, recorder, pairs)
+        deltas = rows.to(self.out.weight.dtype)
+        low = self.out.low_deltas(deltas)
         if self.out.watched:
             inputs = _spread(kept.attended, layout, kept.from_row).to(self.out.wide)
-            low = _whole(kept.out_low, layout, kept.from_row)
-            record(self.out, recorder, layout, inputs, low, deltas[1], self.out.low_deltas(deltas[1]))
-        attended = self._unattend(layout.scatter(deltas[0]), kept, place)  # (N, out)
-        rotate(attended, self.shape, place.backward, -1)
-        small = self.qkv.low_deltas(attended)
+            self._record(self.out, kept, kept.out_low, layout, recorder, inputs, deltas, low)
+        attended = self._unattend(layout.scatter(self.out.backward(deltas, low)), kept, place)  # (B, T, out)
+        small: Tensor | None = None
+        if self.qkv.watched or self.qkv.down is not None:
+            wide = attended.to(self.qkv.wide)
+            small = self.qkv.low_deltas(wide)  # (B, T, r)
         if self.qkv.watched:
             normed = self.before.forward(kept.x, kept.scales) if self.qkv.sees_inputs else kept.x[:, :0]
-            record(self.qkv, recorder, layout, layout.spread(normed), kept.low, attended, small)
+            record(self.qkv, recorder, layout, layout.spread(normed), kept.low, wide, wide if small is None else small)
         if not lowest:
-            found = self.qkv.backward(attended, small)
+            packed = small.flatten(0, 1).index_select(0, layout.carrying) if small is not None else None
+            found = self.qkv.backward(attended.flatten(0, 1).index_select(0, layout.carrying), packed)
             self.before.backward(grad, found, kept.x, kept.scales, layout.whole)
-        assert attended.dtype == dtype
+
+    def _record(
+        self,
+        group: Group,
+        kept: Kept,
+        low: Tensor | None,
+        layout: Layout,
+        recorder: GradientRecorder,
+        inputs: Tensor,
+        deltas: Tensor,
+        low_deltas: Tensor | None,
+    ) -> None:
+        """Record what is tracked of a map after attention, from (N', out) and (N', r) gradients."""
+        if not group.watched:
+            return
+        ranks = _whole(low, kept.from_row)
+        whole = layout.scatter(deltas).to(group.wide)
+        record(
+            group, recorder, layout, inputs, ranks, whole, whole if low_deltas is None else layout.scatter(low_deltas)
+        )
 
     def _perceptron(
         self, grad: Tensor, kept: Kept, place: Place, recorder: GradientRecorder, pairs: tuple[Pair, ...]
-    ) -> tuple[Tensor, Tensor]:
-        """Carry `grad` to the input of the second norm; returns dL/d(attended) and dL/d(output of `out`)."""
+    ) -> None:
+        """Carry `grad` to the input of the second norm."""
         layout, dtype = place.layout, self.gate.weight.dtype
         deltas = grad.to(dtype)
         low = self.down.low_deltas(deltas)
         inner = self.down.backward(deltas, low)  # (N, m)
-        if self.down.watched:
-            product = silu(kept.gate) * kept.up
-            inputs = _spread(product, layout, kept.from_row).to(self.down.wide)
-            record(self.down, recorder, layout, inputs, _whole(kept.down_low, layout, kept.from_row), deltas, low)
-        take = place.workspace.take
-        by_gate, by_up = take("by gate", inner.shape, dtype), take("by up", inner.shape, dtype)
-        for a, b, d, g, u in matched(pairs, (by_gate, by_up, inner), (kept.gate, kept.up)):
-            torch.mul(d, silu(g), out=b)
-            torch.mul(d, u, out=a)
-            torch.ops.aten.silu_backward(a, g, grad_input=a)
+        if kept.product is not None:
+            inputs = _spread(kept.product, layout, kept.from_row).to(self.down.wide)
+            self._record(self.down, kept, kept.down_low, layout, recorder, inputs, deltas, low)
+        by_gate, by_up = (place.workspace.take(what, inner.shape, dtype) for what in ("gate", "up"))
+        for a, b, d, g, u in matched(pairs, (by_gate, by_up, inner), (kept.by_gate, kept.by_up)):
+            torch.mul(d, g, out=a)
+            torch.mul(d, u, out=b)
         gate_low, up_low = self.gate.low_deltas(by_gate), self.up.low_deltas(by_up)
         if self.gate.watched or self.up.watched:
             inputs = _spread(self.between.forward(kept.middle, kept.middle_scales), layout, kept.from_row)
@@ -229,36 +254,54 @@ class Layer:
                 (self.gate, by_gate, kept.gate_low, gate_low),
                 (self.up, by_up, kept.up_low, up_low),
             ):
-                record(group, recorder, layout, inputs, _whole(its_low, layout, kept.from_row), mine, small)
+                self._record(group, kept, its_low, layout, recorder, inputs, mine, small)
         found = self.up.backward(by_up, up_low, self.gate.backward(by_gate, gate_low))
         self.between.backward(grad, found, kept.middle, kept.middle_scales, pairs)
-        deltas = grad.to(dtype)
-        return self.out.backward(deltas, self.out.low_deltas(deltas)), deltas
 
     def _unattend(self, grad: Tensor, kept: Kept, place: Place) -> Tensor:
-        """(N, (H + 2 G) D) gradients of rotated queries, rotated keys and values from (B, T, H D) of the results."""
+        """(B, T, (H + 2 G) D) gradients of queries, keys and values before rotation from (B, T, H D) of the results."""
         layout, shape = place.layout, self.shape
         count, width = layout.count, layout.width
         query, key, value, weights = kept.attention
         above = grad.view(count, width, shape.heads, shape.width).transpose(1, 2).reshape(query.shape)
-        found = grouped_backward(above, query, key, value, weights, shape.width**-0.5)
+        found = grouped_backward(above, query, key, value, weights, 1.0)  # rotating back also scales
         joined = place.workspace.take("joined", (count, width, shape.heads + 2 * shape.groups, shape.width), grad.dtype)
         parts = joined.split((shape.heads, shape.groups, shape.groups), 2)
         for part, each in zip(parts, found, strict=True):
             part.copy_(each.view(count, -1, width, shape.width).transpose(1, 2))
-        return joined.view(count * width, -1).index_select(0, layout.carrying)
+        joined = joined.view(count, width, -1)
+        rotate(joined, shape, place.backward)
+        return joined
 
 
-def rotate(qkv: Tensor, shape: Shape, turn: tuple[Tensor, Tensor], way: int) -> None:
-    """Rotate the queries and keys of (rows, (H + 2 G) D) in place, by the rows' places in their examples, or back."""
+def swiglu(gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor, wide: torch.dtype) -> Tensor:
+    """silu(g) u of (F, m) g and u, and its derivatives by g and by u, with all steps between in `wide`.
+
+    With s = silu(g) and sigma = s / g, the derivative of s is sigma + s (1 - sigma).
+    """
+    product = torch.empty_like(gate)
+    one = torch.ones((), dtype=wide)
+    for start in range(0, len(gate), STEP):
+        part = slice(start, start + STEP)
+        g, u = gate[part].to(wide), up[part].to(wide)
+        sigma = torch.sigmoid(g)
+        s = g * sigma
+        by_up[part] = s
+        by_gate[part] = torch.lerp(s, one, sigma).mul_(u)
+        product[part] = s.mul_(u)
+    return product
+
+
+def rotate(qkv: Tensor, shape: Shape, turn: tuple[Tensor, Tensor]) -> None:
+    """Rotate the queries and keys of (..., rows, (H + 2 G) D) in place, by the rows' places in their examples."""
     cos, sin = turn  # (rows, 1, D / 2)
-    turned = qkv.view(len(qkv), -1, 2, shape.width // 2)[:, : shape.heads + shape.groups]
-    first, second = turned[:, :, 0].to(cos.dtype), turned[:, :, 1].to(cos.dtype)
-    left, right = (first * cos).addcmul_(second, sin, value=-way), (second * cos).addcmul_(first, sin, value=way)
-    turned[:, :, 0], turned[:, :, 1] = left, right
+    turned = qkv.view(*qkv.shape[:-1], -1, 2, shape.width // 2)[..., : shape.heads + shape.groups, :, :]
+    first, second = turned[..., 0, :].to(cos.dtype), turned[..., 1, :].to(cos.dtype)
+    left, right = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
+    turned[..., 0, :], turned[..., 1, :] = left, right
 
 
-def _whole(values: Tensor | None, layout: Layout, from_row: int) -> Tensor | None:
+def _whole(values: Tensor | None, from_row: int) -> Tensor | None:
     """Forward rows from `from_row` on, with zeros for those before."""
     if values is None or from_row == 0:
         return values
@@ -266,6 +309,6 @@ def _whole(values: Tensor | None, layout: Layout, from_row: int) -> Tensor | Non
 
 
 def _spread(values: Tensor, layout: Layout, from_row: int) -> Tensor:
-    whole = _whole(values, layout, from_row)
+    whole = _whole(values, from_row)
     assert whole is not None
     return layout.spread(whole)
