@@ -14,6 +14,7 @@ from finetrace.collection.fused_layer import Layer, Norm, Shape
 from finetrace.collection.modules import Tracked, Tracking
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+CAPTURING = "transformers.utils.output_capturing"
 
 
 @dataclass(frozen=True)
@@ -150,13 +151,12 @@ def _member(module: Any, dtype: torch.dtype, tracked: dict[int, Tracked]) -> Mem
 
 
 def _touched(module: nn.Module) -> bool:
-    """Whether something listens to a module or stands in for its forward pass."""
-    hooks: Sequence[Any] = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    """Whether something listens to a module or stands in for its forward pass.
+
+    What transformers installs for good, once hidden states were asked for, sleeps unless they are.
+    """
+    listeners = [each for each in module._forward_hooks.values() if getattr(each, "__module__", "") != CAPTURING]
+    hooks: Sequence[Any] = (listeners, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in module.__dict__ or bool(getattr(module, "parametrizations", None))
 
 
