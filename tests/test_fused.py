@@ -211,9 +211,9 @@ def test_rows_of_the_layout() -> None:
     for item in items:
         item.weights[:] = 0
         item.weights[[12, 14]] = 0.5
-    layout = Layout.of(Batch.of(items), hidden=False)
+    layout = Layout.of(Batch.of(items))
     assert layout.ids[:7].tolist() == list(range(5, 12))
-    assert len(layout.ids) == 7 + 2 * (13 - 6)  # tokens 7 to 13, of which the last one predicts token 14
+    assert len(layout.ids) == 7 + 2 * (14 - 6)  # tokens 7 to 14, of which the last one is pooled
     assert len(layout.carrying) == 2 * 14
     assert layout.places[layout.loss].tolist() == [11, 13, 19 + 11, 19 + 13] == Batch.of(items).rows.tolist()
     assert layout.carrying[-4:].tolist() == layout.places[layout.loss].tolist()
@@ -222,7 +222,7 @@ def test_rows_of_the_layout() -> None:
     assert torch.equal(spread[0, :7], values[:7])
     assert torch.equal(spread[1, :7], values[:7])
     assert torch.equal(spread.reshape(-1, 3)[layout.places], values)
-    whole = Layout.of(Batch.of(items[:1]), hidden=True)
+    whole = Layout.of(Batch.of(items[:1]))
     assert len(whole.ids) == 15  # one example has nothing in common; the last token of the loss is pooled
 
 

@@ -21,7 +21,7 @@ from finetrace.collection.fused_layout import Layout
 from finetrace.collection.fused_plan import Plan, plan
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
-from finetrace.forward import Batch, example_losses
+from finetrace.forward import LEAST_ROWS, Batch, example_losses
 from finetrace.prefix import Prefix
 
 HEAD_ROWS = 128  # of logits at a time
@@ -68,7 +68,7 @@ class Fused:
         below the lowest tracked layer, where no other hidden states than the last are wanted.
         """
         recorder.expect(batch)
-        layout = Layout.of(batch, bool(wanted))
+        layout = Layout.of(batch)
         place = self._place(layout)
         hidden: dict[int, Tensor] = {}
         kept: list[Kept] = []
@@ -87,7 +87,9 @@ class Fused:
                 hidden[layer.number - len(layers) - 1] = _pooled(x[layout.wanted :], layout)
 
         x = below() if prefix is None or wanted - {-1} else prefix.remembered(layout.key, below)
-        upper = layout.wanted if recorder.factors is None else 0  # factors count the last layer's other tokens too
+        # factors count the last layer's other tokens too, and few rows are multiplied less exactly
+        short = self.plan.lean and len(batch.rows) >= LEAST_ROWS
+        upper = layout.wanted if short else 0
         for layer in layers[self.plan.lowest :]:
             notice(layer, x)
             x, held = layer.forward(x, place, upper if layer.number == len(layers) - 1 else 0, keep=True)
@@ -110,7 +112,7 @@ class Fused:
             tail = grad[len(grad) - len(seed) :]
             self.plan.norm.backward(tail, seed, x, scales, layout.last)
             for layer, held in zip(reversed(layers[self.plan.lowest :]), reversed(kept), strict=True):
-                pairs = layout.last if layer.number == len(layers) - 1 and upper else layout.whole
+                pairs = layout.last if layer.number == len(layers) - 1 and short else layout.whole
                 layer.backward(grad, held, place, recorder, pairs, layer.number == self.plan.lowest)
             found.append(recorder.rows)
         return example_losses(batch, token), found[0], hidden
@@ -122,20 +124,22 @@ class Fused:
         losses = final.new_empty(len(final))
         seeds = [torch.empty_like(final) for _ in range(1 if uniform is None else 2)]
         weights = batch.weights.to(wide).unsqueeze(1)
-        for start in range(0, len(final), HEAD_ROWS):
-            part = slice(start, start + HEAD_ROWS)
-            some = narrow[part]
-            every = torch.arange(len(some))
+        count = -(-len(final) // HEAD_ROWS)
+        for number in range(count):
+            part = slice(len(final) * number // count, len(final) * (number + 1) // count)
+            size = part.stop - part.start
+            every = torch.arange(size)
+            some = torch.cat([narrow[part], narrow.new_zeros(max(0, LEAST_ROWS - size), narrow.shape[1])])
             logits = torch.mm(some, head.T).to(wide)
             chances = torch.softmax(logits, -1)
             targets = batch.targets[part]
             # the largest logit less the logarithm of its chance is the logarithm of the sum
-            losses[part] = logits.amax(1) - chances.amax(1).log() - logits[every, targets]
-            labels = [targets] if uniform is None else [targets, drawn(logits, uniform[part])]
+            losses[part] = (logits.amax(1) - chances.amax(1).log())[:size] - logits[every, targets]
+            labels = [targets] if uniform is None else [targets, drawn(logits[:size], uniform[part])]
             for seed, label, weight in zip(seeds, labels, (weights, weights.sqrt()), strict=False):
                 right = chances[every, label]
                 chances[every, label] -= 1
-                seed[part] = torch.mm(chances.to(head.dtype), head) * weight[part]
+                seed[part] = torch.mm(chances.to(head.dtype), head)[:size] * weight[part]
                 chances[every, label] = right
         return losses, seeds
 

@@ -120,13 +120,17 @@ def record(
             "a": (inputs, low_deltas[..., each.ranks]),
             "b": (ranks[..., each.ranks], deltas[..., each.outputs]),
         }[each.kind]
-        if not recorder.multiplies(each.layer):
+        if recorder.hears or not recorder.multiplies(each.layer):
             delta = side[1] * each.scale if each.kind == "b" else side[1]
             seen = recorder.projected(each.layer, side[0].contiguous())
-            if recorder.listening:
+            if recorder.hears:
                 recorder.see(each.layer, seen)
-            recorder.accumulate(each.layer, seen, delta)
-        elif each.kind == "a":
+            if recorder.multiplies(each.layer):
+                recorder.see_deltas(each.layer, delta)
+            else:
+                recorder.accumulate(each.layer, seen, delta)
+                continue
+        if each.kind == "a":
             if product is None:
                 product = torch.bmm(low_deltas.transpose(1, 2), inputs)  # (B, r, in)
             recorder.add(each.layer.weight, product[:, each.ranks].flatten(1))

@@ -55,16 +55,15 @@ class Layout:
     last: tuple[Pair, ...]
 
     @classmethod
-    def of(cls, batch: Batch, hidden: bool) -> Layout:
-        """Of a batch padded on the right alone; `hidden` keeps the tokens whose hidden states may be pooled."""
+    def of(cls, batch: Batch) -> Layout:
+        """Of a batch padded on the right alone; the same whatever is asked for, so that equal batches give equal bits."""
         count, width = batch.ids.shape
         example = torch.arange(count)
         rows = torch.zeros(count * width, dtype=torch.bool)
         rows[batch.rows] = True
         needed = rows.clone()
-        if hidden:
-            needed[batch.rows + 1] = True
-            needed[example * width + torch.tensor(batch.prompt_lengths) - 1] = True
+        needed[batch.rows + 1] = True  # whose hidden states may be pooled, as those of prompts' ends
+        needed[example * width + torch.tensor(batch.prompt_lengths) - 1] = True
         places = torch.arange(width)
         rows, needed = rows.view(count, width), needed.view(count, width)
         last_row = torch.where(rows, places, -1).amax(1, keepdim=True)  # (B, 1)

@@ -29,6 +29,7 @@ class Plan:
         head: (vocabulary, d).
         frequencies: (D / 2,) of the rotation.
         wide: Dtype of residual stream, norms and LoRA: float32 for bfloat16, else the model's own.
+        lean: Whether nothing is tracked in the last layer after attention, so that it may see the rows of the loss alone.
     """
 
     embedding: Tensor
@@ -38,6 +39,7 @@ class Plan:
     head: Tensor
     frequencies: Tensor
     wide: torch.dtype
+    lean: bool
 
 
 class _UnknownError(Exception):
@@ -104,12 +106,20 @@ def _plan(model: nn.Module, tracking: Tracking) -> Plan:
         )
         layers.append(made)
     _need(len(seen) == len(tracked) == len(tracking.layers))  # the vocabulary projection is not among them
-    _need(len(layers) > 0 and all(weight.device.type == "cpu" for weight in model.parameters()))
+    _need(len(layers) == base.config.num_hidden_layers > 0)
+    _need(all(weight.device.type == "cpu" for weight in model.parameters()))
     lowest = next(i for i, layer in enumerate(layers) if any(each.watched for each in _groups(layer)))
     weights = (base.model.embed_tokens.weight.detach(), head.weight.detach())
     _need(all(each.dtype == dtype for each in weights))
     return Plan(
-        weights[0], tuple(layers), lowest, norm(base.model.norm), weights[1], rotary.inv_freq.detach().float(), wide
+        weights[0],
+        tuple(layers),
+        lowest,
+        norm(base.model.norm),
+        weights[1],
+        rotary.inv_freq.detach().float(),
+        wide,
+        not any(each.watched for each in _groups(layers[-1])[1:]),
     )
 
 

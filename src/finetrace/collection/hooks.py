@@ -81,10 +81,9 @@ class GradientRecorder:
         self.rows = torch.zeros(len(self._batch), self.tracking.width, dtype=self.dtype, device=device)
 
     def multiplies(self, layer: Tracked) -> bool:
-        """Whether nothing but the product of both sides is wanted of a layer, so that it may be made elsewhere and added."""
-        watched = self.factors is not None and self.listening
+        """Whether a layer's gradient is the plain product of both sides, so that it may be made elsewhere and added."""
         plain = layer.bias is None and not layer.transposed and not layer.is_head and self.scale == 1
-        return plain and not watched and layer.weight.name not in self.tracking.sides
+        return plain and layer.weight.name not in self.tracking.sides
 
     def projected(self, layer: Tracked, inputs: Tensor) -> Tensor:
         """The inputs of a call as `accumulate` wants them."""
@@ -99,6 +98,16 @@ class GradientRecorder:
         if self.factors is not None and self._batch is not None:
             with wide(inputs.device):
                 self.factors.see_inputs(layer, inputs, self._batch)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the backward pass that is under way belongs in factors."""
+        return self.factors is not None and self.listening
+
+    def see_deltas(self, layer: Tracked, delta: Tensor) -> None:
+        """Note dL/dy (B, T, out) of a call in the factors, where the pass belongs there."""
+        if self.factors is not None and self.listening and self._batch is not None:
+            self.factors.see_deltas(layer, delta, self._batch)
 
     def _watch(self, layer: Tracked) -> Any:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -122,8 +131,7 @@ class GradientRecorder:
         sides = self.tracking.sides.get(layer.weight.name)
         if sides is not None:  # the inputs were projected on the way forward
             delta = sides.project_deltas(delta)
-        if self.factors is not None and self.listening:
-            self.factors.see_deltas(layer, delta, batch)
+        self.see_deltas(layer, delta)
         # (B, T, in), (B, T, out); the head: (1, >= R, .)
         if layer.is_head:
             rows = len(batch.rows)
