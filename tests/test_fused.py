@@ -291,3 +291,15 @@ def test_a_batch_too_large_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Collector(model, track(model), (), 100_000, fused=True).collect(items, names(items))
     assert found.halved > 2
     assert relative_error(found.gradients, expected.gradients) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["lora", "lora on every linear layer"])
+def test_factors_and_hidden_states_leave_the_bits_of_gradients_alone(name: str) -> None:
+    model, modules = MODELS[name]()
+    tracking, items, found = track(model, modules), ITEMS["a common opening"], []
+    for wanted, labels in (((), None), ((Representation(),), "model"), ((Representation(-2),), "data")):
+        collector = Collector(model, tracking, wanted, 120, fused=True)
+        sums = collector.factor_sums(labels) if labels is not None else None
+        found.append(collector.collect(items, names(items), factors=sums).gradients)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from finetrace.attention import LONGEST, MOST_WEIGHTS
 from finetrace.collection.factors import drawn, uniforms
-from finetrace.collection.fused_layer import Kept, Layer, Place, Workspace
+from finetrace.collection.fused_layer import Kept, Layer, Place
 from finetrace.collection.fused_layout import Layout
+from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.fused_plan import Plan, plan
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking

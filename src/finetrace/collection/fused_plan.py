@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.collection.fused_group import Group, Member
-from finetrace.collection.fused_layer import Layer, Norm, Shape
+from finetrace.collection.fused_layer import Layer
+from finetrace.collection.fused_parts import Norm, Shape
 from finetrace.collection.modules import Tracked, Tracking
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float64)
