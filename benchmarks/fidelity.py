@@ -8,12 +8,14 @@ the mean over queries of the rank correlation with the float32 scores.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from scipy.stats import spearmanr
 
 from finetrace.collection import Collector, Features, track
+from finetrace.collection.modules import Block
 from finetrace.curvature import Damping, Products, fisher
 from finetrace.index import Index, open_index
 from finetrace.reading import read_examples
@@ -30,10 +32,10 @@ def features(folder: Path, dtype: str) -> tuple[Index, Features, Features]:
     return index, train, collector.collect(encoded, [query.id for query in queries])
 
 
-def scores(index: Index, train: torch.Tensor, query: torch.Tensor) -> dict[str, torch.Tensor]:
+def scores(blocks: Sequence[Block], train: torch.Tensor, query: torch.Tensor) -> dict[str, torch.Tensor]:
     """Raw products, cosines, and exact influence per block at the default damping."""
     exact = torch.zeros(len(query), len(train), dtype=torch.float64)
-    for block in index.blocks:
+    for block in blocks:
         products = Products.of(train[:, block.columns], query[:, block.columns])
         exact += fisher(products, Damping(0.01).of(products, block.size)).products()
     product = (query @ train.T).double()
@@ -56,9 +58,9 @@ def main() -> None:
     folder = parser.parse_args().demo
     index, train, query = features(folder, "float32")
     _, half_train, half_query = features(folder, "bfloat16")
-    wide = scores(index, train.gradients, query.gradients)
-    half = scores(index, half_train.gradients, half_query.gradients)
-    stored = scores(index, half_train.gradients.bfloat16().float(), half_query.gradients.bfloat16().float())
+    wide = scores(index.blocks, train.gradients, query.gradients)
+    half = scores(index.blocks, half_train.gradients, half_query.gradients)
+    stored = scores(index.blocks, half_train.gradients.bfloat16().float(), half_query.gradients.bfloat16().float())
     print(f"{len(query)} queries x {len(train)} rows; mean per-query Spearman with float32 scores")
     for name in wide:
         print(

@@ -112,12 +112,10 @@ class _Attention(torch.autograd.Function):
         groups = key.shape[1]
         q = query.reshape(batch * groups, heads // groups * tokens, width)
         k, v = key.reshape(batch * groups, tokens, width), value.reshape(batch * groups, tokens, -1)
-        scores = torch.baddbmm(bias, q.to(bias.dtype), k.to(bias.dtype).transpose(1, 2), alpha=scale)
-        # the safe one gives zeros where nothing is seen
-        weights = (torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)).to(query.dtype)
+        attended, weights = grouped(q, k, v, bias, scale, masked)
         ctx.save_for_backward(q, k, v, weights)
         ctx.scale, ctx.shape = scale, (batch, heads, groups, tokens)
-        return torch.bmm(weights, v).view(batch, heads, tokens, -1)
+        return attended.view(batch, heads, tokens, -1)
 
     @staticmethod
     @once_differentiable
@@ -125,9 +123,48 @@ class _Attention(torch.autograd.Function):
         q, k, v, weights = ctx.saved_tensors
         batch, heads, groups, tokens = ctx.shape
         grad = grads[0].to(q.dtype).reshape(q.shape[0], q.shape[1], -1)
-        grad_weights = torch.bmm(grad, v.transpose(1, 2))
-        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-        grad_q = torch.bmm(grad_scores, k).mul_(ctx.scale).view(batch, heads, tokens, -1)
-        grad_k = torch.bmm(grad_scores.transpose(1, 2), q).mul_(ctx.scale).view(batch, groups, tokens, -1)
-        grad_v = torch.bmm(weights.transpose(1, 2), grad).view(batch, groups, tokens, -1)
-        return grad_q, grad_k, grad_v, None, None, None
+        grad_q, grad_k, grad_v = grouped_backward(grad, q, k, v, weights, ctx.scale)
+        return (
+            grad_q.view(batch, heads, tokens, -1),
+            grad_k.view(batch, groups, tokens, -1),
+            grad_v.view(batch, groups, tokens, -1),
+            None,
+            None,
+            None,
+        )
+
+
+def grouped(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, masked: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention of batches of one group each, without a graph.
+
+    Args:
+        query: (N, r T, D), the r heads of a group below one another.
+        key, value: (N, T, D) and (N, T, E).
+        bias: (r T, T) or (N, r T, T), added to the scaled inner products, in the dtype that these are to have.
+        scale: Of the inner products.
+        masked: Whether a query may see no key at all; it then gets zeros.
+
+    Returns:
+        (N, r T, E) results and (N, r T, T) weights, in the dtype of `query`.
+    """
+    scores = torch.baddbmm(bias, query.to(bias.dtype), key.to(bias.dtype).transpose(1, 2), alpha=scale)
+    # the safe one gives zeros where nothing is seen
+    weights = (torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)).to(query.dtype)
+    return torch.bmm(weights, value), weights
+
+
+def grouped_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value from that of the results of `grouped`, in their shapes.
+
+    With `scale` 1 those of query and key are left to be scaled.
+    """
+    grad_weights = torch.bmm(grad, value.transpose(1, 2))
+    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+    grad_query, grad_key = torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query)
+    if scale != 1:
+        grad_query, grad_key = grad_query.mul_(scale), grad_key.mul_(scale)
+    return grad_query, grad_key, torch.bmm(weights.transpose(1, 2), grad)

@@ -67,6 +67,14 @@ class Prefix:
         with self.watching(lambda hidden: self._keep(key, hidden.cpu())):
             yield
 
+    def remembered(self, key: bytes, compute: Callable[[], Tensor]) -> Tensor:
+        """The states of a batch that are known by `key`; `compute` makes them the first time."""
+        if key in self.states:
+            return self.states[key]
+        made = compute()
+        self._keep(key, made)
+        return made
+
     def _one(self, ids: Tensor, length: int, mask: Tensor | None, row: int) -> Tensor:
         """(T, d) of one example, computed now unless it is there."""
         alone, seen = ids[row : row + 1, :length], None if mask is None else mask[row : row + 1, :length]

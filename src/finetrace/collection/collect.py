@@ -15,6 +15,7 @@ from finetrace.batching import batches
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.faults import halves, not_finite, unless_out_of_memory
 from finetrace.collection.features import Features, Gathering
+from finetrace.collection.fused import Fused
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
@@ -37,12 +38,15 @@ class Collector:
         tracking: The layers whose gradients are wanted.
         representations: The hidden states wanted.
         batch_tokens: Padded tokens a batch holds at most; a longer example travels alone.
+        fused: Compute plain Llamas by hand in place of autograd (see `fused`), where that is possible; `None` does so in
+            bfloat16, where it is the faster way.
     """
 
     model: nn.Module
     tracking: Tracking
     representations: tuple[Representation, ...] = DEFAULT_REPRESENTATIONS
     batch_tokens: int = 2048
+    fused: bool | None = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +84,7 @@ class Collector:
         if not items:
             raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
         gathered = self._room(len(items), factors is not None and factors.labels == "model")
+        fused = self._fused()
         prefix = self._prefix()
         todo = deque(batches(items, self.batch_tokens))
         with (
@@ -93,7 +98,8 @@ class Collector:
                 names = [ids[i] for i in chosen]
                 one = [items[i] for i in chosen]
                 found = unless_out_of_memory(
-                    partial(self._measure, recorder, one, names, narrowing, prefix), recorder.forget
+                    partial(self._measure, recorder, one, names, narrowing, prefix, fused),
+                    partial(_forget, recorder, fused),
                 )
                 if found is None:
                     if len(chosen) == 1:
@@ -135,6 +141,11 @@ class Collector:
             )
         return room
 
+    def _fused(self) -> Fused | None:
+        if self.fused or (self.fused is None and next(self.model.parameters()).dtype == torch.bfloat16):
+            return Fused.of(self.model, self.tracking)
+        return None
+
     def _prefix(self) -> Prefix | None:
         """What lies below the lowest tracked layer: another loss of the same batches starts above it."""
         wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
@@ -147,10 +158,15 @@ class Collector:
         ids: Sequence[str],
         narrowing: Narrowing,
         prefix: Prefix | None,
+        fused: Fused | None,
     ) -> Features:
         """The features of one batch, on the CPU."""
         batch = Batch.of(items).to(next(self.model.parameters()).device)
-        loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
+        if fused is not None and fused.fits(batch):
+            wanted = {each.layer for each in self.representations}
+            loss, rows, hidden = fused.run(recorder, batch, ids, wanted, prefix)
+        else:
+            loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
         sampling = recorder.factors is not None and recorder.factors.labels == "model"
         pooled = {
             each.name: pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu()
@@ -191,6 +207,12 @@ class Collector:
                 drawn = cross_entropy(logits, sampled_targets(logits, batch, ids), reduction="none")
                 (sampled_loss(drawn, batch) * recorder.scale).backward()
         return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
+
+
+def _forget(recorder: GradientRecorder, fused: Fused | None) -> None:
+    recorder.forget()
+    if fused is not None:
+        fused.workspace.clear()
 
 
 def features_dtype(model: nn.Module) -> torch.dtype:

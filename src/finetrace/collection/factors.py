@@ -94,11 +94,19 @@ class FactorSums:
 
 
 def sampled_targets(logits: Tensor, batch: Batch, ids: Sequence[str]) -> Tensor:
-    """(R,) one token drawn from the model's own prediction at every row of (R, vocabulary) logits.
+    """(R,) one token drawn from the model's own prediction at every row of (R, vocabulary) logits."""
+    return drawn(logits, uniforms(batch, ids))
 
-    The random numbers are fixed by the example's id, so no draw depends on the batch that an example travels in.
+
+def uniforms(batch: Batch, ids: Sequence[str]) -> Tensor:
+    """(R,) random numbers in [0, 1), float64: fixed by the example's id, so that no draw depends on the batch that an
+    example travels in.
     """
-    uniform = torch.cat([_uniform(id_, count) for id_, count in zip(ids, batch.counts, strict=True)])
+    return torch.cat([_uniform(id_, count) for id_, count in zip(ids, batch.counts, strict=True)])
+
+
+def drawn(logits: Tensor, uniform: Tensor) -> Tensor:
+    """(R,) one token at every row of (R, vocabulary) logits, drawn with the (R,) random numbers."""
     wide = logits.detach()
     total = torch.softmax(wide, dim=-1, dtype=torch.float64 if wide.dtype == torch.float64 else torch.float32).cumsum(
         -1

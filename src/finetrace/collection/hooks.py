@@ -80,26 +80,48 @@ class GradientRecorder:
         device = self._batch.ids.device
         self.rows = torch.zeros(len(self._batch), self.tracking.width, dtype=self.dtype, device=device)
 
-    def _watch(self, layer: Tracked) -> Any:
-        sides = self.tracking.sides.get(layer.weight.name)
+    def multiplies(self, layer: Tracked) -> bool:
+        """Whether a layer's gradient is the plain product of both sides, so that it may be made elsewhere and added."""
+        plain = layer.bias is None and not layer.transposed and not layer.is_head and self.scale == 1
+        return plain and layer.weight.name not in self.tracking.sides
 
+    def projected(self, layer: Tracked, inputs: Tensor) -> Tensor:
+        """The inputs of a call as `accumulate` wants them."""
+        sides = self.tracking.sides.get(layer.weight.name)
+        if sides is None:
+            return inputs
+        with wide(inputs.device):
+            return sides.project_inputs(inputs.to(self.dtype))
+
+    def see(self, layer: Tracked, inputs: Tensor) -> None:
+        """Note the inputs of a call, once a batch, in the factors."""
+        if self.factors is not None and self._batch is not None:
+            with wide(inputs.device):
+                self.factors.see_inputs(layer, inputs, self._batch)
+
+    @property
+    def hears(self) -> bool:
+        """Whether the backward pass that is under way belongs in factors."""
+        return self.factors is not None and self.listening
+
+    def see_deltas(self, layer: Tracked, delta: Tensor) -> None:
+        """Note dL/dy (B, T, out) of a call in the factors, where the pass belongs there."""
+        if self.factors is not None and self.listening and self._batch is not None:
+            self.factors.see_deltas(layer, delta, self._batch)
+
+    def _watch(self, layer: Tracked) -> Any:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            inputs = args[0].detach()
-            if sides is not None:
-                with wide(inputs.device):
-                    inputs = sides.project_inputs(inputs.to(self.dtype))
-            if self.factors is not None and self._batch is not None:
-                with wide(inputs.device):
-                    self.factors.see_inputs(layer, inputs, self._batch)
+            inputs = self.projected(layer, args[0].detach())
+            self.see(layer, inputs)
 
             def backward(delta: Tensor) -> None:
-                self._accumulate(layer, inputs, delta)
+                self.accumulate(layer, inputs, delta)
 
             output.register_hook(backward)
 
         return forward
 
-    def _accumulate(self, layer: Tracked, inputs: Tensor, delta: Tensor) -> None:
+    def accumulate(self, layer: Tracked, inputs: Tensor, delta: Tensor) -> None:
         """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
         batch = self._batch
         assert batch is not None, "expect() comes before the pass"
@@ -109,8 +131,7 @@ class GradientRecorder:
         sides = self.tracking.sides.get(layer.weight.name)
         if sides is not None:  # the inputs were projected on the way forward
             delta = sides.project_deltas(delta)
-        if self.factors is not None and self.listening:
-            self.factors.see_deltas(layer, delta, batch)
+        self.see_deltas(layer, delta)
         # (B, T, in), (B, T, out); the head: (1, >= R, .)
         if layer.is_head:
             rows = len(batch.rows)
@@ -127,12 +148,12 @@ class GradientRecorder:
             bias = delta.sum(1)  # (B, out)
         if layer.transposed:
             weight = weight.transpose(1, 2)
-        self._add(layer.weight, weight.flatten(1))
+        self.add(layer.weight, weight.flatten(1))
         if layer.bias is not None:
-            self._add(layer.bias, bias)
+            self.add(layer.bias, bias)
 
-    def _add(self, block: Block, rows: Tensor) -> None:
-        """Add (B, d) gradients of a block, projected where it is."""
+    def add(self, block: Block, rows: Tensor) -> None:
+        """Add (B, d) gradients of a block, flattened, projected where it is."""
         flat = self.tracking.flat.get(block.name)
         self.rows[:, block.columns] += rows if flat is None else flat.project(rows)
 

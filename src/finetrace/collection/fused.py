@@ -1,0 +1,162 @@
+"""Per-example gradients of a plain Llama without autograd: what a batch shares is computed once, and nothing in vain.
+
+Weights are frozen, so only gradients of inputs are needed. The opening that all examples of a batch share, as a template's
+system prompt is, passes once on the way forward; what is padding, or lies behind the loss, never; the last layer's perceptron
+sees the rows of the loss alone, and the vocabulary's logits are made some rows at a time. Results are those of the model's own
+pass up to rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from finetrace.attention import LONGEST, MOST_WEIGHTS
+from finetrace.collection.factors import drawn, uniforms
+from finetrace.collection.fused_layer import Kept, Layer, Place
+from finetrace.collection.fused_layout import Layout
+from finetrace.collection.fused_parts import Workspace
+from finetrace.collection.fused_plan import Plan, plan
+from finetrace.collection.hooks import GradientRecorder
+from finetrace.collection.modules import Tracking
+from finetrace.forward import LEAST_ROWS, Batch, example_losses
+from finetrace.prefix import Prefix
+
+HEAD_ROWS = 128  # of logits at a time
+
+
+@dataclass(frozen=True)
+class Fused:
+    """The fused pass of one model.
+
+    Attributes:
+        plan: Its weights.
+        workspace: Memory that the batches share.
+    """
+
+    plan: Plan
+    workspace: Workspace = field(default_factory=Workspace)
+
+    @classmethod
+    def of(cls, model: nn.Module, tracking: Tracking) -> Fused | None:
+        """`None` where the model, or something that listens to it, is not known to this pass."""
+        found = plan(model, tracking)
+        return None if found is None else cls(found)
+
+    def fits(self, batch: Batch) -> bool:
+        """Whether the batch is padded on the right alone and short enough to keep its attention."""
+        heads = max(layer.shape.heads for layer in self.plan.layers)
+        count, width = batch.ids.shape
+        short = width <= LONGEST and count * heads * width**2 <= MOST_WEIGHTS
+        return batch.mask is None and short and min(batch.prompt_lengths) > 0
+
+    @torch.no_grad()
+    def run(
+        self,
+        recorder: GradientRecorder,
+        batch: Batch,
+        ids: Sequence[str],
+        wanted: set[int],
+        prefix: Prefix | None = None,
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        """Losses (B,), gradients (B, D) and the hidden states wanted, by layer counted from the end.
+
+        Hidden states are (B, T, d), right where a representation looks and anything elsewhere. Where the recorder's factors
+        want labels of the model's own, `recorder.rows` holds the gradients of the sampled loss. A `prefix` remembers what lies
+        below the lowest tracked layer, where no other hidden states than the last are wanted.
+        """
+        recorder.expect(batch)
+        layout = Layout.of(batch)
+        place = self._place(layout)
+        hidden: dict[int, Tensor] = {}
+        kept: list[Kept] = []
+        layers = self.plan.layers
+
+        def below() -> Tensor:
+            """(F, d) what enters the lowest layer with something tracked."""
+            x = self.plan.embedding.index_select(0, layout.ids).to(self.plan.wide)
+            for layer in layers[: self.plan.lowest]:
+                notice(layer, x)
+                x, _ = layer.forward(x, place, 0, keep=False)
+            return x.clone() if self.plan.lowest else x  # out of the workspace
+
+        def notice(layer: Layer, x: Tensor) -> None:
+            if layer.number - len(layers) - 1 in wanted:
+                hidden[layer.number - len(layers) - 1] = _pooled(x[layout.wanted :], layout)
+
+        x = below() if prefix is None or wanted - {-1} else prefix.remembered(layout.key, below)
+        # factors count the last layer's other tokens too, and few rows are multiplied less exactly
+        short = self.plan.lean and len(batch.rows) >= LEAST_ROWS
+        upper = layout.wanted if short else 0
+        for layer in layers[self.plan.lowest :]:
+            notice(layer, x)
+            x, held = layer.forward(x, place, upper if layer.number == len(layers) - 1 else 0, keep=True)
+            assert held is not None
+            kept.append(held)
+        x = x[layout.wanted - upper :]
+        scales = self.plan.norm.scales(x)
+        final = self.plan.norm.forward(x, scales)  # (F - wanted, d)
+        if -1 in wanted:
+            hidden[-1] = _pooled(final, layout)
+        rows = slice(layout.loss.start - layout.wanted, layout.loss.stop - layout.wanted)
+        sampling = recorder.factors is not None and recorder.factors.labels == "model"
+        token, seeds = self._head(final[rows], batch, uniforms(batch, ids) if sampling else None)
+        found = []
+        for number, seed in enumerate(seeds):
+            if number:
+                recorder.clear()
+            recorder.listening = number == len(seeds) - 1
+            grad = torch.zeros(len(layout.carrying), x.shape[1], dtype=x.dtype)
+            tail = grad[len(grad) - len(seed) :]
+            self.plan.norm.backward(tail, seed, x, scales, layout.last)
+            for layer, held in zip(reversed(layers[self.plan.lowest :]), reversed(kept), strict=True):
+                pairs = layout.last if layer.number == len(layers) - 1 and short else layout.whole
+                layer.backward(grad, held, place, recorder, pairs, layer.number == self.plan.lowest)
+            found.append(recorder.rows)
+        return example_losses(batch, token), found[0], hidden
+
+    def _head(self, final: Tensor, batch: Batch, uniform: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """(R,) losses of tokens, and (R, d) gradients of the batch's loss, and of the sampled one where it is wanted."""
+        head, wide = self.plan.head, self.plan.wide
+        narrow = final.to(head.dtype)
+        losses = final.new_empty(len(final))
+        seeds = [torch.empty_like(final) for _ in range(1 if uniform is None else 2)]
+        weights = batch.weights.to(wide).unsqueeze(1)
+        count = -(-len(final) // HEAD_ROWS)
+        for number in range(count):
+            part = slice(len(final) * number // count, len(final) * (number + 1) // count)
+            size = part.stop - part.start
+            every = torch.arange(size)
+            some = torch.cat([narrow[part], narrow.new_zeros(max(0, LEAST_ROWS - size), narrow.shape[1])])
+            logits = torch.mm(some, head.T).to(wide)
+            chances = torch.softmax(logits, -1)
+            targets = batch.targets[part]
+            # the largest logit less the logarithm of its chance is the logarithm of the sum
+            losses[part] = (logits.amax(1) - chances.amax(1).log())[:size] - logits[every, targets]
+            labels = [targets] if uniform is None else [targets, drawn(logits[:size], uniform[part])]
+            for seed, label, weight in zip(seeds, labels, (weights, weights.sqrt()), strict=False):
+                right = chances[every, label]
+                chances[every, label] -= 1
+                seed[part] = torch.mm(chances.to(head.dtype), head)[:size] * weight[part]
+                chances[every, label] = right
+        return losses, seeds
+
+    def _place(self, layout: Layout) -> Place:
+        shape, wide = self.plan.layers[0].shape, self.plan.wide
+        causal = torch.ones(layout.width, layout.width, dtype=torch.bool).tril()
+        bias = torch.zeros(causal.shape, dtype=wide).masked_fill_(~causal, -torch.inf)
+        angles = torch.arange(layout.width).float()[:, None] * self.plan.frequencies
+        turns = angles.cos().to(wide).unsqueeze(1), angles.sin().to(wide).unsqueeze(1)  # (T, 1, D / 2)
+        forward = turns[0].index_select(0, layout.positions), turns[1].index_select(0, layout.positions)
+        backward = turns[0] * shape.width**-0.5, -turns[1] * shape.width**-0.5
+        return Place(layout, bias.repeat(shape.heads // shape.groups, 1), forward, backward, self.workspace)
+
+
+def _pooled(values: Tensor, layout: Layout) -> Tensor:
+    """(B, T, d) of the forward rows from `wanted` on; zero elsewhere."""
+    padded = values.new_zeros(layout.count * layout.width, values.shape[1])
+    padded.index_copy_(0, layout.places[layout.wanted :], values)
+    return padded.view(layout.count, layout.width, -1)

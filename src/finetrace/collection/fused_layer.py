@@ -1,0 +1,230 @@
+"""One layer of a Llama, forward and backward by hand, for frozen weights: only gradients of inputs are computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from finetrace.attention import grouped, grouped_backward
+from finetrace.collection.fused_group import Group, record
+from finetrace.collection.fused_layout import Layout, Pair, matched
+from finetrace.collection.fused_parts import Norm, Shape, Workspace, rotate, swiglu
+from finetrace.collection.hooks import GradientRecorder
+
+
+@dataclass(frozen=True)
+class Place:
+    """What all layers of a batch share.
+
+    Attributes:
+        layout: Of the rows.
+        bias: (r T, T) zero where a query sees a key, else minus infinity.
+        forward: cos and sin of the rotation of every forward row, (F, 1, D / 2) each.
+        backward: cos and sin of the rotation back at every place of an example, (T, 1, D / 2) each, times the scale of
+            attention's inner products.
+        workspace: For what the backward pass needs.
+    """
+
+    layout: Layout
+    bias: Tensor
+    forward: tuple[Tensor, Tensor]
+    backward: tuple[Tensor, Tensor]
+    workspace: Workspace
+
+
+@dataclass
+class Kept:
+    """What a layer's backward pass needs; `from_row` is the first forward row of everything after attention."""
+
+    x: Tensor
+    scales: Tensor
+    low: Tensor | None
+    attention: tuple[Tensor, Tensor, Tensor, Tensor]
+    from_row: int
+    attended: Tensor
+    out_low: Tensor | None
+    middle: Tensor
+    middle_scales: Tensor
+    gate_low: Tensor | None
+    up_low: Tensor | None
+    by_gate: Tensor
+    by_up: Tensor
+    product: Tensor | None
+    down_low: Tensor | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The weights of one layer.
+
+    Attributes:
+        number: Of the layer, for the names of its memory.
+        shape: Of its attention.
+        before, between: Norms before attention and before the perceptron.
+        qkv, out, gate, up, down: Linear maps.
+    """
+
+    number: int
+    shape: Shape
+    before: Norm
+    between: Norm
+    qkv: Group
+    out: Group
+    gate: Group
+    up: Group
+    down: Group
+
+    def forward(self, x: Tensor, place: Place, from_row: int, keep: bool) -> tuple[Tensor, Kept | None]:
+        """The layer's output for the forward rows from `from_row` on, and what `backward` needs."""
+        layout, dtype = place.layout, self.qkv.weight.dtype
+        name = f"{self.number}" if keep else "passing"
+
+        def room(what: str, rows: int, columns: int, kind: torch.dtype = dtype) -> Tensor:
+            return place.workspace.take(f"{what} {name}", (rows, columns), kind)
+
+        scales = self.before.scales(x)
+        normed = self.before.forward(x, scales)
+        qkv = place.workspace.take("qkv", (len(x), len(self.qkv.weight)), dtype)
+        low = self.qkv.forward(normed.to(dtype), normed, qkv)
+        attention, result = self._attend(qkv, place, name)
+        attended = result.index_select(0, layout.places[from_row:])  # (F', H D)
+        rows = len(attended)
+        added = place.workspace.take("added", (rows, x.shape[1]), dtype)
+        out_low = self.out.forward(attended, attended, added)
+        middle = torch.add(x[from_row:], added, out=room("middle", rows, x.shape[1], x.dtype))
+        middle_scales = self.between.scales(middle)
+        normed = self.between.forward(middle, middle_scales)
+        narrow = normed.to(dtype)
+        gate, up = (place.workspace.take(what, (rows, len(self.gate.weight)), dtype) for what in ("gate", "up"))
+        gate_low, up_low = self.gate.forward(narrow, normed, gate), self.up.forward(narrow, normed, up)
+        by_gate, by_up = (room(what, rows, gate.shape[1]) for what in ("by gate", "by up"))
+        product = swiglu(gate, up, by_gate, by_up, self.gate.wide)
+        down_low = self.down.forward(product, product, added)
+        passed = place.workspace.take(f"x {self.number + 1 if keep else self.number % 2}", middle.shape, x.dtype)
+        torch.add(middle, added, out=passed)
+        if not keep:
+            return passed, None
+        return passed, Kept(
+            x, scales, low, attention, from_row, attended, out_low, middle, middle_scales, gate_low, up_low,
+            by_gate, by_up, product.clone() if self.down.watched else None, down_low,
+        )  # fmt: skip
+
+    def _attend(self, qkv: Tensor, place: Place, name: str) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """Query, key, value and weights of all groups, and (B T, H D) results."""
+        layout, shape = place.layout, self.shape
+        count, width = layout.count, layout.width
+        rotate(qkv, shape, place.forward)
+        spread = layout.spread(qkv).view(count, width, -1, shape.width).transpose(1, 2)  # (B, H + 2 G, T, D)
+        parts = spread.split((shape.heads, shape.groups, shape.groups), 1)
+        grouped_parts = []
+        for what, part in zip("qkv", parts, strict=True):
+            held = place.workspace.take(f"{what} {name}", part.shape, part.dtype)
+            grouped_parts.append(held.copy_(part).view(count * shape.groups, -1, shape.width))
+        query, key, value = grouped_parts
+        result, weights = grouped(query, key, value, place.bias, shape.width**-0.5)
+        result = result.view(count, shape.heads, width, shape.width).transpose(1, 2).reshape(count * width, -1)
+        return (query, key, value, weights), result
+
+    def backward(
+        self, grad: Tensor, kept: Kept, place: Place, recorder: GradientRecorder, pairs: tuple[Pair, ...], lowest: bool
+    ) -> None:
+        """Turn `grad` (N, d) of the layer's output into that of its input, in place, and record what is tracked.
+
+        `pairs` say which rows of `grad`, the last ones or all, come from the output; the lowest layer's input has no gradient.
+        """
+        layout = place.layout
+        rows = grad[len(grad) - pairs[-1].grads.stop :]
+        self._perceptron(rows, kept, place, recorder, pairs)
+        deltas = rows.to(self.out.weight.dtype)
+        low = self.out.low_deltas(deltas)
+        if self.out.watched:
+            inputs = _spread(kept.attended, layout, kept.from_row).to(self.out.wide)
+            self._record(self.out, kept, kept.out_low, layout, recorder, inputs, deltas, low)
+        attended = self._unattend(layout.scatter(self.out.backward(deltas, low)), kept, place)  # (B, T, out)
+        small: Tensor | None = None
+        if self.qkv.watched or self.qkv.down is not None:
+            wide = attended.to(self.qkv.wide)
+            small = self.qkv.low_deltas(wide)  # (B, T, r)
+        if self.qkv.watched:
+            normed = self.before.forward(kept.x, kept.scales) if self.qkv.sees_inputs else kept.x[:, :0]
+            record(self.qkv, recorder, layout, layout.spread(normed), kept.low, wide, wide if small is None else small)
+        if not lowest:
+            packed = small.flatten(0, 1).index_select(0, layout.carrying) if small is not None else None
+            found = self.qkv.backward(attended.flatten(0, 1).index_select(0, layout.carrying), packed)
+            self.before.backward(grad, found, kept.x, kept.scales, layout.whole)
+
+    def _record(
+        self,
+        group: Group,
+        kept: Kept,
+        low: Tensor | None,
+        layout: Layout,
+        recorder: GradientRecorder,
+        inputs: Tensor,
+        deltas: Tensor,
+        low_deltas: Tensor | None,
+    ) -> None:
+        """Record what is tracked of a map after attention, from (N', out) and (N', r) gradients."""
+        if not group.watched:
+            return
+        ranks = _whole(low, kept.from_row)
+        whole = layout.scatter(deltas).to(group.wide)
+        record(
+            group, recorder, layout, inputs, ranks, whole, whole if low_deltas is None else layout.scatter(low_deltas)
+        )
+
+    def _perceptron(
+        self, grad: Tensor, kept: Kept, place: Place, recorder: GradientRecorder, pairs: tuple[Pair, ...]
+    ) -> None:
+        """Carry `grad` to the input of the second norm."""
+        layout, dtype = place.layout, self.gate.weight.dtype
+        deltas = grad.to(dtype)
+        low = self.down.low_deltas(deltas)
+        inner = self.down.backward(deltas, low)  # (N, m)
+        if kept.product is not None:
+            inputs = _spread(kept.product, layout, kept.from_row).to(self.down.wide)
+            self._record(self.down, kept, kept.down_low, layout, recorder, inputs, deltas, low)
+        by_gate, by_up = (place.workspace.take(what, inner.shape, dtype) for what in ("gate", "up"))
+        for a, b, d, g, u in matched(pairs, (by_gate, by_up, inner), (kept.by_gate, kept.by_up)):
+            torch.mul(d, g, out=a)
+            torch.mul(d, u, out=b)
+        gate_low, up_low = self.gate.low_deltas(by_gate), self.up.low_deltas(by_up)
+        if self.gate.watched or self.up.watched:
+            inputs = _spread(self.between.forward(kept.middle, kept.middle_scales), layout, kept.from_row)
+            for group, mine, its_low, small in (
+                (self.gate, by_gate, kept.gate_low, gate_low),
+                (self.up, by_up, kept.up_low, up_low),
+            ):
+                self._record(group, kept, its_low, layout, recorder, inputs, mine, small)
+        found = self.up.backward(by_up, up_low, self.gate.backward(by_gate, gate_low))
+        self.between.backward(grad, found, kept.middle, kept.middle_scales, pairs)
+
+    def _unattend(self, grad: Tensor, kept: Kept, place: Place) -> Tensor:
+        """(B, T, (H + 2 G) D) gradients of queries, keys and values before rotation from (B, T, H D) of the results."""
+        layout, shape = place.layout, self.shape
+        count, width = layout.count, layout.width
+        query, key, value, weights = kept.attention
+        above = grad.view(count, width, shape.heads, shape.width).transpose(1, 2).reshape(query.shape)
+        found = grouped_backward(above, query, key, value, weights, 1.0)  # rotating back also scales
+        joined = place.workspace.take("joined", (count, width, shape.heads + 2 * shape.groups, shape.width), grad.dtype)
+        parts = joined.split((shape.heads, shape.groups, shape.groups), 2)
+        for part, each in zip(parts, found, strict=True):
+            part.copy_(each.view(count, -1, width, shape.width).transpose(1, 2))
+        joined = joined.view(count, width, -1)
+        rotate(joined, shape, place.backward)
+        return joined
+
+
+def _whole(values: Tensor | None, from_row: int) -> Tensor | None:
+    """Forward rows from `from_row` on, with zeros for those before."""
+    if values is None or from_row == 0:
+        return values
+    return torch.cat([values.new_zeros(from_row, values.shape[1]), values])
+
+
+def _spread(values: Tensor, layout: Layout, from_row: int) -> Tensor:
+    whole = _whole(values, from_row)
+    assert whole is not None
+    return layout.spread(whole)
