@@ -138,7 +138,9 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
         for edge in _edges(positions):
             axis.axvline(edge, color="white", linewidth=2)
         top = axis.secondary_xaxis("top")
-        top.set_xticks(*_names(positions, True, len(positions)), fontsize=7, rotation=30, ha="left", rotation_mode="anchor")
+        top.set_xticks(
+            *_names(positions, True, len(positions)), fontsize=7, rotation=30, ha="left", rotation_mode="anchor"
+        )
         top.tick_params(length=0)
         top.set_xlabel("tokens of the loss (@128: padded to 128; start: before fine-tuning)", fontsize=8)
         axis.set_xlabel("layers", fontsize=8)

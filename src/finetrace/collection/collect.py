@@ -46,7 +46,7 @@ class Collector:
     tracking: Tracking
     representations: tuple[Representation, ...] = DEFAULT_REPRESENTATIONS
     batch_tokens: int = 2048
-    fused: bool | None = False
+    fused: bool | None = None
 
     @property
     def dtype(self) -> torch.dtype:
