@@ -12,6 +12,7 @@ import argparse
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import inputs
@@ -76,7 +77,7 @@ def once(run: Run, given: inputs.Inputs, args: argparse.Namespace) -> Run:
     """Run a tool once; the same run, with the reason where it failed."""
     python = Path(sys.executable) if run.tool == OURS else args.environments.resolve() / run.tool / "bin" / "python"
     if not python.exists():
-        return Run(**{**vars(run), "failed": f"not installed: there is no {python}"})
+        return replace(run, failed=f"not installed: there is no {python}")
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "result.json").unlink(missing_ok=True)
     command = [str(python), str(HERE / f"with_{run.tool}.py"), *(["--tuned"] if run.tuned else [])]
@@ -89,12 +90,12 @@ def once(run: Run, given: inputs.Inputs, args: argparse.Namespace) -> Run:
         try:
             code = subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=args.limit).returncode
         except subprocess.TimeoutExpired:
-            return Run(**{**vars(run), "failed": f"ended after {args.limit} s"})
+            return replace(run, failed=f"ended after {args.limit} s")
     if code == CANNOT:
-        return Run(**{**vars(run), "failed": f"cannot: {run.found['cannot']}"})
+        return replace(run, failed=f"cannot: {run.found['cannot']}")
     if code:
         last = (run.folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-1:]
-        return Run(**{**vars(run), "failed": f"failed with status {code}: {''.join(last)[:200]}"})
+        return replace(run, failed=f"failed with status {code}: {''.join(last)[:200]}")
     return run
 
 

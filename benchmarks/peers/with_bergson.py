@@ -14,9 +14,7 @@ without a fused kernel, and all queries preconditioned at once.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -119,11 +117,8 @@ def main() -> None:
     meter = Meter()
     leave_out_loading(meter)
     with tempfile.TemporaryDirectory() as folder:
-        with suppress(OSError):
-            os.chdir(folder)  # where it keeps a cache of its own
         commands = Commands(job, Path(folder))
         scores = commands.gradients(meter) if job.work == "gradients" else commands.ekfac(meter)
-        os.chdir(job.out)
     job.save(meter, scores, TUNED if job.tuned else DOCUMENTED, ("bergson",))
 
 
