@@ -74,6 +74,7 @@ class Job:
         np.save(self.out / "scores.npy", np.asarray(scores, dtype=np.float64))
         found = {
             "seconds": meter.seconds,
+            "cpu_seconds": meter.cpu,
             "peak_mb": meter.peak / 2**20,
             "how": how,
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", *packages)},
@@ -96,11 +97,13 @@ class Meter:
 
     Attributes:
         seconds: By stage, wall-clock.
+        cpu: Of all stages, processor time of all threads, which a busy machine disturbs less.
         peak: Bytes of resident memory, model included.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu = 0.0
         self.peak = 0
         self._aside = 0.0
 
@@ -108,18 +111,20 @@ class Meter:
     def stage(self, name: str) -> Iterator[None]:
         """Time what is done while open."""
         _forget_peak()
-        self._aside, started = 0.0, time.perf_counter()
+        self._aside, started, before = 0.0, time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = time.perf_counter() - started - self._aside
+        self.cpu += time.process_time() - before
         self.peak = max(self.peak, _peak())
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Part of a stage that does not count: a model being loaded, which other tools have done before the clock starts."""
         self.peak = max(self.peak, _peak())
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         yield
         self._aside += time.perf_counter() - started
+        self.cpu -= time.process_time() - before
         _forget_peak()
 
 

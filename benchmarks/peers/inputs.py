@@ -1,9 +1,14 @@
-"""What every tool is given: the embedded model's folder, an adapter, and the rows of the task `grammars` as token ids."""
+"""What every tool is given: the embedded model's folder, an adapter, and the rows of the task `grammars` as token ids.
+
+`python benchmarks/peers/inputs.py FOLDER ROWS QUERIES` makes them; `run.py` calls it, so that the process which waits for the
+tools holds no model.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from common import Row
@@ -15,20 +20,14 @@ from finetrace.finetuning import finetune, finished
 from finetrace.models import ModelSpec, embedded_folder, load
 from finetrace.tasks import build
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """Where the inputs are, and how many tokens the rows have."""
-
-    model: Path
-    adapter: Path
-    rows: Path
-    queries: Path
-    tokens: int
+ABOUT = "inputs.json"
 
 
-def make(folder: Path, rows: int, queries: int) -> Inputs:
-    """Write the inputs of so many rows and queries into `folder`; an adapter that is there is used again."""
+def make(folder: Path, rows: int, queries: int) -> None:
+    """Write the inputs of so many rows and queries into `folder`; an adapter that is there is used again.
+
+    `inputs.json` says where they are, and how many tokens the rows have.
+    """
     task = build("grammars")
     train = task.train[:rows]
     asked = task.queries[:: max(1, len(task.queries) // queries)][:queries]  # they stand class by class
@@ -41,8 +40,14 @@ def make(folder: Path, rows: int, queries: int) -> Inputs:
     encoded = [_row(encoder, example) for example in train]
     _write(folder / "rows.jsonl", encoded)
     _write(folder / "queries.jsonl", [_row(encoder, example) for example in asked])
-    tokens = sum(len(row.input_ids) for row in encoded)
-    return Inputs(embedded_folder(), adapter, folder / "rows.jsonl", folder / "queries.jsonl", tokens)
+    about = {
+        "model": str(embedded_folder()),
+        "adapter": str(adapter),
+        "rows": str(folder / "rows.jsonl"),
+        "queries": str(folder / "queries.jsonl"),
+        "tokens": sum(len(row.input_ids) for row in encoded),
+    }
+    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def _row(encoder: Encoder, example: Example) -> Row:
@@ -60,3 +65,7 @@ def _name_base(adapter: Path, base: Path) -> None:
     path = adapter / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps({**config, "base_model_name_or_path": str(base)}, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -9,13 +9,14 @@ included. Prints a table in Markdown a work and precision, with the agreement of
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-import inputs
 import numpy as np
 from common import CANNOT, WORKS
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ from table import OURS, Run, configurations, table
 
 HERE = Path(__file__).resolve().parent
 PEERS = ("kronfluence", "dattri", "bergson")
+Inputs = dict[str, Any]  # of `inputs.py`: model, adapter, rows, queries, tokens
 
 
 def main() -> None:
@@ -41,7 +43,7 @@ def main() -> None:
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    given = inputs.make(out, args.rows, args.queries)
+    given = make_inputs(out, args.rows, args.queries)
     tools = [(OURS, False), *((tool, tuned) for tool in args.tools for tuned in (False, True))]
     runs: list[Run] = []
     for number in range(args.rounds):
@@ -52,7 +54,7 @@ def main() -> None:
                     runs.append(once(Run(tool, tuned, work, dtype, folder), given, args))
                     print(f"round {number + 1}: {describe(runs[-1])}", file=sys.stderr, flush=True)
     print(
-        f"{args.rows} rows ({given.tokens:,} tokens), {args.queries} queries, {args.threads} threads, "
+        f"{args.rows} rows ({given['tokens']:,} tokens), {args.queries} queries, {args.threads} threads, "
         f"medians of {args.rounds} rounds\n"
     )
     for dtype in args.dtype:
@@ -62,7 +64,13 @@ def main() -> None:
     print("\n".join(configurations(runs)))
 
 
-def exact(runs: list[Run], work: str, given: inputs.Inputs, args: argparse.Namespace) -> NDArray[np.float64]:
+def make_inputs(out: Path, rows: int, queries: int) -> Inputs:
+    """What every tool is given, made in a process of its own."""
+    subprocess.run([sys.executable, str(HERE / "inputs.py"), str(out), str(rows), str(queries)], check=True)
+    return json.loads((out / "inputs.json").read_text(encoding="utf-8"))
+
+
+def exact(runs: list[Run], work: str, given: Inputs, args: argparse.Namespace) -> NDArray[np.float64]:
     """finetrace's scores in float32, from a run of its own where the rounds had none."""
     wanted = (OURS, work, "float32", "")
     for run in runs:
@@ -73,7 +81,7 @@ def exact(runs: list[Run], work: str, given: inputs.Inputs, args: argparse.Names
     return run.scores
 
 
-def once(run: Run, given: inputs.Inputs, args: argparse.Namespace) -> Run:
+def once(run: Run, given: Inputs, args: argparse.Namespace) -> Run:
     """Run a tool once; the same run, with the reason where it failed."""
     python = Path(sys.executable) if run.tool == OURS else args.environments.resolve() / run.tool / "bin" / "python"
     if not python.exists():
@@ -82,7 +90,7 @@ def once(run: Run, given: inputs.Inputs, args: argparse.Namespace) -> Run:
     (run.folder / "result.json").unlink(missing_ok=True)
     command = [str(python), str(HERE / f"with_{run.tool}.py"), *(["--tuned"] if run.tuned else [])]
     for name in ("model", "adapter", "rows", "queries"):
-        command += [f"--{name}", str(getattr(given, name))]
+        command += [f"--{name}", str(given[name])]
     command += ["--work", run.work, "--dtype", run.dtype, "--threads", str(args.threads), "--out", str(run.folder)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(args.threads))

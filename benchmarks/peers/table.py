@@ -66,24 +66,26 @@ def table(runs: Sequence[Run], work: str, dtype: str, exact: NDArray[np.float64]
     ours = groups[OURS, False]
     if any(run.failed for run in ours):
         return [f"finetrace did not finish: {next(run.failed for run in ours if run.failed)}"]
-    base = statistics.median(run.total for run in ours)
+    base, base_cpu = statistics.median(run.total for run in ours), _cpu(ours)
     against = "" if dtype == "float32" else " | with float32"
     lines = [
-        f"| tool | collection s | scoring s | total s | times finetrace | peak MB | Spearman with finetrace{against} |",
-        "|---|---|---|---|---|---|---|" + ("---|" if against else ""),
+        "| tool | collection s | scoring s | total s | CPU s | times finetrace, by CPU | peak MB | "
+        f"Spearman with finetrace{against} |",
+        "|---|---|---|---|---|---|---|---|" + ("---|" if against else ""),
     ]
     for (tool, tuned), members in groups.items():
         name = tool if tool == OURS else f"{tool}, {'tuned' if tuned else 'as documented'}"
         reason = next((run.failed for run in members if run.failed), "")
         if reason:
-            lines.append(f"| {name} | {reason.replace('|', '/')} |" + " |" * (6 if against else 5))
+            lines.append(f"| {name} | {reason.replace('|', '/')} |" + " |" * (7 if against else 6))
             continue
         total = statistics.median(run.total for run in members)
         cells = [
             name,
             *(_stage(members, stage) for stage in ("collection", "scoring")),
             f"{total:.1f}",
-            f"{total / base:.2f}",
+            f"{_cpu(members):.1f}",
+            f"{total / base:.2f}, {_cpu(members) / base_cpu:.2f}",
             f"{statistics.median(run.found['peak_mb'] for run in members):,.0f}",
             "" if tool == OURS else agreement(members[0].scores, ours[0].scores),
         ]
@@ -91,6 +93,10 @@ def table(runs: Sequence[Run], work: str, dtype: str, exact: NDArray[np.float64]
             cells.append(agreement(members[0].scores, exact))
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _cpu(runs: Sequence[Run]) -> float:
+    return statistics.median(run.found["cpu_seconds"] for run in runs)
 
 
 def _stage(runs: Sequence[Run], name: str) -> str:
