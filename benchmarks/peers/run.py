@@ -40,6 +40,9 @@ def main() -> None:
     parser.add_argument("--environments", type=Path, default=HERE.parents[1] / "build" / "peers")
     parser.add_argument("--out", type=Path, default=HERE.parents[1] / "build" / "peers-runs")
     parser.add_argument("--limit", type=int, default=3600, help="seconds after which one run is ended")
+    parser.add_argument(
+        "--keep", action="store_true", help="take runs from --out that are there already, after a run cut short"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -86,6 +89,8 @@ def once(run: Run, given: Inputs, args: argparse.Namespace) -> Run:
     python = Path(sys.executable) if run.tool == OURS else args.environments.resolve() / run.tool / "bin" / "python"
     if not python.exists():
         return replace(run, failed=f"not installed: there is no {python}")
+    if args.keep and (run.folder / "result.json").exists():
+        return replace(run, failed=f"cannot: {run.found['cannot']}") if "cannot" in run.found else run
     run.folder.mkdir(parents=True, exist_ok=True)
     (run.folder / "result.json").unlink(missing_ok=True)
     command = [str(python), str(HERE / f"with_{run.tool}.py"), *(["--tuned"] if run.tuned else [])]
