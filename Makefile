@@ -7,7 +7,7 @@ MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info.minor)')
 LOCK := requirements/$(if $(filter 10,$(MINOR)),lock-3.10.txt,lock.txt)
 STAMP := $(VENV)/installed
 
-.PHONY: demo demo-full test test-slow lint format docs bench lock clean
+.PHONY: demo demo-full test test-slow lint format docs bench peers lock clean
 
 demo: $(STAMP)  ## the main job on the embedded model, small set: under five minutes on two cores
 	$(BIN)/finetrace demo --small
@@ -38,6 +38,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/collection.py
 	$(BIN)/python benchmarks/fidelity.py
 	$(BIN)/python benchmarks/scoring.py
+
+peers: $(STAMP)  ## the same work with kronfluence, dattri and bergson, each in an environment of its own
+	PYTHON=$(PYTHON) sh benchmarks/peers/install.sh build/peers
+	$(BIN)/python benchmarks/peers/run.py
 
 # torch comes first and pinned, so that no other package pulls another build of it; the embedded model's wheel comes
 # without its dependencies, which would compile an engine that is not used. So do curvlinops and mlxtend: torchvision, which
