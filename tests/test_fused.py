@@ -148,7 +148,7 @@ def assert_equal_sums(found: FactorSums, expected: FactorSums) -> None:
 
 
 @pytest.mark.parametrize("labels", ["model", "data"])
-def test_projected_gradients_and_their_factors(labels: Any) -> None:
+def test_projected_gradients_and_their_factors(labels: Any, passes: list[int]) -> None:
     model, items = with_lora(make_llama()), ITEMS["a common opening"]
     for text in ("two-sided:3x4", "rademacher:5"):
         tracking, found = track(model, None, Projection.parse(text)), []
@@ -156,6 +156,8 @@ def test_projected_gradients_and_their_factors(labels: Any) -> None:
             collector = Collector(model, tracking, (), 120, fused=fused)
             sums = collector.factor_sums(labels) if text.startswith("two") else None
             found.append((collector.collect(items, names(items), factors=sums), sums))
+        assert sum(passes) == len(items)
+        passes.clear()
         assert relative_error(found[1][0].gradients, found[0][0].gradients) < 1e-10
         if sums is not None and found[0][1] is not None:
             assert_equal_sums(sums, found[0][1])
@@ -171,7 +173,7 @@ def test_a_layer_that_is_called_twice_adds_up(passes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("where", [[3, 9], [2], [11, 4, 5]])
-def test_losses_on_any_tokens(where: list[int]) -> None:
+def test_losses_on_any_tokens(where: list[int], passes: list[int]) -> None:
     """Before the last prompt's end, with gaps, in the common opening: as later turns, or other positions, have them."""
     model, items = with_lora(make_llama()), []
     for item in ITEMS["a common opening"]:
@@ -179,6 +181,7 @@ def test_losses_on_any_tokens(where: list[int]) -> None:
         weights[where] = 1 / len(where)
         items.append(replace(item, weights=weights))
     general, fused = both(model, items, None, tuple(Representation(-1, pooling) for pooling in POOLINGS), 120)
+    assert sum(passes) == len(items)
     assert relative_error(fused.gradients, general.gradients) < 1e-10
     for key, values in general.representations.items():
         assert relative_error(fused.representations[key], values) < 1e-10
@@ -189,9 +192,9 @@ def test_single_precision_is_as_near_as_the_general_pass(passes: list[int]) -> N
     exact, _ = both(model, items)
     general, fused = both(model.float(), items)
     assert fused.gradients.dtype == torch.float32
-    assert relative_error(fused.gradients.double(), exact.gradients) < 1e-4
-    assert relative_error(fused.gradients, general.gradients) < 1e-4
-    assert relative_error(fused.losses, general.losses) < 1e-5
+    assert relative_error(fused.gradients.double(), exact.gradients) < 1e-5
+    assert relative_error(fused.gradients, general.gradients) < 1e-5
+    assert relative_error(fused.losses, general.losses) < 1e-6
 
 
 def test_half_precision_is_as_near_as_the_general_pass(passes: list[int]) -> None:
@@ -202,7 +205,7 @@ def test_half_precision_is_as_near_as_the_general_pass(passes: list[int]) -> Non
     assert len(passes) == 3  # with double precision, with half, and where the choice was left to the collector
     assert torch.equal(chosen.gradients, fused.gradients)
     errors = [(each.gradients.double() - exact.gradients).norm() for each in (general, fused)]
-    assert errors[1] < 1.5 * errors[0]
+    assert errors[1] < 1.25 * errors[0]
 
 
 def test_rows_of_the_layout() -> None:
@@ -264,12 +267,13 @@ def test_what_is_not_known_goes_the_general_way(build: Any, modules: Any) -> Non
     assert Fused.of(model, track(model, modules)) is None
 
 
-def test_the_same_batch_again_starts_above_what_is_frozen() -> None:
+def test_the_same_batch_again_starts_above_what_is_frozen(passes: list[int]) -> None:
     model = with_lora(make_llama(layers=3), layers_to_transform=[2])
     items = ITEMS["a common opening"]
     forget()
     collector = Collector(model, track(model), batch_tokens=120, fused=True)
     first, again = (collector.collect(items, names(items)) for _ in range(2))
+    assert sum(passes) == 2 * len(items)
     assert torch.equal(first.gradients, again.gradients)
     general = Collector(model, track(model), batch_tokens=120).collect(items, names(items))
     assert relative_error(again.gradients, general.gradients) < 1e-10
