@@ -8,6 +8,7 @@ from torch import Tensor
 
 from finetrace.curvature.conjugate_gradients import IterativeStream
 from finetrace.curvature.dual import DualStream
+from finetrace.curvature.lissa import SeriesStream, largest_eigenvalues
 from finetrace.curvature.nystroem import nystroem
 from finetrace.curvature.primal import PrimalStream
 from finetrace.curvature.refinement import Solution, refined
@@ -93,3 +94,36 @@ def test_a_solver_that_is_wrong_is_found_out(wrong: float) -> None:
     vectors = torch.randn(2, 57, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     with pytest.raises(FinetraceError, match="not the tolerance"):
         refined(at, damping, vectors, lambda left: wrong * left, 1e-6, Solution("cg"))
+
+
+@pytest.mark.parametrize("vectors", [1, 8])
+def test_largest_eigenvalues_are_found_in_passes(vectors: int) -> None:
+    """Of segments wider and narrower than the basis, and of one whose gradients are all zero."""
+    at = rows(torch.float64)
+    at.train[:, 12:20] = 0
+    at = HeldRows(at.train, [slice(0, 12), slice(12, 20), slice(20, 52), slice(52, 57)], step=7)
+    wanted = torch.stack([torch.linalg.eigvalsh(at.train[:, s].T @ at.train[:, s] / 30)[-1] for s in at.segments])
+    found = largest_eigenvalues(at, vectors)
+    assert float(found[1]) == 0
+    assert bool((found >= wanted * (1 - 1e-12)).all())
+    assert bool((found <= wanted * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_a_streamed_series_is_its_definition(released: bool) -> None:
+    """Five steps with d x d matrices written out; a segment without damping has no score."""
+    at = rows(torch.float64)
+    damping = torch.tensor([0.3, 0.02, 0.0], dtype=torch.float64)
+    vectors = torch.randn(4, 57, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    largest = largest_eigenvalues(at)
+    made = SeriesStream.released(at, damping, 5) if released else SeriesStream.of(at, damping, largest, 5)
+    found = made.apply(vectors)
+    for k, s in enumerate(at.segments):
+        part, v = at.train[:, s], vectors[:, s]
+        fisher, eye = part.T @ part / 30, torch.eye(part.shape[1], dtype=torch.float64)
+        sigma = 1000.0 if released else float(damping[k] + largest[k])
+        r = v
+        for _ in range(5):
+            r = v + r - r @ (fisher - damping[k] * eye if released else fisher + damping[k] * eye) / sigma
+        wanted = (r if released else r / sigma) * (damping[k] > 0)
+        assert torch.allclose(found[:, s], wanted, rtol=1e-11, atol=1e-13)

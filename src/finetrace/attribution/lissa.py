@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
+from torch import Tensor
 
 from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, ScopedMethod
 from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
+from finetrace.attribution.streamed_gradient import StreamedMethod
+from finetrace.attribution.streaming import Pass
 from finetrace.curvature import Damping, DampingRule, InverseCurvature, LiSSA, Products, ReleasedLiSSA
+from finetrace.curvature.lissa import SUBSPACE, SeriesStream, largest_eigenvalues
+from finetrace.curvature.streamed import Streamed
 from finetrace.moments import At
 
 
 @register("lissa")
 @dataclass(frozen=True)
-class LiSSAMethod(ScopedMethod):
+class LiSSAMethod(ScopedMethod, StreamedMethod):
     """LiSSA: r_0 = v, r_t = v + r_(t-1) - (H + lambda I) r_(t-1) / sigma; the score is r_T . g / sigma.
 
     H = G^T G / n and sigma is the largest eigenvalue of H + lambda I, so more iterations come nearer to `exact`.
@@ -34,6 +39,7 @@ class LiSSAMethod(ScopedMethod):
     loss_on: str = ""
     layers: str = "all"
     at: At = ""
+    query_bytes: ClassVar[int] = 64
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """T terms of the Neumann series."""
@@ -44,3 +50,16 @@ class LiSSAMethod(ScopedMethod):
     def held_bytes(self, problem: Problem) -> int:
         """With Gram matrices, on which it iterates."""
         return held(problem, gram=True)
+
+    def operator(self, at: Pass) -> Streamed:
+        """A pass a step; the largest eigenvalues, which take some passes more, are kept in the index."""
+        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        if self.recurrence == "released":
+            return SeriesStream.released(at.rows, damping, self.iterations)
+        vectors = max(1, min(SUBSPACE, at.spare // (32 * sum(at.widths))))
+
+        def make() -> dict[str, Tensor]:
+            return {"largest": largest_eigenvalues(at.rows, vectors)}
+
+        found = at.problem.fetch_all("largest", at.rows.blocks, make, joint=at.rows.joint)
+        return SeriesStream.of(at.rows, damping, found["largest"], self.iterations)

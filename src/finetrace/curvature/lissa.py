@@ -7,7 +7,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from finetrace.curvature.passes import through_rows
 from finetrace.curvature.products import Products
+from finetrace.curvature.segments import reciprocal, spread
+from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.train_rows import TrainRows
+
+TOLERANCE = 1e-6  # relative, of the largest eigenvalue
+STEPS = 300  # of subspace iteration at most
+SUBSPACE = 8  # vectors
 
 
 class LiSSA:
@@ -106,7 +114,71 @@ class ReleasedLiSSA:
         return a, beta
 
 
-def largest_eigenvalue(matrix: Tensor, tolerance: float = 1e-6) -> float:
+class SeriesStream(Streamed):
+    """r_0 = v, r_t = v + keep r_(t-1) - step F r_(t-1), P v = out r_T with F = G^T G / n: a pass over the rows a step."""
+
+    passes = True
+
+    def __init__(self, rows: TrainRows, keep: Tensor, step: Tensor, out: Tensor, iterations: int) -> None:
+        """`keep`, `step` and `out` are (S,); a segment whose `out` is 0 is left out."""
+        self.rows = rows
+        self.iterations = iterations
+        self._keep, self._step, self._out = (spread(each.to(rows.device), rows.segments) for each in (keep, step, out))
+
+    @classmethod
+    def of(cls, rows: TrainRows, damping: Tensor, largest: Tensor, iterations: int) -> SeriesStream:
+        """`LiSSA`, with (S,) lambda and (S,) largest eigenvalues of F."""
+        inverse = reciprocal(damping + largest) * (damping > 0)
+        return cls(rows, 1 - damping * inverse, inverse, inverse, iterations)
+
+    @classmethod
+    def released(cls, rows: TrainRows, damping: Tensor, iterations: int, scale: float = 1000.0) -> SeriesStream:
+        """`ReleasedLiSSA`, with (S,) lambda."""
+        there = (damping > 0).double()
+        return cls(rows, 1 + damping / scale, there / scale, there, iterations)
+
+    def apply(self, vectors: Tensor) -> Tensor:
+        """(r, D) out r_T."""
+        wide = vectors.to(self.rows.device).double()
+        r = wide
+        for _ in range(self.iterations):
+            r = torch.addcmul(wide + self._keep * r, self._step, through_rows(self.rows, r), value=-1)
+        return self._out * r
+
+
+def largest_eigenvalues(rows: TrainRows, vectors: int = SUBSPACE) -> Tensor:
+    """(S,) `largest_eigenvalue` of every segment's G^T G / n by the same iteration, a pass over the rows a step, float64.
+
+    `vectors` are iterated on, fewer where a segment has fewer columns; the fewer, the more passes.
+    """
+    width = rows.segments[-1].stop
+    start = torch.randn(vectors, width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    basis = start.to(rows.device)
+    values, residuals = (torch.zeros(len(rows.segments), dtype=torch.float64) for _ in range(2))
+    for s in rows.segments:
+        basis[:, s] = _orthonormal(basis[:, s])
+    for _ in range(STEPS):
+        image = through_rows(rows, basis)
+        for k, s in enumerate(rows.segments):
+            found, rotation = torch.linalg.eigh(image[:, s] @ basis[:, s].T)
+            values[k] = found[-1].cpu()
+            top = rotation[:, -1]
+            residuals[k] = (top @ image[:, s] - found[-1] * (top @ basis[:, s])).norm().cpu()
+            basis[:, s] = _orthonormal(image[:, s])
+        if bool((residuals <= TOLERANCE * values).all()):
+            break
+    return values.clamp_min(0) + residuals
+
+
+def _orthonormal(vectors: Tensor) -> Tensor:
+    """(r, d) of the same span with orthonormal rows; where r > d, the last ones are zero."""
+    found = torch.zeros_like(vectors)
+    basis = torch.linalg.qr(vectors.T)[0].T  # (min(r, d), d)
+    found[: len(basis)] = basis
+    return found
+
+
+def largest_eigenvalue(matrix: Tensor, tolerance: float = TOLERANCE) -> float:
     """The largest eigenvalue of a positive semi-definite (n, n) matrix, from above to about a relative `tolerance`.
 
     Subspace iteration with Rayleigh and Ritz; the residual's norm, by which the value may be too small, is added. The
@@ -115,11 +187,11 @@ def largest_eigenvalue(matrix: Tensor, tolerance: float = 1e-6) -> float:
     n = len(matrix)
     if n <= 16:
         return max(0.0, float(torch.linalg.eigvalsh(matrix)[-1])) * (1 + tolerance)
-    start = torch.randn(n, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = torch.randn(n, SUBSPACE, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis = torch.linalg.qr(start.to(matrix.device))[0]
     value, residual = 0.0, 0.0
-    for _ in range(300):
-        image = matrix @ basis  # (n, 8)
+    for _ in range(STEPS):
+        image = matrix @ basis  # (n, r)
         values, rotation = torch.linalg.eigh(basis.T @ image)
         value = float(values[-1])
         residual = float((image @ rotation[:, -1] - values[-1] * (basis @ rotation[:, -1])).norm())
