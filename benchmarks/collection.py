@@ -2,7 +2,8 @@
 
 The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
 response positions alone. Floor and collection run in turn; the ratio is taken within each round. `--kronecker` times the
-index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries.
+index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries. Shares of the matrix rate are what
+the plain pass multiplies for unpadded tokens, a second, over the fastest of three products timed in the same round.
 """
 
 from __future__ import annotations
@@ -60,6 +61,36 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def operations(loaded: Loaded, items: list[Encoded]) -> float:
+    """Multiplications and additions of one plain pass over unpadded tokens, weights frozen: forward, and gradients of inputs.
+
+    Linear layers see every token, the head those that predict a response, attention half of all pairs. The backward pass of
+    a linear map is one product, that of attention's two products are four. LoRA's own products are left out.
+    """
+    config = loaded.model.config
+    linear = sum(
+        module.weight.numel()
+        for name, module in loaded.model.named_modules()
+        if isinstance(module, torch.nn.Linear) and "lora_" not in name and "lm_head" not in name
+    )
+    tokens, losses = sum(len(item.ids) for item in items), sum(int((item.weights > 0).sum()) for item in items)
+    pairs = sum(len(item.ids) ** 2 for item in items) / 2
+    width = config.num_attention_heads * getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    head = config.vocab_size * config.hidden_size
+    return 4.0 * (linear * tokens + head * losses) + 2.0 * (2 + 4) * width * pairs * config.num_hidden_layers
+
+
+def matrix_rate(dtype: torch.dtype) -> float:
+    """Operations a second of the fastest of three products: one as large as caches like, and two of the model's own."""
+    rates = []
+    for rows, inner, columns in ((2048, 2048, 2048), (2048, 576, 1536), (2048, 1536, 576)):
+        a, b = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
+        torch.mm(a, b.T)
+        spent = min(seconds(lambda a=a, b=b: torch.mm(a, b.T)) for _ in range(10))  # type: ignore[misc]
+        rates.append(2.0 * rows * inner * columns / spent)
+    return max(rates)
+
+
 def main() -> None:
     """Print one line a dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -95,14 +126,20 @@ def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int,
         *([lambda: index("model")] if kronecker else []),
     ]
     floor(loaded, items[:8], batch_tokens)  # warm up
-    times = [[seconds(work) for work in contenders] for _ in range(rounds)]
+    peak, times = [], []
+    for _ in range(rounds):
+        peak.append(matrix_rate(loaded.model.dtype))
+        times.append([seconds(work) for work in contenders])
+    needed = operations(loaded, items)
+    shares = [[needed / each[i] / rate for each, rate in zip(times, peak, strict=True)] for i in (0, 1)]
     base = statistics.median(each[0] for each in times)
     ratio, disk, *factors = ([each[i] / each[0] for each in times] for i in range(1, len(contenders)))
     fitted = "".join(f"; with EK-FAC's factors {_spread(each)}" for each in factors)
     return (
         f"{dtype}: floor {base:.2f} s ({sum(lengths) / base:.0f} tokens/s, {len(items)} rows, padding "
         f"{padded / sum(lengths) - 1:.1%}); collection / floor median {_spread(ratio)}; "
-        f"index on disk / floor median {_spread(disk)}{fitted}; "
+        f"index on disk / floor median {_spread(disk)}{fitted}; share of the matrix rate "
+        f"({statistics.median(peak) / 1e9:.0f} GFLOP/s): floor {_spread(shares[0])}, collection {_spread(shares[1])}; "
         f"{rounds} rounds, {torch.get_num_threads()} threads"
     )
 
