@@ -12,6 +12,7 @@ from finetrace.curvature.lissa import SeriesStream, largest_eigenvalues
 from finetrace.curvature.nystroem import nystroem
 from finetrace.curvature.primal import PrimalStream
 from finetrace.curvature.refinement import Solution, refined
+from finetrace.curvature.solvers import PASSES, choose
 from finetrace.curvature.streamed import Streamed
 from finetrace.curvature.train_rows import HeldRows
 from finetrace.errors import FinetraceError
@@ -127,3 +128,14 @@ def test_a_streamed_series_is_its_definition(released: bool) -> None:
             r = v + r - r @ (fisher - damping[k] * eye if released else fisher + damping[k] * eye) / sigma
         wanted = (r if released else r / sigma) * (damping[k] > 0)
         assert torch.allclose(found[:, s], wanted, rtol=1e-11, atol=1e-13)
+
+
+def test_the_cheapest_solver_counts_what_it_reads() -> None:
+    """A million rows, one query: iterations multiply less than a primal solve, and read the rows five times as often."""
+    wide, narrow = [4096] * 2, [64] * 16
+    assert choose(10**6, 1, narrow, 1 << 30, own=False) == "primal"
+    assert choose(10**6, 1, wide, 1 << 30, own=False) == "nystroem"
+    assert choose(10**6, 1, wide, 1 << 30, own=True) == "primal"
+    assert choose(100, 50, wide, 1 << 30, own=False) == "dual"
+    assert choose(10**6, 1, [10**5], 1 << 20, own=False) == "cg"
+    assert PASSES * 4 * 64 < 2 * 64**2  # by multiplications alone, iterations would win on narrow blocks

@@ -110,7 +110,8 @@ class Exact(ScopedMethod, StreamedMethod):
     def _solver(self, at: Pass) -> Solver:
         if self.solver != "auto":
             return self.solver
-        return choose(at.rows.n, at.problem.m, at.widths, at.spare, own=at.normalised)
+        stored = at.problem.index.row_blocks(1).dtype.itemsize
+        return choose(at.rows.n, at.problem.m, at.widths, at.spare, own=at.normalised, itemsize=stored)
 
     def _tolerance(self, problem: Problem) -> float:
         return self.tolerance or default_tolerance(problem.features.gradients.dtype)

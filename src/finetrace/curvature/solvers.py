@@ -14,6 +14,8 @@ DENSE_BYTES = 24  # an entry of a d x d matrix: sum, factor and what is added in
 DUAL_BYTES = 32  # an entry of an n x n one
 SKETCH_BYTES = 40  # an entry of a sketch: start, image, vectors and the steps between
 PASSES = 12  # what a preconditioned solve takes, about
+READS = {"dual": 4, "primal": 3, "iterated": PASSES + 2}  # of all rows: the matrix or sketch, solutions, their residuals
+OPERATIONS_A_BYTE = 25  # in the time of reading one: some 50 GFLOP/s of arithmetic beside 2 GB/s from a disk
 
 
 def packed(segments: Sequence[int], room: int) -> list[list[int]] | None:
@@ -38,18 +40,20 @@ def sketch_rank(segments: Sequence[int], n: int, room: int) -> int:
     return rank if rank >= 8 else 0
 
 
-def choose(n: int, m: int, segments: Sequence[int], room: int, *, own: bool) -> Solver:
+def choose(n: int, m: int, segments: Sequence[int], room: int, *, own: bool, itemsize: int = 4) -> Solver:
     """Which solver is the cheapest of those that fit `room` bytes.
 
     Operations of each, over all segments of width d, D in sum: dual 2 n^2 D, primal 2 n sum d^2, Nystroem about PASSES
-    times 4 m n D. `own`: the rows' own influence is wanted too, which iterations would have to solve row by row.
+    times 4 m n D; and what it reads, `READS` times n D entries of `itemsize` bytes, in operations. `own`: the rows' own
+    influence is wanted too, which iterations would have to solve row by row.
     """
     width = sum(segments)
-    iterated = PASSES * 4 * m * n * width if not own else float("inf")
+    reading = float(OPERATIONS_A_BYTE * n * width * itemsize)
+    iterated = PASSES * 4 * m * n * width + READS["iterated"] * reading if not own else float("inf")
     costs: list[tuple[float, Solver]] = []
     if DUAL_BYTES * n**2 <= room:
-        costs.append((2.0 * n**2 * width, "dual"))
+        costs.append((2.0 * n**2 * width + READS["dual"] * reading, "dual"))
     if packed(segments, room) is not None:
-        costs.append((2.0 * n * sum(d**2 for d in segments), "primal"))
+        costs.append((2.0 * n * sum(d**2 for d in segments) + READS["primal"] * reading, "primal"))
     costs.append((iterated, "nystroem" if sketch_rank(segments, n, room) else "cg"))
     return min(costs, key=lambda each: each[0])[1]
