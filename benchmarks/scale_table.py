@@ -12,8 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from finetrace.attribution.exact import Exact
+from finetrace.collection import Block
 from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, PASSES, SKETCH_BYTES, choose, packed, sketch_rank
 from finetrace.index.sizing import SHARD_BYTES
+from finetrace.index.sums import disk
 from finetrace.planning.cost import Shape
 from finetrace.planning.disk import factor_bytes
 from finetrace.units import duration, size
@@ -77,13 +79,14 @@ class Layout:
         name: As the tables say it.
         shape: Of a pass.
         drawn: Operations a token of projecting both sides, which `Shape` does not count.
-        names: Of columns.
+        shared: Sides of Kronecker factors that are another layer's too, as both see the same input.
     """
 
     name: str
     model: Architecture
     shape: Shape
     drawn: float = 0.0
+    shared: tuple[int, ...] = ()
 
     @property
     def widths(self) -> list[int]:
@@ -117,7 +120,8 @@ def lora(model: Architecture, rank: int = 4) -> Layout:
     tracked = [side for out, into in (q, v) for side in ((rank, into), (out, rank))] * model.layers
     added = sum(r * c for r, c in tracked)
     below = q[0] * q[1]  # the first query projection itself is registered before its A
-    return Layout(f"LoRA r={rank} on q, v", model, model.shape(below, added, model.layers, tracked))
+    shape = model.shape(below, added, model.layers, tracked)
+    return Layout(f"LoRA r={rank} on q, v", model, shape, shared=(model.hidden,) * model.layers)
 
 
 def two_sided(model: Architecture, k: int = 64) -> Layout:
@@ -244,13 +248,16 @@ def solved_words(layout: Layout, n: int, at: Machine, *, cosine: bool) -> str:
 
 
 def kronecker_words(layout: Layout, at: Machine, entry: int = 2) -> list[str]:
-    """Finished factors, what they add to the collection, decompositions, and sums of shards until they are finished."""
-    sides = layout.shape.tracked
+    """Finished factors, what they add to the collection, decompositions, and what lies on the disk until they are finished."""
+    tracked = layout.shape.tracked
     added = layout.shape.factors(1, at.tokens, at.loss_tokens, "model") / layout.operations(at.tokens, at.loss_tokens)
-    cubes = 10.0 * sum(r**3 + c**3 for r, c in sides)
-    one = 4 * sum(r * r + c * c for r, c in sides)
-    until = [size(shards(layout, n, entry)[0] * one + n * entry * layout.entries) for n in COUNTS]
-    return [size(factor_bytes(sides, 4)), f"+{added:.0%}", duration(cubes / at.eigen_tflops), size(one), *until]
+    cubes = 10.0 * (sum(r**3 + c**3 for r, c in tracked) - sum(side**3 for side in layout.shared))
+    finished = factor_bytes(tracked, 4) - 4 * sum(side**2 for side in layout.shared)
+    blocks = [Block("", sides, 0) for sides in tracked]
+    one = 4 * sum(r * r + c * c for r, c in tracked)
+    sampled = entry * layout.entries
+    until = [size(disk(blocks, shards(layout, n, entry)[0], 4) + n * sampled) for n in COUNTS]
+    return [size(finished), f"+{added:.0%}", duration(cubes / at.eigen_tflops), size(one), *until]
 
 
 def print_tables(at: Machine) -> None:

@@ -22,7 +22,7 @@ from finetrace.collection.modules import Tracking
 from finetrace.encoding import Encoded
 from finetrace.examples import Example
 from finetrace.fingerprint import of_data
-from finetrace.index import Index, factors, manifest, rows, shards
+from finetrace.index import Index, factors, manifest, rows, shards, sums
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord
 from finetrace.tracing import STANDARD, run_methods
 
@@ -96,16 +96,16 @@ def write_factors(index: Index) -> None:
     """Kronecker factors of random numbers, finished as collection leaves them."""
     tracking = Tracking((), index.blocks, {})
     for shard in index.manifest.shards:
-        sums = FactorSums(tracking, "model", torch.float32, torch.device("cpu"))
+        totals = FactorSums(tracking, "model", torch.float32, torch.device("cpu"))
         generator = torch.Generator().manual_seed(shard.start)
         for block in index.blocks:
-            for side, size in zip((sums.left, sums.right), block.matrix, strict=True):
+            for side, size in zip((totals.left, totals.right), block.matrix, strict=True):
                 tokens = torch.randn(4 * size, size, generator=generator)
                 side[block.name] += tokens.T @ tokens
-            sums.tokens[block.name] = 50 * (shard.stop - shard.start)
+            totals.tokens[block.name] = 50 * (shard.stop - shard.start)
         width = sum(block.size for block in index.blocks)
         sampled = random_features(shard.stop - shard.start, width, shard.start).gradients
-        factors.write_part(index.folder, sums, sampled, shard.start, index.manifest)
+        sums.write_part(index.folder, totals, sampled, shard, index.manifest)
     factors.finish(index.folder, index.manifest, "model")
 
 

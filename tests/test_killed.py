@@ -61,7 +61,7 @@ def assert_unfinished_or_whole(folder: Path, expected: dict[str, bytes]) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kronecker", [None, "data"])
+@pytest.mark.parametrize("kronecker", [None, "model", "data"])
 def test_killed_before_every_step(base_folder: Path, adapter_folder: Path, tmp_path: Path, kronecker: Any) -> None:
     """Before each change of the file system that Python makes; two shards."""
     given = {"base": str(base_folder), "adapter": str(adapter_folder), "rows": 5, "rows_per_shard": 3}

@@ -78,7 +78,11 @@ def test_counts_and_bytes_are_those_of_the_index(tiny_loaded, tmp_path, kronecke
     assert plan.disk.shards == bytes_in(tmp_path / "idx", "shards")
     assert plan.disk.adapter == bytes_in(tmp_path / "idx", "adapter")
     assert plan.disk.total == pytest.approx(bytes_in(tmp_path / "idx"), rel=0.01)
+    sides = sum(rows**2 + columns**2 for rows, columns in (block.matrix for block in index.blocks))
+    assert plan.summed == (0 if kronecker is None else 2 * 8 * sides)  # each shard's own, and folded
     if kronecker is not None:
+        sampled = 8 * 50 * sum(block.size for block in index.blocks) if kronecker == "model" else 0
+        assert plan.disk.parts == 3 * 8 * sides + sampled  # one part, and two running files while it is folded
         assert plan.disk.factors == pytest.approx(bytes_in(tmp_path / "idx", "factors"), rel=0.1)  # and their JSON
 
 

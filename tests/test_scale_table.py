@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from finetrace.attribution import make
-from finetrace.collection import track
+from finetrace.collection import Collector, track
 from finetrace.collection.modules import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.planning.cost import Shape
+from finetrace.planning.extrapolation import _shared
 from finetrace.planning.schedule import schedule
-from tiny import make_llama, with_lora
+from tiny import make_encoded, make_llama, names, with_lora
 
 PATH = Path(__file__).parent.parent / "benchmarks" / "scale_table.py"
 
@@ -44,6 +45,16 @@ def architecture(table, model):
         vocabulary=config.vocab_size,
         tied=config.tie_word_embeddings,
     )
+
+
+def test_layers_that_share_an_input_share_a_side_of_their_factors(table):
+    model = make_llama()
+    layout = table.lora(architecture(table, model), rank=2)
+    tuned = with_lora(model, rank=2, targets=("q_proj", "v_proj"))
+    collector = Collector(tuned, track(tuned), (), 1000)
+    sums, items = collector.factor_sums("data"), make_encoded([5, 9])
+    collector.collect(items, names(items), factors=sums)
+    assert _shared(sums) == list(layout.shared)
 
 
 @pytest.mark.parametrize("tied", [True, False])

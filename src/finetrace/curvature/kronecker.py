@@ -13,6 +13,13 @@ from finetrace.curvature.products import Gradients, Products
 from finetrace.curvature.streamed import Streamed
 
 
+def eigen(total: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """(d,) eigenvalues and (d, d) eigenvectors, as columns, of a (d, d) sum over tokens by their number, in float64."""
+    tokens = max(1, tokens)  # a layer that no token reached has zero sums, and any basis
+    values, vectors = torch.linalg.eigh(total.double() / tokens)
+    return values, vectors
+
+
 @dataclass(frozen=True, eq=False)
 class KroneckerBasis:
     """The eigenbasis Q_L x Q_R of one block's curvature, and its eigenvalues there.
@@ -36,10 +43,16 @@ class KroneckerBasis:
         The mean over examples of an example's summed outer products is (tokens / examples) x L kron R, with L and R the
         means over tokens.
         """
-        tokens = max(1, tokens)  # a layer that no token reached has zero sums, and any basis
-        left_values, left_basis = torch.linalg.eigh(left.double() / tokens)
-        right_values, right_basis = torch.linalg.eigh(right.double() / tokens)
-        values = left_values.clamp_min(0)[:, None] * right_values.clamp_min(0)[None, :] * (tokens / examples)
+        return cls.from_eigen(eigen(left, tokens), eigen(right, tokens), tokens, examples)
+
+    @classmethod
+    def from_eigen(
+        cls, left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], tokens: int, examples: int
+    ) -> KroneckerBasis:
+        """From what `eigen` makes of both sums."""
+        (left_values, left_basis), (right_values, right_basis) = left, right
+        share = max(1, tokens) / examples
+        values = left_values.clamp_min(0)[:, None] * right_values.clamp_min(0)[None, :] * share
         return cls(left_basis, right_basis, values, torch.zeros_like(values))
 
     def corrected(self, squares: Tensor) -> KroneckerBasis:

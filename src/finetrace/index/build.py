@@ -18,7 +18,7 @@ from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.index import factors, manifest, sizing
+from finetrace.index import factors, manifest, sizing, sums
 from finetrace.index.collecting import collect_shards
 from finetrace.index.lock import writing
 from finetrace.index.manifest import Manifest, left_out_sentence
@@ -131,7 +131,7 @@ def build_index(
     plan = planned(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
     need = size.disk(tracking)
     if kronecker is not None:
-        need += factors.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize)
+        need += sums.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize, engine.workers)
     if begin is not None:
         begin(plan, collector, encoded)
     make_folder(folder)

@@ -11,7 +11,7 @@ from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.index import factors, manifest
+from finetrace.index import factors, manifest, sums
 from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord
 from finetrace.index.work import Collected, Piece, ShardWork, collect_piece, sweep
 from finetrace.models import ModelSpec
@@ -33,7 +33,8 @@ def collect_shards(
 ) -> None:
     """Collect the shards and factor sums that are missing, in any order, and finish the factors.
 
-    The manifest notes each shard as soon as it is whole, so that a killed run goes on after those that are there.
+    The manifest notes each shard as soon as it is whole, so that a killed run goes on after those that are there; only then may
+    its sums be folded.
 
     Args:
         folder: The index; this process holds its lock.
@@ -49,13 +50,18 @@ def collect_shards(
     done = {shard.start: shard for shard in started.shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
+    running = sums.Running(folder, started, unfitted) if unfitted is not None else None
+    if running is not None and not running.agrees(started.shards):
+        running.discard()
     pieces, there = [], []
     for start, stop in started.borders():
         known = {row: gone[row].reason for row in range(start, stop) if row in gone}
-        if start in done and (unfitted is None or factors.has_part(folder, unfitted, start, stop - start - len(known))):
-            there.append(stop - start)
+        shard = done.get(start)
+        wanted = running is not None and not running.has(start, stop - start - len(known), shard)
+        if shard is None or wanted:
+            pieces.append(Piece(start, stop, shard, wanted, known))
         else:
-            pieces.append(Piece(start, stop, start not in done, known))
+            there.append(shard)
     tracker = Tracker("collecting gradients", len(examples), "examples")
     ids = [example.id for example in examples]
 
@@ -75,8 +81,10 @@ def collect_shards(
             work, pieces, name=lambda piece: piece.name, shared=folder
         )
         with tracker, closing(each_piece) as arriving:
-            for rows_there in there:
-                tracker.advance(rows_there)
+            for shard in there:
+                tracker.advance(shard.stop - shard.start)
+                if running is not None:
+                    running.arrived(shard)
             for place, found in arriving:
                 if not local:
                     tracker.advance(pieces[place].stop - pieces[place].start)
@@ -85,15 +93,21 @@ def collect_shards(
                     done[found.shard.start] = found.shard
                     gone |= {record.row: record for record in found.left_out}
                     manifest.write(folder, noted(started, done, gone))
+                if running is not None:
+                    running.arrived(done[pieces[place].start])
     finally:
         sweep(folder)
     if halved:
         say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
     finished = manifest.read(folder)
-    if unfitted is not None and finished.kept:
+    if running is not None and not running.agrees(finished.shards):
+        say(f"{folder}: a shard is not bit by bit what it was, so its sums and those of all others are collected again")
+        running.discard()
+        collect_shards(folder, finished, collector, examples, encoded, labels, spec, engine, skip_bad=skip_bad, say=say)
+    elif unfitted is not None and finished.kept:
         factors.finish(folder, finished, unfitted)
     elif labels is not None:
-        factors.tidy(folder, labels)  # what a run left that was killed while it removed them
+        sums.tidy(folder, labels)  # what a run left that was killed while it removed them
 
 
 def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:

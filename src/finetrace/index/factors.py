@@ -1,11 +1,11 @@
-"""Kronecker factors of an index: sums shard by shard while gradients are collected, then eigenbases and eigenvalues."""
+"""Kronecker factors of an index: eigenbases and eigenvalues, made of the sums that collection leaves (`index.sums`)."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -15,30 +15,20 @@ from torch import Tensor
 
 from finetrace import fingerprint
 from finetrace.collection import Block
-from finetrace.collection.factors import FactorSums, Labels
+from finetrace.collection.factors import Labels
 from finetrace.collection.projection import Projection
-from finetrace.curvature.kronecker import KroneckerBasis
+from finetrace.curvature.kronecker import KroneckerBasis, eigen
 from finetrace.errors import FinetraceError
-from finetrace.index import shards
+from finetrace.index import shards, sums
 from finetrace.index.manifest import Manifest, replacing, write_atomically
+from finetrace.index.sums import FOLDER
 
-FOLDER = "factors"
 FORMAT = 2  # 1 had the tokens of the loss alone in its sums; such factors are fitted again
 
 
 def path(folder: Path, labels: Labels) -> Path:
     """Where the factors of an index lie."""
     return folder / FOLDER / f"{labels}.safetensors"
-
-
-def part_path(folder: Path, labels: Labels, start: int) -> Path:
-    """Where the sums over the shard that begins at row `start` lie until all are there."""
-    return folder / FOLDER / f"{labels}.parts-{FORMAT}" / f"{start:09d}.safetensors"
-
-
-def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int) -> int:
-    """Bytes that the sums over all shards take until they are finished, without the sampled gradients."""
-    return shards_ * entry_bytes * sum(rows**2 + columns**2 for rows, columns in (block.matrix for block in blocks))
 
 
 def there(folder: Path, labels: Labels) -> bool:
@@ -59,59 +49,41 @@ def refuse_flat(folder: Path, projection: Projection) -> None:
         )
 
 
-def write_part(
-    folder: Path, sums: FactorSums, sampled: Tensor | None, start: int, about: Manifest, writer: str = ""
-) -> None:
-    """Keep one shard's sums, and the gradients of its sampled loss; `writer` as in `shards.write`."""
-    tensors = {f"left.{name}": value.cpu().contiguous() for name, value in sums.left.items()}
-    tensors |= {f"right.{name}": value.cpu().contiguous() for name, value in sums.right.items()}
-    tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
-    if sampled is not None:
-        tensors |= shards.named("sampled", shards.narrowed_rows(sampled, about))
-    target = part_path(folder, sums.labels, start)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FinetraceError(f"{target.parent}: cannot be written ({error}); free some space.") from error
-    with replacing(target, writer) as part:
-        save_file(tensors, str(part))
-
-
-def has_part(folder: Path, labels: Labels, start: int, rows: int) -> bool:
-    """Whether the sums over that shard are whole, and of as many rows as it has."""
-    try:
-        with safe_open(str(part_path(folder, labels, start)), framework="pt") as file:
-            if labels == "model" and file.get_slice("sampled").get_shape()[0] != rows:
-                return False
-            return "tokens" in file.keys()  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return False
-
-
 def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
-    """From the sums of all shards to eigenbases and eigenvalues, written in one step; the sums are then removed."""
+    """From the sums of all shards to eigenbases and eigenvalues, written in one step; the sums are then removed.
+
+    Blocks that share their input have one sum of it: its eigenvectors are computed once and kept once.
+    """
     blocks = [record.block() for record in manifest.blocks]
-    parts = [part_path(folder, labels, shard.start) for shard in manifest.shards]
+    running = sums.Running(folder, manifest, labels)
     dtype = manifest.computed_dtype
     tensors: dict[str, Tensor] = {}
-    places: dict[str, str] = {}  # fingerprint of a sum -> tensor that holds its eigenvectors
+    known: dict[str, _Decomposed] = {}  # by the fingerprint of a sum
     records = []
-    for i, block in enumerate(blocks):
-        left, right, tokens = _summed(parts, block, i)
-        basis = KroneckerBasis.of(left, right, tokens, manifest.kept)
-        squares = torch.zeros_like(basis.kfac)
-        for rows in _gradients(folder, manifest, parts, labels, block):
-            squares += basis.rotate(rows).double().square().sum(0)
-        names = {}
-        for side, total, vectors in (("left", left, basis.left), ("right", right, basis.right)):
-            key = hashlib.sha256(total.numpy().tobytes()).hexdigest()
-            if key not in places:
-                places[key] = f"{side}.{i}"
-                tensors[places[key]] = vectors.to(dtype).contiguous()
-            names[side] = places[key]
-        tensors[f"kfac.{i}"] = basis.kfac
-        tensors[f"ekfac.{i}"] = squares / manifest.kept
-        records.append({"name": block.name, "tokens": tokens, **names})
+    with running.opened(manifest.shards[running.count :]) as files:
+        counts = sums.tokens(files).tolist()
+        for i, (block, tokens) in enumerate(zip(blocks, counts, strict=True)):
+            names: dict[str, str] = {}
+            sides: list[tuple[Tensor, Tensor]] = []
+            for side, size in zip(("left", "right"), block.matrix, strict=True):
+                total = sums.total(files, f"{side}.{block.name}", size)
+                key = hashlib.sha256(total.numpy().tobytes()).hexdigest()
+                if key in known and known[key].tokens == tokens:
+                    sides.append(known[key].again(tensors))
+                else:
+                    sides.append(eigen(total, tokens))
+                if key not in known:
+                    values, vectors = sides[-1]
+                    known[key] = _Decomposed(f"{side}.{i}", tokens, values, vectors.stride())
+                    tensors[f"{side}.{i}"] = vectors.to(dtype).contiguous()
+                names[side] = known[key].place
+            basis = KroneckerBasis.from_eigen(sides[0], sides[1], tokens, manifest.kept)
+            squares = torch.zeros_like(basis.kfac)
+            for rows in _gradients(folder, manifest, labels, block):
+                squares += basis.rotate(rows).double().square().sum(0)
+            tensors[f"kfac.{i}"] = basis.kfac
+            tensors[f"ekfac.{i}"] = squares / manifest.kept
+            records.append({"name": block.name, "tokens": tokens, **names})
     with replacing(path(folder, labels)) as part:
         save_file(tensors, str(part))
     about = {
@@ -123,7 +95,25 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
         "blocks": records,
     }
     write_atomically(path(folder, labels).with_suffix(".json"), json.dumps(about, indent=1).encode())
-    tidy(folder, labels)
+    sums.tidy(folder, labels)
+
+
+@dataclass(frozen=True)
+class _Decomposed:
+    """A sum whose eigenvectors are in the tensor called `place`.
+
+    `stride` is how `eigh` laid them out: a product's last bits may hang on that, and are not to.
+    """
+
+    place: str
+    tokens: int
+    values: Tensor
+    stride: tuple[int, ...]
+
+    def again(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors, these in the dtype in which gradients are turned."""
+        kept = tensors[self.place]
+        return self.values, torch.empty_strided(kept.shape, self.stride, dtype=kept.dtype).copy_(kept)
 
 
 def outdated(folder: Path, manifest: Manifest, labels: Labels) -> bool:
@@ -133,11 +123,6 @@ def outdated(folder: Path, manifest: Manifest, labels: Labels) -> bool:
         return bool(json.loads(about.read_text(encoding="utf-8"))["data_fingerprint"] != manifest.data_fingerprint)
     except (OSError, ValueError, KeyError, TypeError):
         return about.exists() or path(folder, labels).exists()
-
-
-def tidy(folder: Path, labels: Labels) -> None:
-    """Remove the sums over shards, which finished factors no longer need."""
-    shutil.rmtree(part_path(folder, labels, 0).parent, ignore_errors=True)
 
 
 def remove(folder: Path, labels: Labels) -> bool:
@@ -178,22 +163,10 @@ def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, Kronecke
         raise FinetraceError(f"{file}: these factors cannot be read ({error}); {remedy}") from error
 
 
-def _summed(parts: list[Path], block: Block, i: int) -> tuple[Tensor, Tensor, int]:
-    """Sums over all shards, in float64 and in the order of the shards."""
-    rows, columns = block.matrix
-    left, right = torch.zeros(rows, rows, dtype=torch.float64), torch.zeros(columns, columns, dtype=torch.float64)
-    tokens = 0
-    for part in parts:
-        with safe_open(str(part), framework="pt") as file:
-            left += file.get_tensor(f"left.{block.name}")
-            right += file.get_tensor(f"right.{block.name}")
-            tokens += int(file.get_tensor("tokens")[i])
-    return left, right, tokens
-
-
-def _gradients(folder: Path, manifest: Manifest, parts: list[Path], labels: Labels, block: Block) -> Iterator[Tensor]:
+def _gradients(folder: Path, manifest: Manifest, labels: Labels, block: Block) -> Iterator[Tensor]:
     """(rows, d) pseudo-gradients of a block, shard by shard: of the sampled loss, or of the loss itself."""
-    files = parts if labels == "model" else [folder / shards.FOLDER / shard.file for shard in manifest.shards]
-    for file in files:
+    sampled = labels == "model"
+    for shard in manifest.shards:
+        file = sums.sampled_path(folder, labels, shard.start) if sampled else folder / shards.FOLDER / shard.file
         with safe_open(str(file), framework="pt") as opened:
-            yield shards.columns_of(opened, "sampled" if labels == "model" else "gradients", block.columns, manifest)
+            yield shards.columns_of(opened, "sampled" if sampled else "gradients", block.columns, manifest)

@@ -14,7 +14,7 @@ from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import SEEN
-from finetrace.index import factors, rows, shards
+from finetrace.index import rows, shards, sums
 from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord, part_of
 from finetrace.index.store import refuse_other_model
 from finetrace.models import ModelSpec, load
@@ -27,13 +27,15 @@ class Piece:
 
     Attributes:
         start, stop: Its rows, the last one not among them.
-        features: Whether its file is wanted; else its part of the Kronecker factors alone.
+        there: What the manifest says of its file, where that is there; else the file is wanted.
+        sums: Whether its part of the Kronecker factors is wanted.
         left_out: Rows of the data that are left out whatever their values, with the reason.
     """
 
     start: int
     stop: int
-    features: bool = True
+    there: ShardRecord | None = None
+    sums: bool = True
     left_out: Mapping[int, str] = field(default_factory=dict)
 
     @property
@@ -78,7 +80,7 @@ def collect_piece(
         collector: Of the index's model.
         ids, encoded: Of all rows.
         piece: Which rows.
-        labels: Of the Kronecker factors whose sums over these rows are wanted, if any.
+        labels: Of the Kronecker factors, where some are wanted.
         on_batch: Hears how many rows each batch finished.
         skip_bad: Leave out rows that are not finite, and say so in what is returned; of a shard that is there no further row
             is left out.
@@ -88,24 +90,25 @@ def collect_piece(
         FinetraceError: As in `Collector.collect`, or a file cannot be written.
     """
     start, stop = piece.start, piece.stop
-    sums = collector.factor_sums(labels) if labels is not None else None
+    summed = collector.factor_sums(labels) if labels is not None and piece.sums else None
     with at_moment(collector.model, about.model.at):
         features = collector.collect(
             encoded[start:stop],
             ids[start:stop],
             on_batch,
-            factors=sums,
+            factors=summed,
             first=start,
             left_out={row - start: reason for row, reason in piece.left_out.items()},
-            skip_bad=skip_bad and piece.features,
+            skip_bad=skip_bad and piece.there is None,
         )
-    if sums is not None:
-        factors.write_part(folder, sums, features.sampled, start, about, writer)
-    if not piece.features:
+    shard = piece.there or shards.write(folder, features, start, stop, about, writer)
+    if summed is not None:
+        sums.write_part(folder, summed, features.sampled, shard, about, writer)
+    if piece.there is not None:
         return Collected(None, halved=features.halved)
     gone = sorted(features.left_out.items())
     return Collected(
-        shards.write(folder, features, start, stop, about, writer),
+        shard,
         tuple(LeftOutRecord(id=ids[start + i], row=start + i, reason=why) for i, why in gone),
         features.halved,
     )
@@ -178,7 +181,7 @@ def sweep(folder: Path) -> None:
 
     A writer that is still alive loses nothing but its attempt.
     """
-    for place in (folder / shards.FOLDER, *(folder / factors.FOLDER).glob("*.parts-*")):
+    for place in (folder / shards.FOLDER, *(folder / sums.FOLDER).glob("*.parts-*")):
         for part in place.glob(part_of("*", "*")):
             part.unlink(missing_ok=True)
     for token in folder.glob(f"{SEEN}*"):

@@ -31,7 +31,7 @@ class Disk:
     Attributes:
         shards: Gradients, representations and losses.
         factors: Kronecker factors, once they are finished.
-        parts: Sums over shards, and gradients of the drawn labels, which the factors are made of and which then go.
+        parts: Sums over tokens at their most, and gradients of the drawn labels: what factors are made of, and what then goes.
         examples: Texts, tokens and loss weights.
         adapter: The adapter.
         manifest: The manifest, and what lies beside the factors.
@@ -51,7 +51,7 @@ class Disk:
 
     @property
     def peak(self) -> int:
-        """What it takes just before it is finished."""
+        """More than it takes at any time before it is finished."""
         return self.total + self.parts
 
 

@@ -61,24 +61,34 @@ def measure_plan(
     if device.type == "cpu" and not activations:
         half = plan.about.model.dtype in ("bfloat16", "float16")
         activations = max((shape.activations(*piece.shape, half) for piece in chosen), default=0)
-    disk = plan.disk
+    disk, sides = plan.disk, [side for matrix in shape.tracked for side in matrix]
     if sums is not None:  # layers that see the same input have one eigenbasis of it
-        disk = replace(disk, factors=disk.factors - _shared(sums))
+        shared = _shared(sums)
+        disk = replace(disk, factors=disk.factors - collector.dtype.itemsize * sum(side**2 for side in shared))
+        for side in shared:
+            sides.remove(side)
+    memory = _memory(plan, collector, now, high, activations, on_device)
     made = replace(
         plan,
         startup=startup,
         encoding=encoding,
         disk=disk,
-        measured=extrapolate(plan, timings, folder, _memory(plan, collector, now, high, activations, on_device)),
+        measured=extrapolate(plan, timings, folder, memory, sides),
     )
     return replace(made, workers=tuple(made.with_workers(count) for count in workers))
 
 
-def extrapolate(plan: Plan, timings: Sequence[Timing], folder: Path, memory: Memory | None) -> Measured:
-    """Seconds of all that is left, from some batches; how fast the disk and the decompositions are is tried here."""
+def extrapolate(
+    plan: Plan, timings: Sequence[Timing], folder: Path, memory: Memory | None, sides: Sequence[int] | None = None
+) -> Measured:
+    """Seconds of all that is left, from some batches; how fast the disk and the decompositions are is tried here.
+
+    `sides` are those of the matrices that are decomposed for Kronecker factors; without them, both sides of every block.
+    """
     labels, shape = plan.labels, plan.shape
+    sides = sides if sides is not None else [side for matrix in shape.tracked for side in matrix]
     write = measure.write_rate(folder) or (0.0, 0.0)
-    finishing = _finishing(shape, plan.whole.rows) if labels is not None else (0.0, 0.0)
+    finishing = _finishing(shape, sides, plan.whole.rows) if labels is not None else (0.0, 0.0)
     operations = [each.operations for each in timings]
     clocks = [each.seconds for each in timings], [each.cpu_seconds for each in timings]
     fits = [Fit.to(operations, clock) if timings else Fit(0.0, 0.0) for clock in clocks]
@@ -87,7 +97,7 @@ def extrapolate(plan: Plan, timings: Sequence[Timing], folder: Path, memory: Mem
         for fit in fits
     ]
     row = plan.row.row_bytes() + (plan.row.row_bytes("gradients") if labels == "model" else 0)
-    stored = [row * sum(len(piece.rows) for piece in shard) for shard in plan.left.shards]
+    stored = [row * sum(len(piece.rows) for piece in shard) + plan.summed for shard in plan.left.shards]
     return Measured(
         timings=tuple(timings),
         shards=tuple(seconds + size * write[0] for seconds, size in zip(passes[0], stored, strict=True)),
@@ -110,21 +120,21 @@ def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: 
     return Memory(peak, weights, activations, features, device)
 
 
-def _shared(sums: FactorSums) -> int:
-    """Bytes of eigenbases that several blocks have in common, as their sums are equal."""
+def _shared(sums: FactorSums) -> list[int]:
+    """The sides whose sums are equal to another's, so that they have their eigenbasis from there."""
     seen: set[str] = set()
-    spared = 0
+    spared = []
     for side in (sums.left, sums.right):
         for value in side.values():
             key = hashlib.sha256(value.cpu().numpy().tobytes()).hexdigest()
-            spared += value.nbytes if key in seen else 0
+            spared += [len(value)] if key in seen else []
             seen.add(key)
     return spared
 
 
-def _finishing(shape: Shape, examples: int) -> tuple[float, float]:
+def _finishing(shape: Shape, sides: Sequence[int], examples: int) -> tuple[float, float]:
     """(wall-clock, processor) seconds of decomposing the factors and turning the gradients into their eigenbases."""
-    wall, cpu = measure.decomposition_seconds(shape.tracked)
+    wall, cpu = measure.decomposition_seconds(sides)
     turned = decomposition(shape.tracked, examples)[1]
     rate = measure.product_rate()
     return wall + turned * rate[0], cpu + turned * rate[1]

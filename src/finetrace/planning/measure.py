@@ -119,15 +119,14 @@ def run(
     return Timing(operations, piece.padded, piece.tokens, wall, cpu)
 
 
-def decomposition_seconds(matrices: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """(wall-clock, processor) time of decomposing both sides of every matrix, in float64 on the CPU as `KroneckerBasis` does.
+def decomposition_seconds(sides: Sequence[int]) -> tuple[float, float]:
+    """(wall-clock, processor) time of decomposing a matrix of each of these sides, in float64 on the CPU as `eigen` does.
 
     One matrix a size is tried; of those above `TRIED` the cube of the side says how much longer they take.
     """
     counts: dict[int, int] = {}
-    for sides in matrices:
-        for side in sides:
-            counts[side] = counts.get(side, 0) + 1
+    for side in sides:
+        counts[side] = counts.get(side, 0) + 1
     wall = cpu = 0.0
     for side, count in counts.items():
         tried = min(side, TRIED)

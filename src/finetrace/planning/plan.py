@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetrace.errors import FinetraceError
-from finetrace.index import factors
+from finetrace.index import sums
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
@@ -96,6 +96,7 @@ class Plan:
         disk: Bytes of the finished index.
         free: Bytes free where it goes.
         row: What a shard holds of one example.
+        summed: Bytes that the sums for Kronecker factors write for each shard, folding included.
         startup: Seconds of loading the program and the model.
         encoding: Seconds of reading and encoding the data.
         measured: `None` where nothing was measured.
@@ -113,6 +114,7 @@ class Plan:
     disk: Disk
     free: int
     row: RowFormat
+    summed: int = 0
     startup: float = 0.0
     encoding: float = 0.0
     measured: Measured | None = None
@@ -189,6 +191,7 @@ def plan_index(
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     row = RowFormat.of_index(about, collector.tracking.width, shape.hidden, collector.dtype)
     parameters = list(collector.model.parameters())
+    summed = sums.written(collector.tracking.blocks, len(pieces), torch.finfo(collector.dtype).bits // 8)
     return Plan(
         about=about,
         whole=Work.of(pieces),
@@ -201,6 +204,7 @@ def plan_index(
         disk=_disk(about, collector, encoded, examples, labels, row),
         free=_free(folder),
         row=row,
+        summed=summed if labels is not None else 0,
     )
 
 
@@ -217,7 +221,7 @@ def _disk(
     entry = torch.finfo(collector.dtype).bits // 8
     parts = 0
     if labels is not None:
-        parts = factors.disk(blocks, len(sizes), entry)
+        parts = sums.disk(blocks, len(sizes), entry)
         parts += row.row_bytes("gradients") * len(encoded) if labels == "model" else 0
     matrices = [block.matrix for block in blocks]
     return Disk(
