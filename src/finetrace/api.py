@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetrace import placement
 from finetrace.attribution import Method, Problem, Scores, make
 from finetrace.attribution.ranked import Ranked, rank
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
@@ -169,6 +170,7 @@ def build_index(
     """
     base = name or str(getattr(model.config, "_name_or_path", "") or "in-memory model")
     dtype = str(model.dtype).removeprefix("torch.")
+    placement.refuse_offloaded(model, base)
     loaded = Loaded(model, tokenizer, ModelSpec(base, None, dtype, str(model.device)))  # type: ignore[arg-type]
     wanted = DEFAULT_REPRESENTATIONS if representations is None else tuple(map(Representation.parse, representations))
     template = TEMPLATES.get(chat_template or "", chat_template)
@@ -201,7 +203,9 @@ def open_index(
     if model is not None:
         if tokenizer is None:
             raise FinetraceError("open_index: a model without its tokenizer; give both or neither.")
-        loaded = Loaded(model, tokenizer, ModelSpec(str(getattr(model.config, "_name_or_path", "")), None))
+        name = str(getattr(model.config, "_name_or_path", ""))
+        placement.refuse_offloaded(model, name)
+        loaded = Loaded(model, tokenizer, ModelSpec(name, None))
     return Index(Path(folder), loaded)
 
 

@@ -111,7 +111,8 @@ def projecting_rows(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
     def gather(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]  # (B, T, d)
         seen.append(hidden)
-        return (hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows).unsqueeze(0), *args[1:])
+        chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, rows.to(hidden.device))
+        return (chosen.unsqueeze(0), *args[1:])
 
     handle = head.register_forward_pre_hook(gather)
     try:

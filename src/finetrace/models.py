@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from safetensors import SafetensorError
 
+from finetrace import placement
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import NUMBER as WORKER
 
@@ -36,6 +37,8 @@ class ModelSpec:
         dtype: Of the base weights; `auto` is bfloat16 where the hardware multiplies in it, else float32.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, ...
         trust_remote_code: Run code that comes with the model; off unless asked for.
+        device_map: Layers on several devices, by accelerate: `auto`, `balanced`, `balanced_low_0`, `sequential` or a JSON file
+            (`placement.asked`), in place of `device`.
     """
 
     model: str = EMBEDDED
@@ -43,11 +46,12 @@ class ModelSpec:
     dtype: DType = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    device_map: str | None = None
 
 
 @dataclass
 class Loaded:
-    """A model in eval mode on its device, its tokenizer, and the spec with `auto` and relative folders resolved."""
+    """A model in eval mode on its device or devices, its tokenizer, and the spec with `auto` and relative folders resolved."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -56,6 +60,7 @@ class Loaded:
 
 def load(spec: ModelSpec) -> Loaded:
     """Load model, tokenizer and adapter; raises `FinetraceError` in one sentence where any of them cannot be."""
+    placement.refuse_both(spec.device_map, spec.device)
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = str(embedded_folder()) if spec.model in (EMBEDDED, ALIGNED) else spec.model
@@ -74,10 +79,11 @@ def load(spec: ModelSpec) -> Loaded:
         _absolute(spec.model) if source == spec.model else spec.model,
         _absolute(spec.adapter) if spec.adapter is not None else None,
         str(dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        str(device),
+        str(device) if spec.device_map is None else "auto",
         spec.trust_remote_code,
+        placement.found_from_everywhere(spec.device_map),
     )
-    return Loaded(model.to(device), tokenizer, resolved)
+    return Loaded(model.to(device) if spec.device_map is None else model, tokenizer, resolved)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = False) -> PreTrainedModel:
@@ -256,14 +262,19 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, A
 
     logging.disable_progress_bar()
     options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+    placed = placement.asked(spec.device_map)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        options |= {"device_map": placed} if placed is not None else {}
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
     except Exception as error:
+        if placed is not None and "offload" in str(error):
+            raise placement.offloaded(spec.model) from error
         raise FinetraceError(
             f"{spec.model}: this model cannot be loaded ({_first_line(error)}); give a folder with config.json, a "
             "tokenizer and safetensors weights, or a Hub id that this machine can reach."
         ) from error
+    placement.refuse_offloaded(model, spec.model)
     return model, tokenizer
 
 

@@ -69,6 +69,7 @@ def clean(
     judge_label: Annotated[str | None, typer.Option(help="The judge's label of a bad answer.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 40,
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
@@ -92,12 +93,15 @@ def clean(
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
         from finetrace.index import open_index
+        from finetrace.placement import refuse_retraining
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
+        if retrain:
+            refuse_retraining(device_map)
         cut = Cut(top, share, expected)
         opened = open_index(index)
         finetuning = finetuning_of(opened, config, adapter) if retrain else None
@@ -112,7 +116,7 @@ def clean(
             options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
         asked = read_examples(bad, responses=False)
         judged_by = make_judge(judge, judge_label)
-        opened.model(None, device, trust_remote_code)
+        opened.model(None, device, trust_remote_code, device_map)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
         options.say(f"ranking {len(examples)} rows against {len(answers)} bad answers")
         ranked = rank(Problem(opened, answers), cut, method or [default_method(opened)])

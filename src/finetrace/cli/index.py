@@ -105,6 +105,7 @@ def index(
     gpus_per_task: options.GpusPerTask = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
@@ -127,11 +128,14 @@ def index(
         from finetrace.index import build_index
         from finetrace.index.sizing import AUTO, parse_bytes
         from finetrace.models import ModelSpec, load
+        from finetrace.placement import refuse_workers
         from finetrace.planning.announce import Announcer
         from finetrace.positions import Positions
         from finetrace.reading import read_examples
 
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
+        if announcer is None:  # of a plan, workers are machines
+            refuse_workers(device_map, chosen_engine.name)
         Positions.parse(loss_on)
         labels = options.one_of("--kronecker", kronecker, ("model", "data")) if kronecker is not None else None
         stored = options.one_of("--feature-dtype", feature_dtype, STORED) if feature_dtype is not None else None
@@ -144,7 +148,7 @@ def index(
         reading = time.perf_counter()
         examples = read_examples(data, chosen, split=split)
         read = time.perf_counter()
-        loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
+        loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code, device_map))
         startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
         announcer = announcer or Announcer(options.say, alone=chosen_engine.in_process)
@@ -202,6 +206,7 @@ def append(
     address: options.Address = None,
     gpus_per_task: options.GpusPerTask = None,
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
@@ -217,13 +222,15 @@ def append(
     with options.quiet_libraries():
         from finetrace.index import append as add
         from finetrace.index import open_index
+        from finetrace.placement import refuse_workers
         from finetrace.reading import read_examples
 
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
+        refuse_workers(device_map, chosen_engine.name)
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         opened = open_index(index)
-        opened.model(None, device, trust_remote_code)
+        opened.model(None, device, trust_remote_code, device_map)
         grown, lengths = add(
             opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say, engine=chosen_engine
         )
@@ -254,7 +261,7 @@ def verify(folder: Folder) -> None:
 
 
 @app.command("repair")
-def repair(folder: Folder) -> None:
+def repair(folder: Folder, device: options.Device = "auto", device_map: options.DeviceMap = None) -> None:
     """Compute broken shards again, and remove broken factors and views, which are made when asked for.
 
     Exit code 1 if some damage is left.
@@ -262,7 +269,7 @@ def repair(folder: Folder) -> None:
     with options.quiet_libraries():
         from finetrace.index.checking import repair as mend
 
-        left = mend(folder, options.say)
+        left = mend(folder, options.say, device, device_map)
     for each in left:
         typer.echo(f"left: {each.what}")
     if left:

@@ -30,6 +30,12 @@ Dtype = Annotated[
     str, typer.Option(help="auto, float32, bfloat16, float16 or float64; auto is bfloat16 where the hardware has it.")
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DeviceMap = Annotated[
+    str | None,
+    typer.Option(
+        help="Layers on several GPUs: auto, balanced, balanced_low_0, sequential, or a JSON file from module names to devices."
+    ),
+]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 LossOn = Annotated[
     str, typer.Option(help="Tokens of the loss: response, last-turn, all, first:K, weights, probe or probe:TEXT.")

@@ -56,6 +56,7 @@ def trace(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 128,
     dtype: Annotated[str | None, typer.Option(help="Another dtype than the index was built in.")] = None,
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
@@ -113,7 +114,7 @@ def trace(
         if any({"gradients", "representations"} & set(m.needs) for m in chosen) or not all(
             each.has_response for each in asked
         ):
-            opened.model(options.dtype(dtype) if dtype else None, device, trust_remote_code)
+            opened.model(options.dtype(dtype) if dtype else None, device, trust_remote_code, device_map)
         asked = _answered(opened, asked, max_new_tokens)
         problem = Problem(opened, asked, memory=room, cache=kept)
         results: Sequence[Result | RankedResult]

@@ -66,6 +66,7 @@ def validate(
     address: options.Address = None,
     gpus_per_task: options.GpusPerTask = None,
     device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
@@ -80,15 +81,18 @@ def validate(
         from finetrace.benchmark.stages import claim
         from finetrace.evaluation.judging import make_judge
         from finetrace.index import open_index
+        from finetrace.placement import refuse_retraining
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import keep_verdict
         from finetrace.tracing import BEST, BEST_AT_END
-        from finetrace.validation.plan import QUICK, Validation
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
+        if RETRAINED & set(measure or (QUICK if quick else Validation()).measures):
+            refuse_retraining(device_map)
         opened = open_index(index)
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         asked = read_examples(queries, columns)
@@ -111,7 +115,7 @@ def validate(
             raise FinetraceError(
                 f"--judge {judge}: it counts answers after removals; add --measure drop, or leave it out."
             )
-        opened.model(None, device, trust_remote_code)
+        opened.model(None, device, trust_remote_code, device_map)
         about: dict[str, object] = {
             "finetuning": finetuning.model_dump(mode="json"),
             "queries": [each.id for each in asked],

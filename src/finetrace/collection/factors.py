@@ -30,7 +30,7 @@ class FactorSums:
     Attributes:
         labels: `model` draws the labels of the loss from the model's own predictions, which makes the curvature the
             Fisher (Gauss-Newton) of the training loss; `data` takes those of the data (the empirical Fisher).
-        left, right: By block name, (rows, rows) and (columns, columns), in the features' dtype.
+        left, right: By block name, (rows, rows) and (columns, columns), in the features' dtype, each where its layer is.
         tokens: By block name, how many tokens are in the sums.
     """
 
@@ -40,12 +40,19 @@ class FactorSums:
         self.left: dict[str, Tensor] = {}
         self.right: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
+        places = {
+            block.name: next(layer.module.parameters()).device
+            for layer in tracking.layers
+            for block in (layer.weight, layer.bias)
+            if block is not None
+        }
         for block in tracking.blocks:
             rows, columns = block.matrix
-            self.left[block.name] = torch.zeros(rows, rows, dtype=dtype, device=device)
-            self.right[block.name] = torch.zeros(columns, columns, dtype=dtype, device=device)
+            where = places.get(block.name, device)
+            self.left[block.name] = torch.zeros(rows, rows, dtype=dtype, device=where)
+            self.right[block.name] = torch.zeros(columns, columns, dtype=dtype, device=where)
             self.tokens[block.name] = 0
-        self._seen: dict[tuple[int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
+        self._seen: dict[tuple[torch.device, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         self._products: list[tuple[Tensor, Tensor | int]] = []  # what the batch adds, and to which sum
         self._counts: list[tuple[str, int]] = []
 
@@ -65,12 +72,12 @@ class FactorSums:
 
     def see_inputs(self, layer: Tracked, inputs: Tensor, batch: Batch) -> None:
         """Note sum_t a_t a_t^T of one call; layers that share their input (query and value projections) share its product."""
-        key = (inputs.data_ptr(), tuple(inputs.shape))
+        key = (inputs.device, inputs.data_ptr(), tuple(inputs.shape))
         if key not in self._seen:
             rows = self._rows(layer, inputs, batch)
             self._seen[key] = (inputs, rows.T @ rows)  # the input is kept, so that its address is not given away again
-        side = self.left if layer.transposed else self.right
-        self._products.append((side[layer.weight.name], self._seen[key][1]))
+        total = (self.left if layer.transposed else self.right)[layer.weight.name]
+        self._products.append((total, self._seen[key][1].to(total.device)))
         count = len(batch.rows if layer.is_head else batch.carrying)
         self._counts.append((layer.weight.name, count))
         if layer.bias is not None:
@@ -89,7 +96,7 @@ class FactorSums:
     def _rows(self, layer: Tracked, values: Tensor, batch: Batch) -> Tensor:
         """(S, d) values at the positions that carry gradient; the vocabulary projection sees no others."""
         flat = values.reshape(-1, values.shape[-1])
-        rows = flat[: len(batch.rows)] if layer.is_head else flat.index_select(0, batch.carrying)
+        rows = flat[: len(batch.rows)] if layer.is_head else flat.index_select(0, batch.carrying.to(flat.device))
         return rows.to(self.dtype)
 
 

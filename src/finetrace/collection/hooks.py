@@ -125,7 +125,7 @@ class GradientRecorder:
         """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
         batch = self._batch
         assert batch is not None, "expect() comes before the pass"
-        inputs, delta = inputs.to(self.dtype), delta.to(self.dtype)
+        inputs, delta = inputs.to(delta.device, self.dtype), delta.to(self.dtype)
         if self.scale != 1:
             delta = delta / self.scale
         sides = self.tracking.sides.get(layer.weight.name)
@@ -155,7 +155,8 @@ class GradientRecorder:
     def add(self, block: Block, rows: Tensor) -> None:
         """Add (B, d) gradients of a block, flattened, projected where it is."""
         flat = self.tracking.flat.get(block.name)
-        self.rows[:, block.columns] += rows if flat is None else flat.project(rows)
+        made = rows if flat is None else flat.project(rows)
+        self.rows[:, block.columns] += made.to(self.rows.device)  # layers may lie on several devices
 
 
 def _start_graph(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -45,19 +45,24 @@ def wide_residual(model: nn.Module) -> Iterator[Narrowing]:
         return
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     handle = embedding.register_forward_hook(lambda module, args, output: output.float())
-    patched: list[nn.Module] = []
+    patched: list[tuple[nn.Module, str, Any]] = []
     for module in model.modules():
+        # accelerate moves inputs to the layer's device and then calls what it found there
+        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         forward = _forward(module)
-        if forward is not None and "forward" not in module.__dict__:
-            module.forward = forward
-            patched.append(module)
+        if forward is not None and (name == "_old_forward" or "forward" not in module.__dict__):
+            patched.append((module, name, module.__dict__.get(name)))
+            setattr(module, name, forward)
     device = next(model.parameters()).device.type
     try:
         yield lambda: torch.autocast(device, dtype)
     finally:
         handle.remove()
-        for module in patched:
-            del module.forward
+        for module, name, own in patched:
+            if own is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, own)
 
 
 def _forward(module: nn.Module) -> Callable[..., Tensor] | None:

@@ -58,6 +58,7 @@ DEFAULT_REPRESENTATIONS = tuple(Representation(-1, pooling) for pooling in POOLI
 
 def pool(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
     """Reduce (B, T, d) hidden states to (B, d), in float32 or wider."""
+    batch = batch.to(hidden.device)  # where the layer is
     every = torch.arange(len(batch), device=hidden.device)
     if pooling == "last-prompt":
         last = torch.tensor(batch.prompt_lengths, device=hidden.device) - 1

@@ -107,7 +107,12 @@ def _verify_adapter(folder: Path, adapter: Path) -> list[Damage]:
     return []
 
 
-def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list[Damage]:
+def repair(
+    folder: Path,
+    say: Callable[[str], None] = lambda text: None,
+    device: str = "auto",
+    device_map: str | None = None,
+) -> list[Damage]:
     """Compute again what `verify` finds broken and the index itself can make; what is left is returned.
 
     Shards are collected anew by the index's own model. On the machine and with the versions that made them they have the
@@ -119,6 +124,7 @@ def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list
     Args:
         folder: The index.
         say: Hears what is done.
+        device, device_map: Where the model goes, as in `ModelSpec`.
 
     Raises:
         FinetraceError: There is no index, the model cannot be loaded, or another process is writing to the index or a
@@ -134,7 +140,10 @@ def repair(folder: Path, say: Callable[[str], None] = lambda text: None) -> list
         if any(each.kind in ("examples", "adapter", "unfinished") for each in damage if each.folder == folder):
             return verify(folder)  # without them nothing can be collected
         root = Index(folder)
-        for home in dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists()):
+        broken = list(dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists()))
+        if broken:
+            root.model(None, device, device_map=device_map)
+        for home in broken:
             names = {each.path.name for each in damage if (each.folder, each.kind) == (home, "shard")}
             with nullcontext() if home == folder else writing(home):
                 _collect_again(root if home == folder else Index(home, parent=root), names, say)

@@ -110,14 +110,27 @@ class Index:
             )
         return self._reader.tensor(f"representation.{name}")
 
-    def model(self, dtype: DType | None = None, device: str = "auto", trust_remote_code: bool = False) -> Loaded:
+    def model(
+        self,
+        dtype: DType | None = None,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        device_map: str | None = None,
+    ) -> Loaded:
         """The model the index was made with, loaded on first use and checked against the index's fingerprints."""
         record = self.manifest.model
         if self._loaded is None and self._parent is not None:
-            self._loaded = self._parent.model(dtype, device, trust_remote_code)
+            self._loaded = self._parent.model(dtype, device, trust_remote_code, device_map)
         if self._loaded is None:
             adapter = str(self._inside(record.adapter)) if record.adapter else None
-            spec = ModelSpec(record.name, adapter, dtype or record.dtype, device, trust_remote_code)  # type: ignore[arg-type]
+            spec = ModelSpec(
+                record.name,
+                adapter,
+                dtype or record.dtype,  # type: ignore[arg-type]
+                device,
+                trust_remote_code,
+                device_map,
+            )
             self._loaded = load(spec)
         there = str(self._loaded.model.dtype).removeprefix("torch.")
         if dtype not in (None, "auto", there):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finetrace import placement
 from finetrace.collection.factors import FactorSums
 from finetrace.moments import at_moment
 from finetrace.planning import measure
@@ -49,15 +50,16 @@ def measure_plan(
     labels, shape, model = plan.labels, plan.shape, collector.model
     chosen = measure.choose(plan.left.pieces, shape, probes)
     device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    cards = [each for each in placement.devices(model) if each.type == "cuda"]
+    for card in cards:
+        torch.cuda.reset_peak_memory_stats(card)
     sums = collector.factor_sums(labels) if labels is not None else None
     now, loaded = measure.memory_now(), measure.peak_memory()
     with at_moment(model, plan.about.model.at):
         timings = [measure.run(collector, encoded, piece, shape, sums, labels) for piece in chosen][1:]
     high = measure.peak_memory()
     activations = high - now if now and high > loaded else 0  # else the system does not say what the batches had
-    on_device = int(torch.cuda.max_memory_allocated(device)) if device.type == "cuda" else 0
+    on_device = max((int(torch.cuda.max_memory_allocated(card)) for card in cards), default=0)
     if device.type == "cpu" and not activations:
         half = plan.about.model.dtype in ("bfloat16", "float16")
         activations = max((shape.activations(*piece.shape, half) for piece in chosen), default=0)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetrace import placement
 from finetrace.errors import FinetraceError
 from finetrace.index import sums
 from finetrace.index.manifest import NAME, Manifest, read
@@ -44,7 +45,7 @@ class Memory:
         weights: Of the model, wherever it is.
         activations: Of the largest batch, between its forward and its backward pass.
         features: Of one shard.
-        device: Peak of the CUDA device, 0 on the CPU.
+        device: Peak of the CUDA device, of several the fullest one's; 0 on the CPU.
     """
 
     peak: int
@@ -92,7 +93,7 @@ class Plan:
         labels: Of the Kronecker factors, or `None`.
         longest: Id and tokens of the longest example.
         parameters: Entries of the model's weights, the adapter's included.
-        device: Where the model is.
+        device: Where the model is; several, where its layers are on several.
         disk: Bytes of the finished index.
         free: Bytes free where it goes.
         row: What a shard holds of one example.
@@ -200,7 +201,7 @@ def plan_index(
         labels=labels,
         longest=(examples[longest].id, len(encoded[longest].ids)),
         parameters=sum(each.numel() for each in parameters),
-        device=str(parameters[0].device),
+        device=", ".join(map(str, placement.devices(collector.model))),
         disk=_disk(about, collector, encoded, examples, labels, row),
         free=_free(folder),
         row=row,

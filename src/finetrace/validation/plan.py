@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from finetrace.tracing import BEST
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
+RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
 USUAL = MEASURES[:3]  # a row left out alone is lost in the noise of training, unless the set is tiny
 METHODS = (
     BEST,

@@ -25,7 +25,7 @@ from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
 from finetrace.models import DType, ModelSpec
 from finetrace.tracing import prepare
-from finetrace.validation.plan import MEASURES, Validation
+from finetrace.validation.plan import MEASURES, RETRAINED, Validation
 from finetrace.validation.verdict import verdict
 
 
@@ -96,7 +96,7 @@ def validate(
         falls = tail_patch(index, queries, scores, count, finetuning.learning_rate / 10)
         patches = {name: bootstrap_mean(values) for name, values in falls.items()}
     found = _Found()
-    if {"lds", "drop", "loo"} & set(config.measures):
+    if RETRAINED & set(config.measures):
         dtype: DType = index.manifest.model.dtype  # type: ignore[assignment]
         base = ModelSpec(index.manifest.model.name, None, dtype, device)
         again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(queries), folder)
