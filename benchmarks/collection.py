@@ -24,22 +24,22 @@ from finetrace.encoding import Encoded, Encoder
 from finetrace.examples import Example
 from finetrace.forward import Batch, example_losses, token_losses
 from finetrace.index import build_index
-from finetrace.models import Loaded, ModelSpec, load
+from finetrace.models import EMBEDDED, Loaded, ModelSpec, load
 from finetrace.tasks import mixed
 
 
-def with_adapter(dtype: str) -> Loaded:
-    """The embedded model with a fresh LoRA adapter (q and v, r = 4) whose B is not zero."""
+def with_adapter(dtype: str, model: str = EMBEDDED) -> Loaded:
+    """A model, by default the embedded one, with a fresh LoRA adapter (q and v, r = 4) whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
-    loaded = load(ModelSpec(dtype=dtype))  # type: ignore[arg-type]
+    loaded = load(ModelSpec(model, dtype=dtype))  # type: ignore[arg-type]
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=32, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-    model = get_peft_model(loaded.model, config)
-    for name, parameter in model.named_parameters():
+    tuned = get_peft_model(loaded.model, config)
+    for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.01)
-    loaded.model = model.eval()
+    loaded.model = tuned.eval()
     return loaded
 
 
