@@ -205,7 +205,7 @@ def test_the_dual_solve_is_exact_and_a_thousand_times_faster() -> None:
 def test_what_checks_the_solutions_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FinetraceError, match="curvlinops"):
-        APPROXIMATION.run(tmp_path, Setting(True, 1), lambda text: None)
+        APPROXIMATION.pieces(tmp_path, Setting(True, 1))
     assert not list(tmp_path.iterdir())
 
 

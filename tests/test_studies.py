@@ -214,7 +214,7 @@ def test_lines_keep_apart_and_their_intervals_within_the_axes() -> None:
 
 def test_a_study_says_what_its_seeds_cost() -> None:
     assert DAMPING.cost(Setting(False, 1)) != DAMPING.cost(Setting(False, 3))
-    made = Study("x", "", "", 40, 0.5, DAMPING.run, 37)
+    made = Study("x", "", "", 40, 0.5, DAMPING.pieces, DAMPING.outcome, 37)
     assert made.cost(Setting(False, 3)) == "about 2.0 hours, 9 minutes where its fine-tuned tasks are there already"
     assert made.cost(Setting(True, 1)) == "about half a minute"
     assert made.cost(Setting(True, 4)) == "about 2 minutes"

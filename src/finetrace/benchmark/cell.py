@@ -30,3 +30,8 @@ class Cell:
     def folder(self) -> str:
         """Its place in the benchmark's folder."""
         return f"{self.task}/{self.protocol}/seed-{self.seed}"
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return f"{self.task}, {self.protocol}, seed {self.seed}"

@@ -74,7 +74,7 @@ class Run:
     @property
     def name(self) -> str:
         """For messages."""
-        return f"{self.cell.task}, {self.cell.protocol}, seed {self.cell.seed}"
+        return self.cell.name
 
     def ready(self, say: Callable[[str], None], *, factors: bool = False) -> Problem | None:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 from finetrace.benchmark.cell import Cell
@@ -72,12 +73,14 @@ def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
     if len(plan.cells) == 1 and not isinstance(plan.workers, Engine):
         engine = Engine()
     alone = engine.in_process  # then the cell itself says how far it has come
-    work = partial(_run, folder if alone else folder.resolve(), plan, say if alone else _silent)
+    work = partial(_run, folder if alone else folder.resolve(), plan, say if alone else silent)
     # side by side the longest of a seed come first, so that no worker is left with one at the end
-    order = plan.cells if alone else sorted(plan.cells, key=lambda cell: (cell.seed, -_length(cell, plan)))
-    for place, _ in engine.run_each(work, order, name=_name, shared=folder):
+    order = (
+        plan.cells if alone else sorted(plan.cells, key=lambda cell: (cell.seed, -length(cell, plan.source, plan.real)))
+    )
+    for place, _ in engine.run_each(work, order, name=attrgetter("name"), shared=folder):
         if not alone:
-            say(f"{_name(order[place])}: done")
+            say(f"{order[place].name}: done")
 
 
 def task_of(cell: Cell, source: Source | None, real: RealData | None = None) -> tuple[Task, Recipe]:
@@ -133,16 +136,12 @@ def _run(folder: Path, plan: Plan, say: Callable[[str], None], cell: Cell) -> No
     Run(folder / cell.folder, cell, task, made, protocol(cell.protocol), judge, plan.keep)(say)
 
 
-def _length(cell: Cell, plan: Plan) -> int:
+def length(cell: Cell, source: Source | None = None, real: RealData | None = None) -> int:
     """How much there is to do, roughly: characters, once an epoch and a dozen times for views of the gradients."""
-    task, made = task_of(cell, plan.source, plan.real)
+    task, made = task_of(cell, source, real)
     epochs = cell.epochs or protocol(cell.protocol).finetuning(made, cell.seed, None).epochs
     return (epochs + 12) * sum(len(row.prompt) + len(row.response) for row in (*task.train, *task.queries))
 
 
-def _name(cell: Cell) -> str:
-    return f"{cell.task}, {cell.protocol}, seed {cell.seed}"
-
-
-def _silent(text: str) -> None:
+def silent(text: str) -> None:
     """A worker process says nothing of its stages."""

@@ -28,11 +28,15 @@ def study(
     cells: Annotated[
         Path | None, typer.Option(help="Folder of fine-tuned and indexed tasks that several studies share.")
     ] = None,
+    workers: options.Workers = None,
+    engine: options.EngineOption = None,
+    address: options.Address = None,
+    gpus_per_task: options.GpusPerTask = None,
     model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
 ) -> None:
-    """Run one of the paper's analyses: results.json, tables and figures."""
+    """Run one of the paper's analyses: results.json, tables and figures, written after every seed; a stopped run goes on."""
     if list_ or name is None:
         if not list_:
             raise FinetraceError("which study? Give a name; finetrace study --list shows them.")
@@ -46,10 +50,13 @@ def study(
         from finetrace.studies.write import run
 
         chosen = find(name)
-        setting = Setting(quick, seeds or (1 if quick else 3), model, options.dtype(dtype), device, cells)
+        side_by_side = options.engine(engine, workers, address, gpus_per_task)
+        repeated = seeds or (1 if quick else 3)
+        setting = Setting(quick, repeated, model, options.dtype(dtype), device, cells, side_by_side)
         folder = out or Path(f"study-{name}")
-        options.say(f"{name}: {chosen.cost(setting)} on two cores")
-        outcome = run(chosen, folder, setting, options.say)
+        less = "" if side_by_side.in_process else ", one piece after another"
+        options.say(f"{name}: {chosen.cost(setting)} on two cores{less}")
+        outcome = run(chosen, folder, setting, options.say, typer.echo)
     for sentence in outcome.reading:
         typer.echo(sentence)
     typer.echo(f"results: {folder / 'results.json'}   tables and figures: {folder}")

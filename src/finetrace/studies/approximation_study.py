@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from finetrace.studies.approximation import (
     put_back,
     timed,
 )
-from finetrace.studies.kept import kept
+from finetrace.studies.pieces import Piece, kept, wordless
 from finetrace.studies.plots import COLUMN, MARKS
 from finetrace.studies.records import where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 FULL = (Size(10, 32), Size(20, 32), Size(20, 48), Size(10, 100), Size(20, 100), Size(100, 32), Size(1000, 32))
 LARGEST = Size(4995, 32)  # with five to ask about, all that ship, so that another seed hardly draws other ones: once
@@ -43,21 +44,30 @@ ONCE = 11_000  # parameters above which a dense solve takes minutes, so that the
 NAMES: dict[Truth, str] = {"fisher": "empirical Fisher", "hessian": "Hessian"}
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Every size, damping and seed; a finished one is found again."""
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """One a size, damping and seed."""
     if importlib.util.find_spec("curvlinops") is None:
         raise FinetraceError(
             "solutions are checked by curvlinops, which is not installed; run: pip install 'finetrace[studies]'"
         )
-    sizes = QUICK if setting.quick else (*FULL, LARGEST)
     constants = of_text(repr((DAMPINGS, DECAY, QUERIES, list(methods()))))
-    records: list[dict[str, Any]] = []
-    for seed in range(setting.seeds):
-        for size in [each for each in sizes if seed == 0 or each != LARGEST]:
-            for damping in DAMPINGS:
-                name = f"{size.points}-{size.side}-{damping}-{seed}-{constants}"
-                what = f"{size.points} points, {size.parameters:,} parameters, {damping} damping, seed {seed}"
-                records += kept(folder, name, what, say, partial(measure, size, damping, seed))
+    found = []
+    for seed, size, damping in product(range(setting.seeds), _sizes(setting), DAMPINGS):
+        if seed and size == LARGEST:
+            continue
+        name = f"{size.points}-{size.side}-{damping}-{seed}-{constants}"
+        what = f"{size.points} points, {size.parameters:,} parameters, {damping} damping, seed {seed}"
+        found.append(kept(folder, name, what, wordless(measure, size, damping, seed), seed))
+    return found
+
+
+def _sizes(setting: Setting) -> tuple[Size, ...]:
+    return QUICK if setting.quick else (*FULL, LARGEST)
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[dict[str, Any]]]) -> Outcome:
+    """Of the records of whole seeds, the first among them."""
+    records, sizes = list(chain.from_iterable(found)), _sizes(setting)
     tables = {f"approximation-{damping}": _table(records, sizes, damping) for damping in DAMPINGS}
     tables["approximation-checked"] = _checked(records)
     return Outcome(records, tables, {"approximation": _figure(records, sizes)}, _reading(records))
@@ -238,5 +248,8 @@ APPROXIMATION = Study(
     "error and time of approximate influences against exact ones, digits and one linear layer",
     12,
     1,
-    run,
+    pieces,
+    outcome,
+    spread="timed",
+    whole_seeds=True,
 )

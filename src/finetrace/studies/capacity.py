@@ -8,7 +8,8 @@ and the usual random start.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
@@ -19,8 +20,8 @@ import torch
 from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
-from finetrace.studies.kept import kept
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
+from finetrace.studies.pieces import Piece, kept, wordless
 from finetrace.studies.plots import STYLES, legend, line, panels
 from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
@@ -28,6 +29,9 @@ from finetrace.studies.study import Outcome, Say, Setting, Study
 WIDTHS, QUICK_WIDTHS = (16, 64, 256, 1024), (8, 16, 32, 64)
 STARTS = ("zero", "zero last", "random")
 BATCH, RATE = 50, 0.05
+
+Name = tuple[int, str, int]  # width, start, seed
+Curve = list[dict[str, float]]
 
 
 def train(width: int, start: str, seed: int, points: int, epochs: int, every: int) -> list[dict[str, float]]:
@@ -80,17 +84,32 @@ def correlations(records: Sequence[dict[str, float]]) -> dict[str, float | None]
     }
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Every width, start and seed; a finished one is found again."""
-    widths = QUICK_WIDTHS if setting.quick else WIDTHS
-    points, epochs, every = (1000, 3, 3) if setting.quick else (4000, 10, 10)
-    curves: dict[tuple[int, str, int], list[dict[str, float]]] = {}
+def _sizes(setting: Setting) -> tuple[tuple[int, ...], int, int, int]:
+    """Widths, points, epochs, and steps from record to record."""
+    return (QUICK_WIDTHS, 1000, 3, 3) if setting.quick else (WIDTHS, 4000, 10, 10)
+
+
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """One a width, start and seed."""
+    widths, points, epochs, every = _sizes(setting)
+    found = []
     for seed, start, width in product(range(setting.seeds), STARTS, widths):
         name = f"{width}-{start.replace(' ', '-')}-{seed}-{points}-{epochs}-{every}-{BATCH}-{RATE}"
         what = f"width {width}, {start} start, seed {seed}"
-        curves[width, start, seed] = kept(
-            folder, name, what, say, partial(train, width, start, seed, points, epochs, every)
-        )
+        piece = kept(folder, name, what, wordless(train, width, start, seed, points, epochs, every), seed)
+        found.append(replace(piece, find=partial(_named, (width, start, seed), piece.find)))
+    return found
+
+
+def _named(name: Name, find: Callable[[Say], Curve], say: Say) -> tuple[Name, Curve]:
+    """A curve with what it is of, which its file says by its name alone."""
+    return name, find(say)
+
+
+def outcome(setting: Setting, found: Sequence[tuple[Name, Curve]]) -> Outcome:
+    """Of the curves of whole seeds."""
+    widths, points, epochs, _ = _sizes(setting)
+    curves = dict(found)
     records = [
         {
             "width": width,
@@ -141,14 +160,12 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return heads, lines
 
 
-def _figure(
-    curves: dict[tuple[int, str, int], list[dict[str, float]]], records: Sequence[dict[str, Any]], widths: Sequence[int]
-) -> Any:
+def _figure(curves: dict[Name, Curve], records: Sequence[dict[str, Any]], widths: Sequence[int]) -> Any:
     """Accuracy against distance, one panel a start, a line a seed and a shade a width; and their correlation by width."""
     figure, axes = panels(len(STARTS), across=len(STARTS))
     for axis, start in zip(axes, STARTS[1:], strict=False):
         for i, width in enumerate(widths):
-            for seed in range(1 + max(key[2] for key in curves)):
+            for place, seed in enumerate(sorted({key[2] for key in curves})):
                 curve = curves[width, start, seed]
                 axis.plot(
                     [r["change"] for r in curve],
@@ -156,7 +173,7 @@ def _figure(
                     color=str(0.6 * i / (len(widths) - 1)),
                     linestyle=STYLES[i],
                     linewidth=1,
-                    label=f"width {width}" if seed == 0 else None,
+                    label=f"width {width}" if place == 0 else None,
                 )
         stuck = [100 * r["accuracy"] for r in where(records, start=STARTS[0])]
         label = "zero in both layers: nothing moves"
@@ -209,5 +226,7 @@ CAPACITY = Study(
     "parameter change against accuracy while two-layer linear models of growing width learn digits",
     0.25,
     0.25,
-    run,
+    pieces,
+    outcome,
+    whole_seeds=True,
 )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from finetrace.attribution import Problem, make
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
-from finetrace.benchmark.runner import task_of
+from finetrace.benchmark.runner import length, task_of
 from finetrace.collection import Representation
 from finetrace.collection.factors import Labels
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
@@ -30,8 +31,11 @@ from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded
 from finetrace.moments import Moment
+from finetrace.studies.pieces import Piece
 from finetrace.studies.study import Say, Setting
 from finetrace.tracing import prepare
+
+Look = Callable[["Prepared"], pd.DataFrame]
 
 SPECS = {  # what studies compare where they compare every method
     "corrected": (
@@ -155,29 +159,35 @@ def run_of(cell: Cell, folder: Path) -> Run:
 
 
 def parts(
-    plan: Plan,
-    what: str,
-    folder: Path,
-    home: Path,
-    setting: Setting,
-    say: Say,
-    look: Callable[[Prepared], pd.DataFrame],
-    *,
-    factors: bool = False,
-) -> Iterator[pd.DataFrame]:
-    """What `look` makes of each cell, kept in `folder` under the cell and `what`."""
+    plan: Plan, looks: Mapping[str, Look], folder: Path, setting: Setting, *, factors: bool = False
+) -> list[Piece]:
+    """A piece a cell, with a frame for each of `looks`: what it makes of the cell, kept under the cell and the look's name."""
+    pieces = []
     for cell in plan.cells(setting):
-        name = f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(what + repr(cell))}.parquet"
-        path = folder / "parts" / name
-        if not path.exists():
-            found = prepared(cell, home, say, factors=factors)
-            if found is None:
-                continue
-            say(f"{cell.task}, {cell.protocol}, seed {cell.seed}: scoring")
+        names = [f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(what + repr(cell))}.parquet" for what in looks]
+        kept = {folder / "parts" / name: look for name, look in zip(names, looks.values(), strict=True)}
+        find = partial(_looked, cell, kept, setting.home(folder), factors)
+        pieces.append(Piece(cell.name, tuple(kept), find, cell.seed, partial(length, cell)))
+    return pieces
+
+
+def _looked(cell: Cell, kept: Mapping[Path, Look], home: Path, factors: bool, say: Say) -> list[pd.DataFrame] | None:
+    """A frame a look; `None` where there is nothing to look at."""
+    missing = {path: look for path, look in kept.items() if not path.exists()}
+    if missing:
+        found = prepared(cell, home, say, factors=factors)
+        if found is None:
+            return None
+        say(f"{cell.name}: scoring")
+        for path, look in missing.items():
             path.parent.mkdir(parents=True, exist_ok=True)
-            frame = look(found).assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size)
-            write_atomically(path, frame.to_parquet(index=False))
-        yield pd.read_parquet(path)
+            write_atomically(path, of_cell(look(found), cell).to_parquet(index=False))
+    return [pd.read_parquet(path) for path in kept]
+
+
+def of_cell(frame: pd.DataFrame, cell: Cell) -> pd.DataFrame:
+    """The frame with what decides the cell in columns."""
+    return frame.assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size)
 
 
 def values_of(found: Prepared, spec: str, scores: NDArray[np.float64]) -> pd.DataFrame:

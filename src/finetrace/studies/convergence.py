@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from finetrace.benchmark.cell import Cell
+from finetrace.benchmark.runner import length
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.fingerprint import of_text
 from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
+from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
+from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line, whole
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
@@ -24,24 +28,35 @@ QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)
 LOSSES = {"train_loss": "training rows", "query_loss": "queries, held out"}
 STATE = (*LOSSES, "gradient_norm")
 METRICS = ("accuracy", "coverage", "auprc")
+WHOLE = "epochs.parquet"  # beside a file an epoch
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Fine-tune with a checkpoint an epoch, then index and score each; what is finished is found again."""
-    plan = QUICK if setting.quick else PLAN
-    frames = []
-    for cell in plan.cells(setting):
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """Fine-tune each cell with a checkpoint an epoch, then index and score each of these."""
+    found = []
+    for cell in (QUICK if setting.quick else PLAN).cells(setting):
         name = of_text(repr((cell, SPECS[cell.protocol], "from epoch 0", FORMAT)))
         place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{name}"
-        if not (place / "epochs.parquet").exists():
-            frame = _epochs(place, run_of(cell, place / "run"), say)
-            if frame is None:
-                continue
-            frame = frame.assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size)
-            write_atomically(place / "epochs.parquet", frame.to_parquet(index=False))
-            shutil.rmtree(place / "run", ignore_errors=True)
-        frames.append(pd.read_parquet(place / "epochs.parquet"))
-    records = summary(pd.concat(frames), ("task", "protocol", "spec", "epoch"), METRICS, STATE)
+        kept = (place / WHOLE,)
+        found.append(Piece(cell.name, kept, partial(_cell, cell, place), cell.seed, partial(length, cell)))
+    return found
+
+
+def _cell(cell: Cell, place: Path, say: Say) -> pd.DataFrame | None:
+    """What a cell's epochs give, in one file; `None` where its model complies with nothing."""
+    if not (place / WHOLE).exists():
+        frame = _epochs(place, run_of(cell, place / "run"), say)
+        if frame is None:
+            return None
+        write_atomically(place / WHOLE, of_cell(frame, cell).to_parquet(index=False))
+        shutil.rmtree(place / "run", ignore_errors=True)
+    return pd.read_parquet(place / WHOLE)
+
+
+def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
+    """Of each cell's epochs."""
+    plan = QUICK if setting.quick else PLAN
+    records = summary(pd.concat(found), ("task", "protocol", "spec", "epoch"), METRICS, STATE)
     return Outcome(
         records,
         {f"convergence-{name}": _table(records, name) for name in METRICS},
@@ -159,5 +174,6 @@ CONVERGENCE = Study(
     "accuracy of every method at every epoch of the fine-tuning, with losses and norms",
     160,
     1,
-    run,
+    pieces,
+    outcome,
 )

@@ -7,9 +7,8 @@ a row always weighs 1/n, so that leaving rows out takes away their terms and cha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from itertools import takewhile
+from collections.abc import Callable, Sequence
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,11 @@ from finetrace.evaluation.lds import draw_subsets, per_query
 from finetrace.evaluation.removal import Group, order
 from finetrace.fingerprint import of_text
 from finetrace.studies.approximation import Trained, dense, methods
-from finetrace.studies.kept import kept
 from finetrace.studies.mnist import Digits, gradients, softmax_hessian, softmax_regression
+from finetrace.studies.pieces import Piece, kept, wordless
 from finetrace.studies.plots import legend, line, panels
 from finetrace.studies.records import Records, of_seeds, spread, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 POINTS, QUICK_POINTS = 4000, 1000
 QUERIES, SIDE, DECAY = 100, 7, 1e-2
@@ -148,14 +147,26 @@ def measure(points: int, subsets: int, seed: int) -> list[dict[str, Any]]:
     return records
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Every seed; a finished one is found again."""
-    points, subsets = (QUICK_POINTS, QUICK_SUBSETS) if setting.quick else (POINTS, SUBSETS)
+def _sizes(setting: Setting) -> tuple[int, int]:
+    """Points, and random halves of them."""
+    return (QUICK_POINTS, QUICK_SUBSETS) if setting.quick else (POINTS, SUBSETS)
+
+
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """One a seed."""
+    points, subsets = _sizes(setting)
     constants = of_text(repr((QUERIES, SIDE, DECAY, SHARE, COUNTS, GROUPS, LEFT_OUT, ENOUGH)))
-    records: list[dict[str, Any]] = []
+    found = []
     for seed in range(setting.seeds):
         name, what = f"{points}-{subsets}-{seed}-{constants}", f"{points} digits, {subsets} subsets, seed {seed}"
-        records += kept(folder, name, what, say, partial(measure, points, subsets, seed))
+        found.append(kept(folder, name, what, wordless(measure, points, subsets, seed), seed))
+    return found
+
+
+def outcome(setting: Setting, found: Sequence[Records]) -> Outcome:
+    """Of the records of each seed."""
+    points, subsets = _sizes(setting)
+    records = list(chain.from_iterable(found))
     return Outcome(
         records,
         {"convex": _table(records), "convex-drop": _drops(records)},
@@ -252,5 +263,6 @@ CONVEX = Study(
     "LDS, leave-one-out and removal against exact retraining, softmax regression on digits",
     1,
     0.3,
-    run,
+    pieces,
+    outcome,
 )

@@ -19,9 +19,10 @@ from scipy.stats import spearmanr
 from finetrace.attribution import make
 from finetrace.attribution.gradient import DEFAULT_DAMPING
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 MULTIPLES = tuple(10.0**k for k in range(-6, 3))  # of the trace of the empirical Fisher; the default is 0.01
 CURVES = {
@@ -47,13 +48,16 @@ def spec(curve: str, multiple: float) -> str:
     return make(f"{CURVES[curve]}damping={multiple!r}").label
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Score, and decompose."""
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """Score each cell, and decompose it."""
+    looks = {f"damping {MULTIPLES} {CURVES} {LIMITS}": look, "spectrum of shares": _spectrum}
+    return parts(QUICK if setting.quick else PLAN, looks, folder, setting)
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcome:
+    """Of the two frames of each cell."""
     plan = QUICK if setting.quick else PLAN
-    home = setting.home(folder)
-    what = f"damping {MULTIPLES} {CURVES} {LIMITS}"
-    frame = pd.concat(parts(plan, what, folder, home, setting, say, look))
-    spectra = pd.concat(parts(plan, "spectrum of shares", folder, home, setting, say, _spectrum))
+    frame, spectra = (pd.concat(frames) for frames in zip(*found, strict=True))
     records = summary(frame, ("task", "protocol", "curve", "multiple"), METRICS, PAPER)
     return Outcome(
         records,
@@ -195,6 +199,7 @@ DAMPING = Study(
     "scores and accuracy over eight decades of lambda, per block and joint, and the Gram matrix's spectrum",
     40,
     1,
-    run,
+    pieces,
+    outcome,
     37,
 )

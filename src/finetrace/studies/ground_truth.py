@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import make_judge
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
 from finetrace.index.store import Index
 from finetrace.models import ALIGNED, EMBEDDED, ModelSpec, load
 from finetrace.studies.ground_truth_tables import curves, drop_table, forest, lds_table, patch_table, reading
-from finetrace.studies.kept import kept
+from finetrace.studies.pieces import Piece, kept
 from finetrace.studies.study import Outcome, Say, Setting, Study
 from finetrace.tasks import recipe
 from finetrace.tracing import BEST, STANDARD
@@ -75,17 +77,21 @@ METHODS = (
 )
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Every task; a finished one is found again, and so is every retraining."""
-    plan = QUICK if setting.quick else PLAN
-    records: list[dict[str, Any]] = []
-    for task, ground in plan.items():
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """One a task, all seeds in it; every retraining is found again too."""
+    found = []
+    for task, ground in (QUICK if setting.quick else PLAN).items():
         methods = (BEST, "exact", "gradcos", "repsim", "bm25", "random") if setting.quick else METHODS
         constants = of_text(repr((asdict(ground), methods, REMOVED, LAYERS, setting.seeds)))
-        what = f"{task}: fine-tuning, scoring and retraining"
-        records += kept(
-            folder, f"{task}-{constants}", what, say, partial(measure, task, ground, folder, setting, methods, say)
-        )
+        find = partial(measure, task, ground, folder, setting, methods)
+        piece = kept(folder, f"{task}-{constants}", f"{task}: fine-tuning, scoring and retraining", find)
+        found.append(replace(piece, name=task))
+    return found
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[dict[str, Any]]]) -> Outcome:
+    """Of the records of some tasks."""
+    records, plan = list(chain.from_iterable(found)), QUICK if setting.quick else PLAN
     tables = {"ground-truth-lds": lds_table(records), "ground-truth-drop": drop_table(records)}
     tables["ground-truth-tail-patch"] = patch_table(records)
     figures = {"ground-truth-lds": forest(records), "ground-truth-drop": curves(records)}
@@ -95,7 +101,10 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
 def measure(
     task: str, ground: Ground, folder: Path, setting: Setting, methods: Sequence[str], say: Say
 ) -> list[dict[str, Any]]:
-    """The records of `finetrace validate` for one task: LDS and tail patch of all methods, removals of some."""
+    """The records of `finetrace validate` for one task: LDS and tail patch of all methods, removals of some.
+
+    The workers of the setting share the retrainings.
+    """
     home = folder / "runs" / task
     made = recipe(task)
     spec = ModelSpec(setting.model or (ALIGNED if made.aligned else EMBEDDED), None, setting.dtype, setting.device)
@@ -136,7 +145,7 @@ def _validated(
     say: Say,
     plan: Validation,
 ) -> list[dict[str, Any]]:
-    found = validate(index, queries, plan, tuning, home, say, setting.device)
+    found = validate(index, queries, plan, tuning, home, say, setting.device, engine=Engine.of(setting.workers))
     losses = dict(zip(("loss_adapter", "loss_again"), found.losses or (None, None), strict=True))
     return [{**record, **losses} for record in found.records]
 
@@ -158,5 +167,7 @@ GROUND_TRUTH = Study(
     "LDS, removal and tail patch of every method, by retraining on five tasks",
     55,
     1,
-    run,
+    pieces,
+    outcome,
+    spread="within",
 )

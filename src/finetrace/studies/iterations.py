@@ -17,9 +17,10 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 COUNTS = (1, 2, 3, 5, 10, 20, 50, 100, 200)
 DAMPINGS = {"paper": "damping=0.1,damping_rule=entry", "default": "damping=0.01"}
@@ -29,12 +30,16 @@ QUICK = Plan({"emotion": 0.1}, ("corrected",), epochs=2)
 METRICS = ("accuracy", "coverage", "spearman", "relative", "scaled")
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Score every count, recurrence and damping."""
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """Score every count, recurrence and damping on each cell."""
+    looks = {f"iterations {COUNTS} {DAMPINGS} {RECURRENCES}": look}
+    return parts(QUICK if setting.quick else PLAN, looks, folder, setting)
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcome:
+    """Of the frame of each cell."""
     plan = QUICK if setting.quick else PLAN
-    frame = pd.concat(
-        parts(plan, f"iterations {COUNTS} {DAMPINGS} {RECURRENCES}", folder, setting.home(folder), setting, say, look)
-    )
+    frame = pd.concat(frame for (frame,) in found)
     records = summary(frame, ("task", "protocol", "damping", "recurrence", "iterations"), METRICS)
     return Outcome(
         records,
@@ -159,6 +164,7 @@ ITERATIONS = Study(
     "accuracy, coverage and distance to the exact solve over LiSSA's iterations, by both recurrences",
     40,
     1,
-    run,
+    pieces,
+    outcome,
     37,
 )

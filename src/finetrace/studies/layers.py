@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.run import Run
+from finetrace.benchmark.runner import length
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.collection import Representation
 from finetrace.fingerprint import of_text
 from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
-from finetrace.studies.cells import SPECS, Plan, indexed, name_of, run_of, scored, summary
+from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
+from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
@@ -30,6 +34,7 @@ QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=1)
 METRICS = ("accuracy", "coverage", "auprc")
 LOOKS = {"gradient, cosine": "gradcos:layers={}", "gradient, product": "gradsim:layers={}"}
 STATES = "hidden state (RepSim)"
+ALL = "all"  # the last choice
 
 
 def choices(depth: int, quick: bool) -> dict[str, tuple[int, ...]]:
@@ -43,21 +48,25 @@ def choices(depth: int, quick: bool) -> dict[str, tuple[int, ...]]:
         for count in (1,) if quick else (1, 4):
             if count < depth:
                 found[f"{place} {count}"] = every[start(count) : start(count) + count]
-    return {**found, "all": every}
+    return {**found, ALL: every}
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Fine-tune each choice, score each, and look at each layer of the last; what is finished is found again."""
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """Fine-tune each choice on each cell, score each, and look at each layer of the last."""
+    found = []
+    for cell in (QUICK if setting.quick else PLAN).cells(setting):
+        name = of_text(repr((cell, SPECS[cell.protocol], FORMAT)))
+        place = folder / "parts" / f"{cell.task}-{cell.protocol}-{cell.seed}-{name}"
+        last = (_kept(place, ALL),)
+        find = partial(_cell, cell, place, setting.quick)
+        found.append(Piece(cell.name, last, find, cell.seed, partial(length, cell)))
+    return found
+
+
+def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
+    """Of the choices on each cell."""
     plan = QUICK if setting.quick else PLAN
-    frames = []
-    for cell in plan.cells(setting):
-        place = (
-            folder
-            / "parts"
-            / f"{cell.task}-{cell.protocol}-{cell.seed}-{of_text(repr((cell, SPECS[cell.protocol], FORMAT)))}"
-        )
-        frames += _choices(place, run_of(cell, place), setting.quick, say)
-    frame = pd.concat(frames)
+    frame = pd.concat(found)
     records = summary(frame, ("task", "protocol", "what", "trained", "layer", "spec"), METRICS)
     trained = [r for r in records if r["what"] == "trained"]
     looks = [r for r in records if r["what"] != "trained"]
@@ -70,36 +79,42 @@ def run(folder: Path, setting: Setting, say: Say) -> Outcome:
     )
 
 
-def _choices(place: Path, made: Run, quick: bool, say: Say) -> list[pd.DataFrame]:
-    cell, frames = made.cell, []
+def _cell(cell: Cell, place: Path, quick: bool, say: Say) -> pd.DataFrame | None:
+    """Every choice of layers; `None` where no model of theirs complies with anything."""
+    made, frames = run_of(cell, place), []
     base = ModelSpec(made.base, None, cell.dtype, cell.device)
     depth = int(load(base).model.config.num_hidden_layers)
     for name, layers in choices(depth, quick).items():
-        kept = place / f"{name.replace(' ', '-')}.parquet"
+        kept = _kept(place, name)
         if not kept.exists():
             say(f"{made.name}: an adapter on {name} of {depth} layers")
             work = place / name.replace(" ", "-")
-            config = made.finetuning().model_copy(update={"layers": None if name == "all" else layers})
+            config = made.finetuning().model_copy(update={"layers": None if name == ALL else layers})
             tuned_adapter(work / "adapter", base, made.task.train, config)
             tuned = load(ModelSpec(made.base, str(work / "adapter"), cell.dtype, cell.device))
             queries = made.queries_of(lambda tuned=tuned: tuned, work)  # type: ignore[misc]
             frame = _scores(made, tuned, queries, work, name, depth) if queries else pd.DataFrame()
-            frame = frame.assign(task=cell.task, protocol=cell.protocol, seed=cell.seed, size=cell.size, trained=name)
+            frame = of_cell(frame, cell).assign(trained=name)
             write_atomically(kept, frame.to_parquet(index=False))
             shutil.rmtree(work)
         frame = pd.read_parquet(kept)
         if len(frame):
             frames.append(frame)
-    return frames
+    return pd.concat(frames) if frames else None
+
+
+def _kept(place: Path, name: str) -> Path:
+    """The file of a choice."""
+    return place / f"{name.replace(' ', '-')}.parquet"
 
 
 def _scores(made: Run, tuned: Any, queries: Sequence[Any], work: Path, name: str, depth: int) -> pd.DataFrame:
     """Every method; for the adapter on all layers, every layer by itself too. `layer` counts from 1, -1 for all."""
     specs = SPECS[made.cell.protocol]
-    states = [Representation(layer) for layer in (range(1, depth + 1) if name == "all" else (-1,))]
+    states = [Representation(layer) for layer in (range(1, depth + 1) if name == ALL else (-1,))]
     found = indexed(made, tuned, queries, work / "scored", specs, [each.resolve(depth) for each in states])
     frames = [scored(found, specs).assign(what="trained", layer=-1)]
-    for layer in range(1, depth + 1) if name == "all" else ():
+    for layer in range(1, depth + 1) if name == ALL else ():
         for look, spec in LOOKS.items():
             frames.append(scored(found, [spec.format(layer - 1)]).assign(what=look, layer=layer, spec=look))
         frames.append(scored(found, [f"repsim:layer={layer}"]).assign(what=STATES, layer=layer, spec=STATES))
@@ -172,7 +187,7 @@ def _reading(trained: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]])
             here = where(looks, task=task, protocol=protocol, what=what)
             best = max(here, key=lambda r: r["auprc"])
             parts.append(f"{what}: layer {best['layer']} ({best['auprc']:.2f})")
-        whole = where(trained, task=task, protocol=protocol, spec="gradcos", trained="all")[0]
+        whole = where(trained, task=task, protocol=protocol, spec="gradcos", trained=ALL)[0]
         lines.append(
             f"{task}, {protocol}: the single layer with the best AUPRC, picked on the same queries, is by {'; '.join(parts)}; "
             f"the cosine over all layers has {whole['auprc']:.2f}."
@@ -186,5 +201,6 @@ LAYERS = Study(
     "the number and the place of the trained layers, and what each layer by itself says",
     160,
     1,
-    run,
+    pieces,
+    outcome,
 )

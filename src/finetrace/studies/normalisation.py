@@ -18,9 +18,10 @@ from finetrace.attribution import make
 from finetrace.evaluation.seeds import over_seeds
 from finetrace.index.factors import FORMAT
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import MARKS, facets
 from finetrace.studies.records import percent, reach, settings, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 CURVATURES = ("gradsim", "datainf", "exact", "ekfac")
 SIMILARITIES = ("none", "relatif", "cosine")
@@ -41,11 +42,17 @@ def specs(protocol: str) -> list[str]:
     return [*grid, "gradcos:scope=block", "random"]
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
-    """Score by every curvature and similarity."""
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
+    """Score each cell by every curvature and similarity."""
     plan = QUICK if setting.quick else PLAN
     what = repr([FORMAT, *(specs(each) for each in plan.protocols)])
-    frame = pd.concat(parts(plan, what, folder, setting.home(folder), setting, say, look, factors=True))
+    return parts(plan, {what: look}, folder, setting, factors=True)
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcome:
+    """Of the frame of each cell."""
+    plan = QUICK if setting.quick else PLAN
+    frame = pd.concat(frame for (frame,) in found)
     records = summary(frame, ("task", "protocol", "spec"), METRICS, ("norm_ratio",))
     hubs = {key: _hub(group) for key, group in frame.groupby(["task", "protocol", "spec"], sort=False)}
     for record in records:
@@ -139,6 +146,7 @@ NORMALISATION = Study(
     "hubs and gradient norms, and what cosine, RelatIF and a cosine for each block do to them",
     40,
     1,
-    run,
+    pieces,
+    outcome,
     37,
 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from finetrace.fingerprint import of_text
-from finetrace.studies.kept import kept
 from finetrace.studies.parameters import (
     MODELS,
     STARTS,
@@ -23,20 +23,27 @@ from finetrace.studies.parameters import (
     steps,
     tunings,
 )
+from finetrace.studies.pieces import Piece, kept
 from finetrace.studies.plots import MARKS, legend, line, panels, whole
 from finetrace.studies.records import of_seeds, spread, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
 
-def run(folder: Path, setting: Setting, say: Say) -> Outcome:
+def pieces(folder: Path, setting: Setting) -> list[Piece]:
     """Fine-tune on benign, harmful and mixed rows from the same start and from others; measure every epoch."""
-    records: list[dict[str, Any]] = []
-    for seed in range(setting.seeds):
-        for start in STARTS[:2] if setting.quick else STARTS:
-            decided = of_text(" ".join(each.decided for each in tunings(setting, seed, start)))
-            name = f"{start.replace(' ', '-')}-seed-{seed}-{decided}"
-            measure = partial(_measured, folder, setting, seed, start, say)
-            records += kept(folder, name, f"seed {seed}, {start}", say, measure)
+    found = []
+    for seed, start in product(range(setting.seeds), STARTS[:2] if setting.quick else STARTS):
+        decided = of_text(" ".join(each.decided for each in tunings(setting, seed, start)))
+        name = f"{start.replace(' ', '-')}-seed-{seed}-{decided}"
+        found.append(
+            kept(folder, name, f"seed {seed}, {start}", partial(_measured, folder, setting, seed, start), seed)
+        )
+    return found
+
+
+def outcome(setting: Setting, found: Sequence[Sequence[dict[str, Any]]]) -> Outcome:
+    """Of the records of whole seeds."""
+    records = list(chain.from_iterable(found))
     return Outcome(
         records,
         {"pairs": _pairs(records), "correlations": _correlations(records)},
@@ -244,5 +251,7 @@ PARAMETERS = Study(
     "change of parameters against change of behaviour, and the inner product that influence uses",
     30,
     1,
-    run,
+    pieces,
+    outcome,
+    whole_seeds=True,
 )

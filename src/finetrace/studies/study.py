@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
+from finetrace.errors import FinetraceError
+from finetrace.execution import Engine
 from finetrace.models import DType
+
+if TYPE_CHECKING:
+    from finetrace.studies.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,7 @@ class Setting:
         model: Another base model than the embedded one, for studies of language models.
         dtype, device: Of the language model.
         cells: Folder of fine-tuned and indexed tasks that studies share; the study's own if not given.
+        workers: Processes side by side, or an engine; changes no result.
     """
 
     quick: bool = False
@@ -28,6 +34,7 @@ class Setting:
     dtype: DType = "auto"
     device: str = "auto"
     cells: Path | None = None
+    workers: int | Engine = 1
 
     def home(self, folder: Path) -> Path:
         """Where fine-tuned and indexed tasks are kept, for other studies too."""
@@ -54,6 +61,8 @@ class Outcome:
 
 
 Say = Callable[[str], None]
+# what --workers spreads: the pieces; the work within a piece, one piece after another; nothing, since seconds are measured
+Spread = Literal["pieces", "within", "timed"]
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,11 @@ class Study:
         what: One line for a list.
         minutes: One seed of the full study, on two cores (AMD EPYC, Zen 5) in bfloat16.
         quick_minutes: One seed of the quick one.
-        run: Finds out; what takes long is kept in the folder and found again.
+        pieces: What is to be found out for a folder and a setting, all first seeds first.
+        outcome: Of the setting and what was found of some pieces, in their order; never of none.
         cells: How many of the minutes go to fine-tuned and indexed tasks, which studies may share.
+        spread: What several workers share.
+        whole_seeds: Whether an outcome needs every piece of each seed that it is of.
     """
 
     name: str
@@ -75,8 +87,11 @@ class Study:
     what: str
     minutes: float
     quick_minutes: float
-    run: Callable[[Path, Setting, Say], Outcome]
+    pieces: Callable[[Path, Setting], Sequence[Piece]]
+    outcome: Callable[[Setting, Sequence[Any]], Outcome]
     cells: float = 0.0
+    spread: Spread = "pieces"
+    whole_seeds: bool = False
 
     def cost(self, setting: Setting) -> str:
         """How long it will take, in words."""
@@ -85,6 +100,19 @@ class Study:
             return f"about {_words(self.quick_minutes * seeds)}"
         shared = f", {_words((self.minutes - self.cells) * seeds)} where its fine-tuned tasks are there already"
         return f"about {_words(self.minutes * seeds)}" + (shared if self.cells else "")
+
+    def engine(self, setting: Setting) -> Engine:
+        """Where its pieces are done.
+
+        Raises:
+            FinetraceError: It takes no workers.
+        """
+        engine = Engine.of(setting.workers)
+        if self.spread == "timed" and not engine.in_process:
+            raise FinetraceError(
+                f"{self.name} measures seconds, which workers side by side would change; leave --workers and --engine out."
+            )
+        return Engine() if self.spread == "within" else engine
 
 
 def _words(minutes: float) -> str:
