@@ -14,7 +14,11 @@ DENSE_BYTES = 24  # an entry of a d x d matrix: sum, factor and what is added in
 DUAL_BYTES = 32  # an entry of an n x n one
 SKETCH_BYTES = 40  # an entry of a sketch: start, image, vectors and the steps between
 PASSES = 12  # what a preconditioned solve takes, about
-READS = {"dual": 4, "primal": 3, "iterated": PASSES + 2}  # of all rows: the matrix or sketch, solutions, their residuals
+READS = {
+    "dual": 4,
+    "primal": 3,
+    "iterated": PASSES + 2,
+}  # of all rows: the matrix or sketch, solutions, their residuals
 OPERATIONS_A_BYTE = 25  # in the time of reading one: some 50 GFLOP/s of arithmetic beside 2 GB/s from a disk
 
 

@@ -178,7 +178,7 @@ class Running:
         count, end, chain = self.count + len(turn), turn[-1].stop, _chained(self._chain, turn)
         said = {"shards": str(count), "end": str(end), "chain": chain}
         sides = {f"{side}.{block.name}": size for block in self._blocks for side, size in _sides(block)}
-        layout = {"tokens": ("I64", (len(self._blocks),))}
+        layout: dict[str, tuple[str, tuple[int, ...]]] = {"tokens": ("I64", (len(self._blocks),))}
         layout |= {name: ("F64", (size, size)) for name, size in sides.items()}
         with replacing(self.path) as part, self.opened(turn) as files:
             sums = (total(files, name, size) for name, size in sides.items())
