@@ -19,7 +19,7 @@ from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
 from finetrace.studies.pieces import Piece
-from finetrace.studies.plots import facets, line, whole
+from finetrace.studies.plots import facets, line, logarithmic, whole
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Say, Setting, Study
 
@@ -63,9 +63,7 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
         {f"convergence-{name}": _figure(records, name) for name in METRICS}
         | {
             "losses": _state(records, LOSSES, "loss, nats a token"),
-            "gradient-norms": _state(
-                records, {"gradient_norm": "training rows"}, "mean norm, nats per unit of the adapter"
-            ),
+            "gradient-norms": _state(records, {"gradient_norm": "training rows"}, "mean gradient norm, nats a unit"),
         },
         [*_reading(records), *plan.left_out()],
         {"sizes": plan.sizes, "epochs": plan.epochs},
@@ -143,8 +141,8 @@ def _state(records: Sequence[dict[str, Any]], names: dict[str, str], head: str) 
         for place, (name, words) in enumerate(names.items()):
             mixed = name == "query_loss" and here[0]["task"].startswith("mixed")
             label = "the last epoch's own answers" if mixed else words
-            line(axis, 3 * place + mixed, [r["epoch"] for r in found], found, name, label)
-        axis.set_yscale("log")
+            line(axis, 3 * place + mixed, [r["epoch"] for r in found], found, name, label, apart=False)
+        logarithmic(axis)
         whole(axis)
 
     return facets(records, draw, "epoch", head)

@@ -43,7 +43,7 @@ def facets(
     for axis, (task, protocol) in zip(axes, cells, strict=True):
         cell = where(records, task=task, protocol=protocol)
         draw(axis, cell)
-        axis.set_title(f"{task}, {protocol}{_counts(cell)}", fontsize=7)
+        axis.set_title(f"{task}, {protocol}{_counts(cell)}", fontsize=6.5)
         axis.set_xlabel(xlabel, fontsize=7)
         axis.set_ylabel(ylabel, fontsize=7)
     legend(figure, axes, columns)
@@ -64,6 +64,17 @@ def whole(axis: Any) -> None:
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
+def logarithmic(axis: Any) -> None:
+    """Values on a logarithmic scale, with plain numbers at 1, 2 and 5 of each decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
 def line(
     axis: Any,
     place: int,
@@ -72,16 +83,18 @@ def line(
     metric: str,
     label: str,
     scale: float = 1.0,
+    *,
+    apart: bool = True,
 ) -> None:
     """A metric of `summary` over `x` with its intervals as bars; `place` picks the dash, the mark, the shade and a small shift.
 
-    The shift, to the side and in points, keeps marks and bars of methods apart that are equally good.
+    The shift, to the side and in points, keeps marks and bars of methods `apart` that are equally good.
     """
     from matplotlib.transforms import ScaledTranslation
 
     shade = str(0.65 * (place % 8) / 7)
     values = [float("nan") if r[metric] is None else scale * r[metric] for r in records]
-    shift = ScaledTranslation((place % 8 - 3.5) * 1.2 / 72, 0, axis.figure.dpi_scale_trans)
+    shift = ScaledTranslation((place % 8 - 3.5) * 1.2 / 72 if apart else 0, 0, axis.figure.dpi_scale_trans)
     drawn = axis.errorbar(
         x,
         values,
