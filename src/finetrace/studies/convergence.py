@@ -170,7 +170,7 @@ CONVERGENCE = Study(
     "convergence",
     "Fig. 5",
     "accuracy of every method at every epoch of the fine-tuning, with losses and norms",
-    160,
+    35,
     1,
     pieces,
     outcome,

@@ -86,7 +86,7 @@ def line(
     *,
     apart: bool = True,
 ) -> None:
-    """A metric of `summary` over `x` with its intervals as bars; `place` picks the dash, the mark, the shade and a small shift.
+    """A metric of `summary` over `x` with its intervals as bars; `place` picks the dash, the mark (hollow from the ninth on), the shade and a small shift.
 
     The shift, to the side and in points, keeps marks and bars of methods `apart` that are equally good.
     """
@@ -106,6 +106,7 @@ def line(
         linestyle=STYLES[place % len(STYLES)],
         marker=MARKS[place % len(MARKS)],
         markersize=3,
+        **({"markerfacecolor": "white"} if place >= len(MARKS) else {}),
     )
     for artist in (drawn.lines[0], *drawn.lines[2]):  # only now: the axes' limits are taken without it
         artist.set_transform(axis.transData + shift)
