@@ -88,7 +88,8 @@ def line(
 ) -> None:
     """A metric of `summary` over `x` with its intervals as bars; `place` picks the dash, the mark, the shade and a small shift.
 
-    Marks are hollow from the ninth on. The shift, to the side and in points, keeps marks and bars of methods `apart` that are equally good.
+    Marks are hollow from the ninth on. The shift, to the side and in points, keeps marks and bars of methods `apart` that
+    are equally good.
     """
     from matplotlib.transforms import ScaledTranslation
 
