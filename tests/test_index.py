@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -190,15 +190,12 @@ def test_the_same_bytes_twice(tiny_loaded: Loaded, built: Path, tmp_path: Path) 
     assert files(tmp_path / "again") == files(built)
 
 
-@pytest.mark.parametrize("after", range(SHARDS))
-def test_interrupted_and_resumed(
-    tiny_loaded: Loaded, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
-) -> None:
-    folder = tmp_path / "i"
-    calls, collect = [], Collector.collect
+def stopped(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], shards: int) -> None:
+    """`work`, interrupted after so many shards."""
+    collect, calls = Collector.collect, []
 
     def stopping(self: Collector, *args: Any, **options: Any) -> Any:
-        if len(calls) == after:
+        if len(calls) == shards:
             raise KeyboardInterrupt
         calls.append(1)
         return collect(self, *args, **options)
@@ -206,7 +203,15 @@ def test_interrupted_and_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(Collector, "collect", stopping)
         with pytest.raises(KeyboardInterrupt):
-            build(tiny_loaded, folder)
+            work()
+
+
+@pytest.mark.parametrize("after", range(SHARDS))
+def test_interrupted_and_resumed(
+    tiny_loaded: Loaded, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    folder = tmp_path / "i"
+    stopped(monkeypatch, lambda: build(tiny_loaded, folder), after)
     with pytest.raises(
         FinetraceError, match=rf"unfinished \({after * PER_SHARD} of {ROWS} rows\); run finetrace index again"
     ):

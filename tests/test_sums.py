@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from finetrace.errors import FinetraceError
 from finetrace.index import append, build_index, factors, kronecker_factors, manifest, open_index, sums
 from finetrace.index.manifest import BlockRecord, Manifest, ShardRecord
 from finetrace.models import Loaded, ModelSpec, load
-from test_index import files
+from test_index import files, stopped
 from tiny import make_examples
 
 BLOCKS = (Block("a", (2, 3), 0), Block("b", (3, 3), 6), Block("c", (4,), 15))
@@ -271,22 +270,6 @@ def test_factors_are_those_of_sums_that_were_never_folded(
     assert len(calls) == len(distinct) < 2 * len(index.blocks)
 
 
-def stopped(loaded: Loaded, monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any], shards: int) -> None:
-    """`work`, interrupted after so many shards."""
-    collect, calls = Collector.collect, []
-
-    def stopping(self: Collector, *args: Any, **options: Any) -> Any:
-        if len(calls) == shards:
-            raise KeyboardInterrupt
-        calls.append(1)
-        return collect(self, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Collector, "collect", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            work()
-
-
 def counted(monkeypatch: pytest.MonkeyPatch, seen: list[tuple[int, bool]]) -> None:
     """First row of every shard that is collected, and whether its sums are."""
     collect = Collector.collect
@@ -309,7 +292,7 @@ def test_a_shard_that_is_lost_after_its_sums_were_folded(
         build_index(tiny_loaded, examples, tmp_path / name, encoder, rows_per_shard=4, kronecker=labels)
 
     build("whole")
-    stopped(tiny_loaded, monkeypatch, lambda: build("i"), 3)
+    stopped(monkeypatch, lambda: build("i"), 3)
     running = sums.Running(tmp_path / "i", manifest.read(tmp_path / "i"), labels)
     assert running.count == 3  # float64: each by itself
     (tmp_path / "i" / "shards" / "000000004.safetensors").write_bytes(b"broken")
@@ -329,7 +312,7 @@ def test_a_shard_that_comes_back_with_other_bytes_makes_all_sums_anew(
     def build() -> None:
         build_index(tiny_loaded, examples, tmp_path / "i", encoder, rows_per_shard=4, kronecker="data", say=said.append)
 
-    stopped(tiny_loaded, monkeypatch, build, 3)
+    stopped(monkeypatch, build, 3)
     (tmp_path / "i" / "shards" / "000000004.safetensors").write_bytes(b"broken")
     collect = Collector.collect
 
@@ -355,7 +338,7 @@ def test_rows_appended_while_sums_were_half_made(
     examples, encoder = make_examples(17), Encoder(tiny_loaded.tokenizer)
     for name in ("whole", "i"):
         build_index(tiny_loaded, examples[:12], tmp_path / name, encoder, rows_per_shard=4)
-    stopped(tiny_loaded, monkeypatch, lambda: kronecker_factors(open_index(tmp_path / "i", tiny_loaded), "model"), 2)
+    stopped(monkeypatch, lambda: kronecker_factors(open_index(tmp_path / "i", tiny_loaded), "model"), 2)
     for name in ("whole", "i"):
         append(open_index(tmp_path / name, tiny_loaded), examples[12:])
     seen: list[tuple[int, bool]] = []
