@@ -23,10 +23,10 @@ from finetrace.studies.approximation_study import APPROXIMATION
 from finetrace.studies.cells import Plan
 from finetrace.studies.ground_truth import GROUND_TRUTH
 from finetrace.studies.iterations import ITERATIONS
-from finetrace.studies.pieces import Piece, in_words, kept
+from finetrace.studies.pieces import Piece, Say, in_words, kept
 from finetrace.studies.plots import panels
 from finetrace.studies.registry import STUDIES
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 from finetrace.studies.write import run
 from test_engines import TWO, Carried
 from tiny import make_llama, make_tokenizer, save_base

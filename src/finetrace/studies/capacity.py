@@ -21,10 +21,10 @@ from scipy.stats import pearsonr, spearmanr
 from torch import nn
 
 from finetrace.studies.mnist import CLASSES, SIDE, Digits
-from finetrace.studies.pieces import Piece, kept, wordless
+from finetrace.studies.pieces import Piece, Say, kept, wordless
 from finetrace.studies.plots import STYLES, legend, line, panels
 from finetrace.studies.records import of_seeds, spread, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 WIDTHS, QUICK_WIDTHS = (16, 64, 256, 1024), (8, 16, 32, 64)
 STARTS = ("zero", "zero last", "random")

@@ -31,8 +31,8 @@ from finetrace.index import build_index
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded
 from finetrace.moments import Moment
-from finetrace.studies.pieces import Piece
-from finetrace.studies.study import Say, Setting
+from finetrace.studies.pieces import Piece, Say
+from finetrace.studies.study import Setting
 from finetrace.tracing import prepare
 
 Look = Callable[["Prepared"], pd.DataFrame]

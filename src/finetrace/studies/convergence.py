@@ -18,10 +18,10 @@ from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
-from finetrace.studies.pieces import Piece
+from finetrace.studies.pieces import Piece, Say
 from finetrace.studies.plots import facets, line, logarithmic, whole
 from finetrace.studies.records import percent, settings, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 PLAN = Plan({"mixed-small": 1.0, "grammars": 0.05, "mathqa": 0.05, "backdoor-1": 0.05}, epochs=8)  # paper: its own
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=2)

@@ -26,8 +26,8 @@ from finetrace.index import build_index
 from finetrace.index.store import Index
 from finetrace.models import ALIGNED, EMBEDDED, ModelSpec, load
 from finetrace.studies.ground_truth_tables import curves, drop_table, forest, lds_table, patch_table, reading
-from finetrace.studies.pieces import Piece, kept
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.pieces import Piece, Say, kept
+from finetrace.studies.study import Outcome, Setting, Study
 from finetrace.tasks import recipe
 from finetrace.tracing import BEST, STANDARD
 from finetrace.validation.plan import Validation

@@ -37,7 +37,8 @@ from finetrace.fingerprint import of_text
 from finetrace.index.manifest import replacing
 from finetrace.models import ALIGNED, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
-from finetrace.studies.study import Say, Setting
+from finetrace.studies.pieces import Say
+from finetrace.studies.study import Setting
 from finetrace.tasks import build, recipe
 
 MODELS = ("benign", "harmful", "mixed")

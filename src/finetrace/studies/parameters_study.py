@@ -23,10 +23,10 @@ from finetrace.studies.parameters import (
     steps,
     tunings,
 )
-from finetrace.studies.pieces import Piece, kept
+from finetrace.studies.pieces import Piece, Say, kept
 from finetrace.studies.plots import MARKS, legend, line, panels, whole
 from finetrace.studies.records import of_seeds, spread, where
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.study import Outcome, Setting, Study
 
 
 def pieces(folder: Path, setting: Setting) -> list[Piece]:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from finetrace.index.manifest import write_atomically
-from finetrace.studies.study import Say
 
+Say = Callable[[str], None]
 Measure = Callable[[Say], list[dict[str, Any]]]
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
 from finetrace.models import DType
-
-if TYPE_CHECKING:
-    from finetrace.studies.pieces import Piece
+from finetrace.studies.pieces import Piece
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,6 @@ class Outcome:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-Say = Callable[[str], None]
 # what --workers spreads: the pieces; the work within a piece, one piece after another; nothing, since seconds are measured
 Spread = Literal["pieces", "within", "timed"]
 

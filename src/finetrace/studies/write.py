@@ -17,8 +17,8 @@ from finetrace.benchmark.tables import write_table
 from finetrace.errors import FinetraceError
 from finetrace.models import known_dtype
 from finetrace.reporting.results import write_results
-from finetrace.studies.pieces import Piece, in_words
-from finetrace.studies.study import Outcome, Say, Setting, Study
+from finetrace.studies.pieces import Piece, Say, in_words
+from finetrace.studies.study import Outcome, Setting, Study
 
 OFTEN = 60.0  # seconds between two writings within a seed
 
