@@ -35,6 +35,11 @@ def _changes(event: str, args: tuple[Any, ...], watched: str) -> bool:
     return (event in CHANGES or writes) and any(watched in str(each) for each in args[:2])
 
 
+def _empties(event: str, args: tuple[Any, ...]) -> bool:
+    """Whether that change empties a file before it is written anew."""
+    return event == "open" and isinstance(args[2], int) and bool(args[2] & os.O_TRUNC) and isinstance(args[0], str)
+
+
 def _work(
     ready: Connection, die_at: int | None, watched: str, work: Callable[..., None], given: dict[str, Any]
 ) -> None:
@@ -42,8 +47,14 @@ def _work(
 
     def count(event: str, args: tuple[Any, ...]) -> None:
         nonlocal seen
-        if _changes(event, args, watched):
+        if not _changes(event, args, watched):
+            return
+        for emptied in (False, True) if _empties(event, args) else (False,):
             if seen == die_at:
+                if emptied:
+                    seen += 1  # this opening is nobody's step
+                    with open(args[0], "wb"):
+                        pass
                 os.kill(os.getpid(), signal.SIGKILL)
             seen += 1
 
@@ -62,7 +73,8 @@ def run(
         work: A function of a module.
         folder: What it writes to.
         after: Kill it so many seconds after it began, its imports behind it.
-        die_at: Let it die just before that change of a file in `folder`, counted from 0.
+        die_at: Let it die just before that change of a file in `folder`, counted from 0; a file that is written anew counts
+            twice, as it was and emptied.
 
     Returns:
         Whether it came to its end, how many changes it made, and its seconds.

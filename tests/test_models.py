@@ -165,6 +165,23 @@ def test_a_saved_adapter_has_the_same_bytes(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "1" / "adapter_config.json").read_text())["target_modules"][0] == "k_proj"
 
 
+def test_an_adapter_saved_over_half_written_files_has_the_same_bytes(tmp_path: Path) -> None:
+    """As a killed run may leave them; the weights come last, so that they say that the others are there."""
+    model = with_lora(make_llama())
+    save_adapter(model, tmp_path / "whole")
+    names = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert names == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    for left in (b"", b"---\nlibrary_name: peft\n"):
+        for folder in (tmp_path / "i", tmp_path / "i" / ".adapter.part"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in names:
+                (folder / name).write_bytes(left)
+        save_adapter(model, tmp_path / "i")
+        assert sorted(path.name for path in (tmp_path / "i").iterdir()) == names
+        for name in names:
+            assert (tmp_path / "i" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
 def test_saving_an_adapter_of_another_name(tmp_path: Path) -> None:
     model = with_lora(make_llama())
     model.add_adapter("second", model.peft_config["default"])

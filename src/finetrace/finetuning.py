@@ -77,7 +77,8 @@ def finetune(
     model = new_adapter(loaded, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / SAVED).write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
+        if last is None:
+            (folder / SAVED).write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
@@ -132,17 +133,27 @@ def active_adapter(model: Any) -> str:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Write the active adapter as PEFT does, with the names in its configuration sorted: equal adapters, equal files."""
+    """Write the active adapter as PEFT does, with the names in its configuration sorted: equal adapters, equal files.
+
+    Each file comes whole, the weights last, and takes the place of one that was there: PEFT itself would go on from a model
+    card that a killed run left half written.
+    """
+    part = folder / ".adapter.part"
+    shutil.rmtree(part, ignore_errors=True)
     name = active_adapter(model)
-    model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
-    path = (folder if name == "default" else folder / name) / "adapter_config.json"
+    model.save_pretrained(str(part), selected_adapters=[name], save_embedding_layers=False)
+    path = (part if name == "default" else part / name) / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     for key in ("target_modules", "exclude_modules", "modules_to_save"):  # sets, whose order differs between processes
         if isinstance(config.get(key), list):
             config[key].sort()
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    part.replace(path)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+    for file in sorted(part.rglob("*"), key=lambda each: (each.suffix == ".safetensors", each)):
+        if file.is_file():
+            place = folder / file.relative_to(part)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(place)
+    shutil.rmtree(part)
 
 
 def _local_adapter(adapter: str) -> str:
