@@ -35,6 +35,12 @@ GRID += [
     f"{curvature}:normalise=cosine,loss_on={first}+probe,layers={layers},at={at}"
     for at, curvature, first, layers in product(MOMENTS, ("ekfac", "exact", "gradsim"), LOSSES[:2], MIXED_LAYERS)
 ]
+GRID += [
+    f"{curvature}:normalise=cosine,loss_on={losses},layers={layers},at=start+end"
+    for curvature, losses, layers in product(
+        ("ekfac", "exact", "gradsim"), ("response+probe", "response", "first:20+probe"), MIXED_LAYERS
+    )
+]
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
 

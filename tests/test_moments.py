@@ -105,6 +105,63 @@ def test_several_losses_at_the_start_are_the_mean_of_their_cosines(tmp_path: Pat
     np.testing.assert_allclose(mean, both / 2, rtol=1e-5)  # under a large ridge the metric is the identity's
 
 
+@pytest.mark.parametrize("name", ["gradcos", "gradcos:scope=block", "exact:normalise=cosine", "ekfac:normalise=cosine"])
+def test_several_moments_are_the_mean_of_their_cosines(tmp_path: Path, name: str) -> None:
+    loaded, examples, queries = learnt(), make_examples(7), make_examples(3, seed=5)
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    problem = Problem(index, queries)
+
+    def scores(settings: str) -> Any:
+        return make(f"{name}{',' if ':' in name else ':'}{settings}").score(problem)
+
+    start, end = scores("loss_on=response,layers=1,at=start").values, scores("loss_on=probe:No,layers=0,at=end").values
+    swapped = (
+        scores("loss_on=response,layers=1,at=end").values + scores("loss_on=probe:No,layers=0,at=start").values
+    ) / 2
+    both = scores("loss_on=response+probe:No,layers=1+0,at=start+end")
+    np.testing.assert_allclose(both.values, (start + end) / 2, rtol=1e-12, atol=1e-14)
+    assert float(np.abs(both.values - swapped).max()) > 1e-3
+    assert both.parameters["at"] == "start+end"
+    assert both.parameters["loss_on"] == "response+probe:No"
+    one = scores("loss_on=response,layers=1,at=start+end")  # one loss and one choice of layers go with both
+    np.testing.assert_allclose(
+        one.values, (start + scores("loss_on=response,layers=1").values) / 2, rtol=1e-12, atol=1e-14
+    )
+    method = make(one.method)
+    assert method == make(method.label)
+    assert method.title.endswith("start+end")
+    streamed = method.score(Problem(index, queries, step=3))
+    np.testing.assert_allclose(streamed.values, one.values, rtol=1e-7, atol=1e-10)
+    assert streamed.computed["computed"] == "streamed"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ekfac:loss_on=response+probe,at=start+end", "several losses, layers or moments are of different scales"),
+        ("exact:at=start+end", "add normalise=cosine"),
+        ("gradcos:loss_on=response+probe,at=start+end+end", "2 losses and 3 moments; give as many of each, or one"),
+        ("gradcos:layers=0+1+all,at=start+end", "layers=0[+]1[+]all,at=start[+]end: 3 choices of layers and 2 moments"),
+        ("gradcos:at=start+middle", "at=middle: not known; use end or start"),
+        ("gradcos:at=start+", "at=: not known"),
+        ("selfinf:at=start+end", "one loss, one choice of layers and one moment"),
+        ("gradnorm:at=start+end", "one loss, one choice of layers and one moment"),
+    ],
+)
+def test_moments_that_cannot_be_averaged_are_refused(spec: str, message: str) -> None:
+    with pytest.raises(FinetraceError, match=message):
+        make(spec)
+
+
+def test_both_moments_are_refused_before_anything_is_collected_where_there_is_no_start(tmp_path: Path) -> None:
+    loaded = learnt()
+    loaded.model.peft_config["default"].init_lora_weights = "pissa"
+    index, _ = build_index(loaded, make_examples(4), tmp_path / "i", Encoder(loaded.tokenizer))
+    with pytest.raises(FinetraceError, match="at=start: this adapter began with init_lora_weights=pissa"):
+        make("gradcos:loss_on=probe+response,at=end+start").score(Problem(index, make_examples(2, seed=5)))
+    assert not list((tmp_path / "i").glob("views/*"))
+
+
 def test_self_influence_at_the_start_is_the_diagonal_of_training_rows_as_queries(tmp_path: Path) -> None:
     loaded, examples = learnt(), make_examples(6)
     index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))

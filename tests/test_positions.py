@@ -258,8 +258,8 @@ def test_several_losses_and_layers_are_the_mean_of_their_cosines(
         ("gradcos:loss_on=response+probe,layers=0+1+all", "2 losses and 3 choices of layers"),
         ("gradcos:layers=all+some", "layers=some: not known"),
         ("gradcos:loss_on=response+probe:", "--loss-on probe:: not known"),
-        ("selfinf:loss_on=response+probe", "one loss and one choice of layers"),
-        ("gradnorm:layers=all+0", "one loss and one choice of layers"),
+        ("selfinf:loss_on=response+probe", "one loss, one choice of layers and one moment"),
+        ("gradnorm:layers=all+0", "one loss, one choice of layers and one moment"),
     ],
 )
 def test_what_cannot_be_averaged_is_refused(spec: str, message: str) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,23 @@ At = Literal["", "end", "start"]  # empty where a method takes an index's own
 ZERO = (True, "gaussian", "eva")  # PEFT's ways to begin that leave B at zero
 
 
+def each_moment(at: str) -> tuple[At, ...]:
+    """The moments of a method's `at`: one of `At`, or several of `end` and `start` joined by `+`.
+
+    Raises:
+        FinetraceError: One is neither, or one of several is empty.
+    """
+    if at == "":
+        return ("",)
+    return tuple(_known(each) for each in at.split("+"))
+
+
+def _known(moment: str) -> Moment:
+    if moment not in get_args(Moment):
+        raise FinetraceError(f"at={moment}: not known; use {' or '.join(get_args(Moment))}.")
+    return cast(Moment, moment)
+
+
 @contextmanager
 def at_moment(model: nn.Module, moment: Moment) -> Iterator[None]:
     """While open, `model` stands where fine-tuning ended or began; afterwards it is bit by bit what it was.
@@ -29,9 +46,7 @@ def at_moment(model: nn.Module, moment: Moment) -> Iterator[None]:
     Raises:
         FinetraceError: The start is asked of a model that cannot be put back there.
     """
-    if moment not in get_args(Moment):
-        raise FinetraceError(f"at={moment}: not known; use {' or '.join(get_args(Moment))}.")
-    if moment == "end":
+    if _known(moment) == "end":
         yield
         return
     kept = [(weight, weight.detach().clone()) for weight in _learnt(model)]

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import check
-from finetrace.moments import At
 
 
 @register("random")
@@ -74,10 +73,10 @@ class GradNorm(Method):
     control: ClassVar[bool] = True
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     def __post_init__(self) -> None:
-        check(self.label, self.loss_on, self.layers)
+        check(self.label, self.loss_on, self.layers, self.at)
 
     def prepared(self, problem: Problem) -> Problem:
         """The problem with the loss on `loss_on` and the gradients of `layers`, `at` a moment."""

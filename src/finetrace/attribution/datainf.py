@@ -17,7 +17,6 @@ from finetrace.curvature import Damping, DampingRule, DataInf, InverseCurvature,
 from finetrace.curvature.datainf import DataInfStream, DenseDataInfStream
 from finetrace.curvature.solvers import packed
 from finetrace.curvature.streamed import Streamed
-from finetrace.moments import At
 
 
 @register("datainf")
@@ -33,7 +32,7 @@ class DataInfMethod(SpannedMethod, StreamedMethod):
     damping_rule: DampingRule = "trace"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
     query_bytes: ClassVar[int] = 64
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:

@@ -24,7 +24,6 @@ from finetrace.curvature.refinement import default_tolerance
 from finetrace.curvature.solvers import Solver, choose, packed, sketch_rank
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
-from finetrace.moments import At
 
 
 @register("exact")
@@ -46,7 +45,7 @@ class Exact(ScopedMethod, StreamedMethod):
     tolerance: Annotated[float, Field(ge=0, lt=1)] = 0.0
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     query_bytes: ClassVar[int] = 128
 

@@ -18,7 +18,6 @@ from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
 from finetrace.curvature import InverseCurvature, Products
 from finetrace.errors import FinetraceError
-from finetrace.moments import At
 from finetrace.units import size
 
 INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
@@ -40,47 +39,45 @@ class GradientMethod(Method):
     `relatif`: S_qi / ||g_i||_P (Barshan et al., 2003.11630): the square root of the self-influence.
 
     `loss_on`: the tokens whose loss is differentiated, for training examples and queries alike (`Positions`); empty for
-    those the index was built with. `layers`: `all`, `last-half`, `last-fifth`, a number or `FIRST-LAST`. Several of either,
-    joined by `+`, give the mean of their cosines: `loss_on=response+probe,layers=all+last-half` looks at the response's
-    loss in all layers and at the probe's in the last half. `at`: gradients of the `end` or `start` of training, or
-    empty, where the index took them (`finetrace.moments`).
+    those the index was built with. `layers`: `all`, `last-half`, `last-fifth`, a number or `FIRST-LAST`. `at`: gradients of
+    the `end` or `start` of training, or empty, where the index took them (`finetrace.moments`). Several of each, joined by
+    `+` and taken in turn, give the mean of their cosines: `loss_on=response+probe,layers=all+last-half,at=start+end` looks
+    at the response's loss in all layers at the start and at the probe's in the last half at the end.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     normalise: Normalise
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     def __post_init__(self) -> None:
-        pairs = views(self.loss_on, self.layers)
-        if len(pairs) > 1 and self.normalise != "cosine":
+        if len(views(self.loss_on, self.layers, self.at)) > 1 and self.normalise != "cosine":
             raise FinetraceError(
-                f"{self.label}: scores of several losses or layers are of different scales; add normalise=cosine."
+                f"{self.label}: scores of several losses, layers or moments are of different scales; add normalise=cosine."
             )
 
     def prepared(self, problem: Problem) -> Problem:
-        """The problem with the loss on `loss_on` and the gradients of `layers`, `at` a moment; several are made ready."""
+        """The problem with the loss on `loss_on` and the gradients of `layers`, `at` a moment; several are made ready.
+
+        Those at the start come first, so that a model that has none is refused before anything is collected.
+        """
         several = self._several()
-        for each in several:
+        for each in sorted(several, key=lambda each: each.at != "start"):
             each.prepared(problem)
         return problem if several else self._viewed(problem)
 
     def _viewed(self, problem: Problem) -> Problem:
-        """The problem as one loss and one choice of layers see it."""
+        """The problem as one loss, one choice of layers and one moment see it."""
         return problem.on(self.loss_on, self.layers, at=self.at)
 
     def _several(self: G) -> tuple[G, ...]:
-        """The methods whose scores are averaged; none where one loss and one choice of layers are looked at."""
-        pairs = views(self.loss_on, self.layers)
-        return (
-            tuple(type(self)(**{**self.parameters, "loss_on": a, "layers": b}) for a, b in pairs)
-            if len(pairs) > 1
-            else ()
-        )
+        """The methods whose scores are averaged; none where one loss, one choice of layers and one moment are looked at."""
+        found = views(self.loss_on, self.layers, self.at)
+        return tuple(type(self)(**{**self.parameters, **each._asdict()}) for each in found) if len(found) > 1 else ()
 
     def warm(self, problem: Problem) -> None:
-        """Collect the queries' gradients of every loss that is looked at."""
+        """Collect the queries' gradients of every loss and moment that is looked at."""
         for each in self._several() or (self,):
             _ = (each.prepared(problem) if each is not self else problem).features
 
@@ -89,14 +86,15 @@ class GradientMethod(Method):
         if not (several := self._several()):
             return super().used(problem)
         used = [each.used(each.prepared(problem)) for each in several]
-        return {**used[0], "layers": self.layers, "loss_on": "+".join(each["loss_on"] for each in used)}
+        joined = {"layers": self.layers, "loss_on": "+".join(each["loss_on"] for each in used)}
+        return {**used[0], **joined, "at": self.at if "+" in self.at else used[0]["at"]}
 
     @abstractmethod
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """The inverse curvature of every block, one at a time."""
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
-        """(m, n) S, normalised; of several losses or layers, the mean of their cosines."""
+        """(m, n) S, normalised; of several losses, layers or moments, the mean of their cosines."""
         if several := self._several():
             return np.mean([each.matrix(each.prepared(problem)) for each in several], axis=0)
         if self.held_bytes(problem) > problem.memory:

@@ -19,7 +19,6 @@ from finetrace.attribution.streaming import Pass
 from finetrace.curvature import Identity, InverseCurvature, Products
 from finetrace.curvature.identity import IdentityStream
 from finetrace.curvature.streamed import Streamed
-from finetrace.moments import At
 
 
 @register("gradsim")
@@ -33,7 +32,7 @@ class GradSim(SpannedMethod, StreamedMethod):
     normalise: Normalise = "none"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
     query_bytes: ClassVar[int] = 32
     _unit: ClassVar[str] = "decrease of the query's mean response loss (nats) per unit step down the example's gradient"
 
@@ -66,7 +65,7 @@ class GradCos(SpannedMethod, StreamedMethod):
     scope: Scope = "joint"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
     normalise: ClassVar[Normalise] = "cosine"  # type: ignore[misc]
     query_bytes: ClassVar[int] = 32
 

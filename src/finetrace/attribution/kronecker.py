@@ -19,7 +19,6 @@ from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
 from finetrace.curvature.kronecker import KroneckerStream
 from finetrace.curvature.streamed import Streamed
 from finetrace.index.factors import digest as factors_digest
-from finetrace.moments import At
 
 DEFAULT_DAMPING = 0.1  # of the mean eigenvalue, as in Grosse et al. (arXiv 2308.03296)
 
@@ -81,7 +80,7 @@ class KFAC(_KroneckerMethod):
     labels: Labels = "model"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
         """Products of the factors' eigenvalues."""
@@ -102,7 +101,7 @@ class EKFAC(_KroneckerMethod):
     labels: Labels = "model"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:
         """Measured."""

@@ -17,7 +17,6 @@ from finetrace.attribution.streaming import Pass
 from finetrace.curvature import Damping, DampingRule, InverseCurvature, LiSSA, Products, ReleasedLiSSA
 from finetrace.curvature.lissa import SUBSPACE, SeriesStream, largest_eigenvalues
 from finetrace.curvature.streamed import Streamed
-from finetrace.moments import At
 
 
 @register("lissa")
@@ -38,7 +37,7 @@ class LiSSAMethod(ScopedMethod, StreamedMethod):
     recurrence: Literal["neumann", "released"] = "neumann"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
     query_bytes: ClassVar[int] = 64
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:

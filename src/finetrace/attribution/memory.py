@@ -55,7 +55,7 @@ def plan(method: StreamedMethod, problem: Problem, share: int = 1, *, forced: bo
     """How the method streams; `None` where all it needs fits the problem's memory, so that it goes on in memory.
 
     Args:
-        method: One that looks at one loss and one choice of layers.
+        method: One that looks at one loss, one choice of layers and one moment.
         problem: As the method looks at it.
         share: How many methods go through their rows side by side and share the memory.
         forced: Stream even if all fits.

@@ -27,7 +27,7 @@ from finetrace.index.rows import Rows
 from finetrace.index.sizing import available_memory
 from finetrace.index.store import Index
 from finetrace.index.views import kronecker_factors, view
-from finetrace.moments import At
+from finetrace.moments import each_moment
 from finetrace.positions import Positions
 
 CACHE_BYTES = 2 << 30
@@ -92,7 +92,7 @@ class Problem:
         self._sizes: dict[tuple[Block, ...], Sizes] = {}
         self.sums: dict[str, dict[str, Tensor]] = {}  # what methods keep for their other normalisations
 
-    def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None, at: At = "") -> Problem:
+    def on(self, loss_on: str, layers: str = "all", kronecker: Labels | None = None, at: str = "") -> Problem:
         """The same problem with the loss on other tokens, at another moment (empty: the index's own), on some layers alone.
 
         Features of other tokens or moments are collected now unless the index holds them already, `kronecker` factors with
@@ -111,10 +111,11 @@ class Problem:
             self._parts[layers] = part
         return self._parts[layers]
 
-    def _viewed(self, loss_on: str, kronecker: Labels | None, at: At) -> Problem:
+    def _viewed(self, loss_on: str, kronecker: Labels | None, at: str) -> Problem:
         own = self.index.manifest
         loss = Positions.parse(loss_on or own.encoding.loss_on).text
-        moment = at or own.model.at
+        (asked,) = each_moment(at)
+        moment = asked or own.model.at
         if (loss, moment) == (own.encoding.loss_on, own.model.at):
             return self
         name = f"{loss} at {moment}"

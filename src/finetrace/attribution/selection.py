@@ -1,46 +1,64 @@
-"""Which transformer layers a gradient method looks at."""
+"""Which losses, transformer layers and moments a gradient method looks at."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from finetrace.collection import Block
 from finetrace.errors import FinetraceError
+from finetrace.moments import At, each_moment
 from finetrace.positions import Positions
 
 LAST = {"last-half": 2, "last-fifth": 5}  # the share of the layers that is its name's
 LAYERS = r"([0-9]+)(?:-([0-9]+))?"
 
 
-def views(loss_on: str, layers: str) -> tuple[tuple[str, str], ...]:
-    """The losses and layers that a method looks at, pair by pair; `+` joins several of either, and one goes with all.
+class View(NamedTuple):
+    """What a cosine is taken of; the names are those of a method's parameters."""
+
+    loss_on: str
+    layers: str
+    at: At
+
+
+def views(loss_on: str, layers: str, at: str) -> tuple[View, ...]:
+    """The losses, layers and moments that a method looks at, view by view; `+` joins several of each, and one goes with all.
 
     Raises:
-        FinetraceError: A loss or a choice of layers is not known, or there are several of both and not as many.
+        FinetraceError: A loss, a choice of layers or a moment is not known, or there are several of two and not as many.
     """
     losses = Positions.split(loss_on) if loss_on else ("",)
     choices = tuple(layers.split("+"))
     for each in choices:
         if each not in ("all", *LAST) and not re.fullmatch(LAYERS, each):
             raise _unknown(each)
-    if 1 not in (len(losses), len(choices)) and len(losses) != len(choices):
-        raise FinetraceError(
-            f"loss_on={loss_on},layers={layers}: {len(losses)} losses and {len(choices)} choices of layers; give as many, "
-            "or one of either."
-        )
-    several = max(len(losses), len(choices))
-    return tuple(zip(losses * (several // len(losses)), choices * (several // len(choices)), strict=True))
+    moments = each_moment(at)
+    counts = {
+        f"loss_on={loss_on}": (len(losses), "losses"),
+        f"layers={layers}": (len(choices), "choices of layers"),
+        f"at={at}": (len(moments), "moments"),
+    }
+    joined = {setting: found for setting, found in counts.items() if found[0] > 1}
+    if len({count for count, _ in joined.values()}) > 1:
+        found = " and ".join(f"{count} {kind}" for count, kind in joined.values())
+        raise FinetraceError(f"{','.join(joined)}: {found}; give as many of each, or one.")
+    several = max(count for count, _ in counts.values())
+    matched = (part * (several // len(part)) for part in (losses, choices, moments))
+    return tuple(View(*each) for each in zip(*matched, strict=True))
 
 
-def check(method: str, loss_on: str, layers: str) -> None:
-    """Refuse what a method that looks at one loss and one choice of layers cannot do, before anything is computed.
+def check(method: str, loss_on: str, layers: str, at: str) -> None:
+    """Refuse what a method that looks at one loss, one choice of layers and one moment cannot do, before it is computed.
 
     Raises:
-        FinetraceError: A loss or a choice of layers is not known, or there are several of either.
+        FinetraceError: A loss, a choice of layers or a moment is not known, or there are several of one of them.
     """
-    if len(views(loss_on, layers)) > 1:
-        raise FinetraceError(f"{method}: this method looks at one loss and one choice of layers; give one of each.")
+    if len(views(loss_on, layers, at)) > 1:
+        raise FinetraceError(
+            f"{method}: this method looks at one loss, one choice of layers and one moment; give one of each."
+        )
 
 
 def select(blocks: Sequence[Block], layers: str, depth: int) -> tuple[Block, ...]:

@@ -12,7 +12,6 @@ from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.method import Method, Need, make, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import check
-from finetrace.moments import At
 
 
 @register("selfinf")
@@ -29,10 +28,10 @@ class SelfInfluence(Method):
     curvature: Literal["gradsim", "datainf", "lissa", "exact", "kfac", "ekfac"] = "exact"
     loss_on: str = ""
     layers: str = "all"
-    at: At = ""
+    at: str = ""
 
     def __post_init__(self) -> None:
-        check(self.label, self.loss_on, self.layers)
+        check(self.label, self.loss_on, self.layers, self.at)
 
     def prepared(self, problem: Problem) -> Problem:
         """As the method named looks at it."""

@@ -115,7 +115,7 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
             method = make(row.spec)
             settings = method.parameters
             down_key = (method.name, str(settings.get("normalise", "cosine")))  # gradcos is a cosine by its name
-            loss = f"{settings['loss_on']}, start" if settings["at"] == "start" else settings["loss_on"]
+            loss = f"{settings['loss_on']}, {settings['at']}" if "start" in settings["at"] else settings["loss_on"]
             values[down_key, (loss, settings["layers"])] = row.metrics["auprc"].value
         if not values:
             continue
