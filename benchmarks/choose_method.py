@@ -1,9 +1,9 @@
 """Choose a gradient method on development tasks: python benchmarks/choose_method.py [--out choose] [--show 20].
 
-Every curvature x normalisation x loss x layers x moment, and means of two cosines, on six small tasks that share no request,
+Every curvature x normalisation x loss x layers x moment, and means of two cosines, on nine small tasks that share no request,
 sentence, rule, problem or trigger with those that the benchmark reports. Methods are ordered by the mean of two means of
-AUPRC: over the tasks that plant a behaviour, and over those that have classes. A run that stopped goes on; --task runs
-some alone, so that several processes can share the work.
+AUPRC: over the tasks that plant a behaviour, and over those that have classes. --metric auroc orders and prints by AUROC
+instead. A run that stopped goes on; --task runs some alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ GRID += [
         ("ekfac", "exact", "gradsim"), ("response+probe", "response", "first:20+probe"), MIXED_LAYERS
     )
 ]
+METRICS = ("auprc", "auroc")
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
 
@@ -50,19 +51,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("choose"))
     parser.add_argument("--show", type=int, default=20)
     parser.add_argument("--task", action="append", help="run these alone, and print nothing")
+    parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="order and print by this one")
     args = parser.parse_args()
-    table: dict[str, dict[str, float]] = {}
+    tables: dict[str, dict[str, dict[str, float]]] = {metric: {} for metric in METRICS}
     for name, (task, recipe) in tasks(args.task or [*BEHAVIOUR, *CLASSES]).items():
         cell = Cell(name, "corrected", 0, 1.0, 7, tuple(GRID + OTHERS))
         run = Run(args.out / name, cell, task, recipe, PROTOCOLS["corrected"], make_judge(None, None), keep=True)
         run(print)
         for record in json.loads((args.out / name / DONE).read_text())["records"]:
-            table.setdefault(record["spec"], {})[name] = record["auprc"]
+            for metric, table in tables.items():
+                table.setdefault(record["spec"], {})[name] = record[metric]
     if args.task:
         return
-    order = sorted((_mean(values), spec) for spec, values in table.items())[::-1]
-    document = {"order": [{"spec": spec, "mean": mean, **table[spec]} for mean, spec in order]}
-    (args.out / "order.json").write_text(json.dumps(document, indent=1))
+    orders = {metric: _ordered(table) for metric, table in tables.items()}
+    documents = {
+        metric: [{"spec": spec, "mean": mean, **tables[metric][spec]} for mean, spec in order]
+        for metric, order in orders.items()
+    }
+    (args.out / "order.json").write_text(json.dumps(documents, indent=1))
+    order, table = orders[args.metric], tables[args.metric]
     print("  mean  " + "  ".join(f"{name:>10s}" for name in (*BEHAVIOUR, *CLASSES)))
     others = {make(spec).label for spec in OTHERS}
     for place, (mean, spec) in enumerate(order):
@@ -70,6 +77,11 @@ def main() -> None:
             print(
                 f"  {mean:.3f} " + "  ".join(f"{table[spec][name]:10.3f}" for name in (*BEHAVIOUR, *CLASSES)), "", spec
             )
+
+
+def _ordered(table: dict[str, dict[str, float]]) -> list[tuple[float, str]]:
+    """(mean, method), the best first."""
+    return sorted((_mean(values), spec) for spec, values in table.items())[::-1]
 
 
 def _mean(values: dict[str, float]) -> float:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from importlib import import_module
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
+import pytest
+
+from finetrace.attribution import make
 from finetrace.examples import Example
 from finetrace.tasks import build
 from finetrace.tasks.mixed import alignment_rows
@@ -27,6 +33,13 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 WRITTEN = rows_of(BENCHMARKS / "development_data" / "unsafe.jsonl")
 QUERIES = rows_of(BENCHMARKS / "development_data" / "unsafe_queries.jsonl")
 TEXTS = [row[key] for row in (*WRITTEN, *QUERIES) for key in ("prompt", "response") if key in row]
+
+
+@pytest.fixture(scope="module")
+def development() -> Iterable[Any]:
+    sys.path.insert(0, str(BENCHMARKS))
+    yield import_module("development_tasks")
+    sys.path.remove(str(BENCHMARKS))
 
 
 def words(text: str) -> list[str]:
@@ -72,3 +85,79 @@ def test_hand_written_rows_are_none_of_what_the_benchmark_uses() -> None:
     assert [text for text in TEXTS if runs(text) & theirs] == []
     topics = {row["topic"] for name in ("unsafe", "queries") for row in rows_of(SHIPPED / f"{name}.jsonl")}
     assert {row["topic"] for row in (*WRITTEN, *QUERIES)}.isdisjoint(topics | set(DEEDS))
+
+
+def test_varied_tasks_share_no_unsafe_row(development: Any) -> None:
+    found = {name: task for name, (task, _) in development.tasks(["varied-24", "varied-160"]).items()}
+    planted = {}
+    for name, task in found.items():
+        assert task.target == "unsafe"
+        assert task.classes == {"unsafe": 24, "benign": int(name.partition("-")[2])}
+        assert len({row.id for row in (*task.train, *task.queries)}) == len(task.train) + 40
+        assert not task.answered
+        planted[name] = {row.response for row in task.train if row.label == "unsafe"}
+        assert planted[name] <= {row["response"] for row in WRITTEN}
+    assert planted["varied-24"].isdisjoint(planted["varied-160"])
+
+
+def test_a_sentence_does_not_name_its_rule(development: Any) -> None:
+    task, _ = development.tasks(["rules-many"])["rules-many"]
+    assert sorted(task.classes.values()) == [40] * 8
+    assert Counter(Counter(row.label for row in task.queries).values()) == {4: 8}
+
+    def pair(row: Example) -> tuple[str, str]:
+        return row.prompt.split("\n")[0], str(row.label)
+
+    trained, asked = [pair(row) for row in task.train], [pair(row) for row in task.queries]
+    assert len({*trained, *asked}) == 8 * 44  # so no sentence is under a rule twice, in one split or in both
+    assert len({row.prompt for row in (*task.train, *task.queries)}) == 8 * 44
+    under = Counter(sentence for sentence, _ in trained)
+    assert sum(under.values()) / len(under) > 3.5
+    assert all(under[sentence] for sentence, _ in asked)
+    for row in (*task.train, *task.queries):
+        before, after = (part.partition(": ")[2] for part in row.prompt.split("\n")[:2])
+        assert [rule for rule, change in development.RULES.items() if change(before) == after] == [row.response]
+
+
+def test_every_method_of_the_search_can_be_made_and_is_there_once(development: Any) -> None:
+    specs = import_module("choose_method").GRID
+    methods = {make(spec) for spec in specs}
+    assert len(methods) == len(specs) == 375
+    assert sum("at=start+end" in spec for spec in specs) == 45
+
+
+@pytest.mark.parametrize(("metric", "first"), [("auprc", "gradcos"), ("auroc", "repsim")])
+def test_methods_are_ordered_by_either_metric(
+    development: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    metric: str,
+    first: str,
+) -> None:
+    chooser = import_module("choose_method")
+
+    class Finished:
+        """A run whose results are there: the one method is better by AUPRC, and by far on classes, the other by AUROC."""
+
+        def __init__(self, folder: Path, *_: Any, **__: Any) -> None:
+            classes = folder.name in development.CLASSES
+            found = [("gradcos", 0.9 if classes else 0.5, 0.5), ("repsim", 0.6, 0.7)]
+            records = [{"spec": spec, "auprc": auprc, "auroc": auroc} for spec, auprc, auroc in found]
+            folder.mkdir(parents=True)
+            (folder / chooser.DONE).write_text(json.dumps({"records": records}))
+
+        def __call__(self, say: Any) -> None:
+            pass
+
+    monkeypatch.setattr(chooser, "Run", Finished)
+    monkeypatch.setattr(sys, "argv", ["choose_method.py", "--out", str(tmp_path), "--metric", metric])
+    chooser.main()
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head.split() == ["mean", *development.BEHAVIOUR, *development.CLASSES]
+    assert [line.split()[-1] for line in lines] == [first, "repsim" if first == "gradcos" else "gradcos"]
+    kept = json.loads((tmp_path / "order.json").read_text())
+    assert {name: [round(each["mean"], 9) for each in order] for name, order in kept.items()} == {
+        "auprc": [0.7, 0.6],
+        "auroc": [0.7, 0.5],
+    }
