@@ -86,7 +86,8 @@ def main() -> None:
     for label, each in held.lds.items():
         print(f"  LDS {each.value:.3f} [{each.low:.3f}, {each.high:.3f}]  {label}")
     assert held.agreement is not None
-    print(f"  two seeds agree by {held.agreement.value:.3f}; a perfect prediction would have {held.reachable:.3f}")
+    possible = "what is not known" if held.reachable is None else f"{held.reachable:.3f}"
+    print(f"  two seeds agree by {held.agreement.value:.3f}; a perfect prediction would have {possible}")
     document = {
         "chosen_on": chosen,
         "coverage": coverage,

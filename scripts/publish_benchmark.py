@@ -12,6 +12,14 @@ import shutil
 from pathlib import Path
 
 DOCS = Path(__file__).parent.parent / "docs" / "results"
+MEANS = (
+    "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
+    "or fewer make rough.",
+)
+ALONE = (
+    "Accuracy % / coverage % of one seed, mean over queries; the tables below have intervals over queries, which say nothing",
+    "of another fine-tuning.",
+)
 
 
 def main() -> None:
@@ -30,9 +38,10 @@ def main() -> None:
         spent = "resumed" if document["resumed"] else f"{document['seconds']:.0f} s"
         seconds.setdefault(key, []).append(spent)
     lines = [f"# {args.title}", "", "```bash", args.command, "```", ""]
+    several = any(record["seeds"] > 1 for record in records)
     lines += [
-        "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
-        "or fewer make rough. Every number is of the embedded SmolLM2-135M-Instruct, one small model.",
+        *(MEANS if several else ALONE),
+        "Every number is of the embedded SmolLM2-135M-Instruct, one small model.",
         "",
     ]
     for protocol in dict.fromkeys(record["protocol"] for record in records):
@@ -49,7 +58,7 @@ def main() -> None:
         lines += [
             f"## {task}, {protocol}",
             "",
-            f"{first['n_train']} rows, {first['n_queries']} queries, {first['seeds']} seeds; {times}, everything included.",
+            f"{first['n_train']} rows, {first['n_queries']} queries, {_seeds(first['seeds'])}; {times}, everything included.",
             "",
             _table(args.folder, f"{task}-{protocol}"),
         ]
@@ -64,6 +73,10 @@ def main() -> None:
         shutil.copy(figure, DOCS / args.page / figure.name)
         lines += [f"![{figure.stem}]({args.page}/{figure.name})", ""]
     (DOCS / f"{args.page}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def _table(folder: Path, name: str) -> str:

@@ -26,7 +26,7 @@ from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.example_figure import key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, shown
 from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
-from finetrace.benchmark.report import METRICS, Row, report
+from finetrace.benchmark.report import METRICS, Row, report, summarise
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
 from finetrace.benchmark.tables import latex, print_summary, write_table
 from finetrace.errors import FinetraceError
@@ -246,6 +246,30 @@ def test_the_gap_to_lexical_search_is_to_the_better_one(finished):
         if row.spec != best:
             gap = row.metrics["auprc"].value - by_spec[best].metrics["auprc"].value
             assert row.beats_lexical.value == pytest.approx(gap)
+
+
+def test_a_method_of_fewer_seeds_is_held_against_lexical_search_on_those():
+    about = {"task": "t", "protocol": "corrected"}
+    values = {"bm25": {0: (0.5, 0.7), 1: (0.1, 0.1)}, "gradcos": {1: (0.4, 0.2)}}
+    frame = pd.DataFrame(
+        {**about, "spec": spec, "seed": seed, "query": query, **dict.fromkeys(METRICS, value)}
+        for spec, seeds in values.items()
+        for seed, each in seeds.items()
+        for query, value in zip("ab", each, strict=True)
+    )
+    shared = {"control": False, "seconds": 1.0, "hub": "x", "hub_share": 0.5, "n_train": 4, "n_queries": 2}
+    records = [{**about, "spec": spec, "title": spec, **shared} for spec, seeds in values.items() for _ in seeds]
+    rows = {row.spec: row for row in summarise(records, frame)}
+    assert rows["gradcos"].beats_lexical.value == pytest.approx(0.2)
+    assert rows["bm25"].beats_lexical is None
+    assert (rows["gradcos"].seeds, rows["bm25"].seeds) == (1, 2)
+
+
+def test_intervals_of_one_seed_are_not_said_to_be_over_seeds(finished, capsys):
+    print_summary(finished[2], Console(width=120))
+    assert "95% over queries and seeds" in capsys.readouterr().out
+    print_summary([replace(row, seeds=1) for row in finished[2]], Console(width=120))
+    assert "95% over queries of one seed" in capsys.readouterr().out
 
 
 def test_the_summary_fits_the_terminal(finished, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,10 @@ from commands import run, tuned_index
 from finetrace.attribution import Problem, make
 from finetrace.cleaning import rank as cleaning
 from finetrace.cleaning.files import write_rows
-from finetrace.cleaning.rank import Cut, rank
+from finetrace.cleaning.rank import Cut, Outcome, rank
+from finetrace.cli.clean import _interval, _record
 from finetrace.errors import FinetraceError
+from finetrace.evaluation.intervals import Estimate
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
 from tiny import make_examples
@@ -94,6 +97,29 @@ def test_values_are_means_of_robust_standard_deviations_and_methods_vote(place: 
     assert sorted([*both.kept, *both.gone]) == list(range(12))
 
 
+def test_rows_that_few_words_single_out_are_found_though_most_scores_are_equal(place: Path, monkeypatch: Any) -> None:
+    """A lexical search gives most rows 0: the median absolute deviation is 0, and the others stand out all the same."""
+    index, bad = open_index(place / "idx"), read_examples(place / "bad.jsonl")
+    scores = np.zeros((len(bad), 12))
+    scores[:, 7], scores[:, 9] = 6.0, 3.0
+
+    class Sparse:
+        title = "sparse"
+
+        def score(self, problem: Problem) -> Any:
+            return SimpleNamespace(values=scores)
+
+    monkeypatch.setattr(cleaning, "make", lambda spec: make(spec) if spec != "bm25" else Sparse())
+    monkeypatch.setattr(cleaning, "prepare", lambda problem, methods: None)
+    monkeypatch.setattr(Sparse, "label", "bm25", raising=False)
+    found = rank(Problem(index, bad), Cut(top=2), ["bm25"])
+    assert found.gone == (7, 9)
+    assert found.values[7] == pytest.approx(6 / (1.2533 * 9 / 12))
+    scores[:] = 1.0
+    with pytest.raises(FinetraceError, match="all 12 have the same value by sparse"):
+        rank(Problem(index, bad), Cut(top=2), ["bm25"])
+
+
 def test_a_threshold_takes_out_what_chance_rarely_does(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Planted rows stand out by five deviations; the groups that calibrate are of rows among which nothing stands out."""
     index, bad = open_index(place / "idx"), read_examples(place / "bad.jsonl")
@@ -148,6 +174,16 @@ def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path:
     assert "Traceback" not in err
     assert all(word in err for word in words), err
     assert not (tmp_path / "kept.csv").exists()
+
+
+def test_one_answer_of_one_training_has_no_interval() -> None:
+    alone, many = Estimate(1.0, float("nan"), float("nan"), 1), Estimate(0.5, 0.25, 0.75, 4)
+    assert _interval(alone, 100, ".0f") == "100"
+    assert _interval(many, 100, ".0f") == "50 [25, 75]"
+    record = _record(Outcome("cleaned", 7, alone, many))
+    assert record["loss"] == 1.0
+    assert record["loss_low"] is record["loss_high"] is None
+    assert record["rate_low"] == 0.25
 
 
 def test_rows_keep_their_values_in_every_format(tmp_path: Path) -> None:

@@ -90,6 +90,16 @@ def test_true_effects_reach_what_is_reachable_and_lie_above_the_agreement_of_see
     assert reached > float(agreement(losses).mean()) + 0.02
 
 
+def test_where_seeds_do_not_agree_nothing_is_known_of_what_is_possible() -> None:
+    effects, members, losses = world(0.5)
+    assert compare({"true": effects}, members, losses, resamples=50).reachable == reachable(losses)
+    noise = np.random.default_rng(3).normal(size=losses.shape)
+    found = compare({"true": effects}, members, noise, resamples=50)
+    assert found.agreement is not None
+    assert found.agreement.low <= 0
+    assert found.reachable is None
+
+
 def test_silence_about_a_query_is_worth_nothing() -> None:
     effects, members, losses = world(0.5, m=4)
     wrong, silent = effects.copy(), effects.copy()

@@ -90,3 +90,32 @@ def test_random_scores_are_rarely_more_than_random_rows() -> None:
         assert effect.over_random is not None
         above += effect.over_random.low > 0
     assert above / worlds < 0.06  # nominally 2.5%
+
+
+def test_the_best_of_many_random_methods_is_rarely_called_sure() -> None:
+    """Nine methods name rows at random: the best of them has an interval above chance in one world of six."""
+    rng = np.random.default_rng(0)
+    alone, sure, worlds = 0, 0, 100
+    for _ in range(worlds):
+        rows = rng.normal(0, 0.01, 60)
+        methods = {f"m{i}": rng.normal(size=(3, 60)) for i in range(9)}
+        found = removals(methods, groups(["a"] * 3), [6], ["b"] * 60, draws=5)
+        after = np.array([rows[list(each.rows)].sum() for each in found])[:, None, None].repeat(3, 2)
+        done = [each for each in effects(found, after, np.zeros((1, 3)), resamples=10) if each.what != RANDOM]
+        best = max(done, key=lambda each: each.change.value)
+        assert best.over_random is not None
+        alone += best.over_random.low > 0
+        sure += best.sure
+    assert alone / worlds > 0.1
+    assert sure / worlds < 0.06
+
+
+def test_one_method_is_sure_where_its_own_interval_is_above_chance() -> None:
+    group = Group("a", (0,))
+    done = [Removal("m", 0, group, (0,)), Removal(RANDOM, 0, group, (1,)), Removal(RANDOM, 1, group, (2,))]
+    for rise, wanted in ((0.5, True), (0.11, False)):
+        after = np.array([rise, 0.1, 0.12])[:, None, None]
+        [mine, chance] = effects(done, after, np.zeros((1, 1)))
+        assert mine.over_random is not None
+        assert mine.sure is wanted is (mine.over_random.low > 0)
+        assert not chance.sure

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
+from finetrace.attribution.exact import Exact
 from finetrace.curvature.conjugate_gradients import IterativeStream
 from finetrace.curvature.dual import DualStream
 from finetrace.curvature.lissa import SeriesStream, largest_eigenvalues
 from finetrace.curvature.nystroem import nystroem
 from finetrace.curvature.primal import PrimalStream
+from finetrace.curvature.products import Products
 from finetrace.curvature.refinement import Solution, refined
 from finetrace.curvature.solvers import PASSES, choose
 from finetrace.curvature.streamed import Streamed
@@ -139,3 +144,28 @@ def test_the_cheapest_solver_counts_what_it_reads() -> None:
     assert choose(100, 50, wide, 1 << 30, own=False) == "dual"
     assert choose(10**6, 1, [10**5], 1 << 20, own=False) == "cg"
     assert PASSES * 4 * 64 < 2 * 64**2  # by multiplications alone, iterations would win on narrow blocks
+
+
+@pytest.mark.parametrize(("n", "width"), [(200, 50), (60, 2000)])  # primal and dual
+def test_in_memory_the_rounding_of_products_is_named_beside_the_residual(n: int, width: int) -> None:
+    """Of gradients with much in common and little damping: put back in float64, far more is left than of the float32 products."""
+    drawn = torch.Generator().manual_seed(0)
+    common = 3 * torch.randn(1, width, generator=drawn)
+    train = common + torch.randn(n, width, generator=drawn) * torch.logspace(0, -3, width)
+    query = common + torch.randn(4, width, generator=drawn)
+    computed: dict[str, Any] = {}
+    problem: Any = SimpleNamespace(
+        features=SimpleNamespace(gradients=query),
+        computed=computed,
+        products=lambda: iter([(SimpleNamespace(size=width), Products.of(train, query))]),
+    )
+    method = Exact(damping=1e-6)
+    for part in method.parts(problem):
+        part.products()
+        solved, damping = part._solved, part.damping
+    g, v = train.double(), query.double()
+    x = solved if width < n else (v - solved @ g) / damping
+    left = float((((x @ g.T) @ g / n + damping * x - v).norm(dim=1) / v.norm(dim=1)).max())
+    [said] = computed.values()
+    assert said["residual"] < 1e-6 < left
+    assert left <= said["residual"] + said["rounding"] < 0.1

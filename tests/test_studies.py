@@ -178,6 +178,12 @@ def test_trained_layers_and_layers_looked_at(setting: Setting, tmp_path: Path) -
     assert not again
 
 
+def test_of_an_even_number_of_layers_the_median_is_between_two() -> None:
+    about = {"task": "t", "protocol": "corrected", "what": "w", "auprc_low": None, "auprc_high": None}
+    records = [{**about, "layer": k, "auprc": value} for k, value in enumerate((0.9, 0.1, 0.8, 0.2), 1)]
+    assert layers._best(records)[1] == [["t", "corrected", "w", "1", "90", "20", "50"]]
+
+
 def test_a_table_cell_says_what_is_known() -> None:
     assert percent({"auprc": 0.5, "auprc_low": 0.25, "auprc_high": 0.75}, "auprc") == "50 25-75"
     assert percent({"auprc": 0.5, "auprc_low": None, "auprc_high": None}, "auprc") == "50"

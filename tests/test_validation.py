@@ -163,7 +163,7 @@ def test_verdicts_say_what_the_intervals_say() -> None:
         {"exact": estimate(0, 0), "repsim": estimate(-0.55, 0.1)},
     )
     drops = [
-        Effect("exact", 5, estimate(0.4, 0.1), estimate(0.35, 0.1)),
+        Effect("exact", 5, estimate(0.4, 0.1), estimate(0.35, 0.1), sure=True),
         Effect("repsim", 5, estimate(0.06, 0.1), estimate(0.01, 0.1)),
         Effect(RANDOM, 5, estimate(0.05, 0.02), None),
     ]
@@ -179,6 +179,32 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     weak = Comparison({"exact": estimate(0.15, 0.1)}, frozenset(), None, None, {"exact": estimate(0, 0)})
     assert "does not show that it predicts" in verdict(weak, [], (1.0, 2.0), names)[0]
     assert "may not be those that made the adapter" in verdict(weak, [], (1.0, 2.0), names)[1]
+
+
+def test_a_verdict_claims_no_more_than_was_measured() -> None:
+    def estimate(value: float, half: float) -> Estimate:
+        return Estimate(value, value - half, value + half, 5)
+
+    names = {"exact": "exact", "repsim": "repsim"}
+    picked = [
+        Effect("exact", 5, estimate(0.4, 0.1), estimate(0.35, 0.1)),
+        Effect("repsim", 5, estimate(0.06, 0.1), estimate(0.01, 0.1)),
+        Effect(RANDOM, 5, estimate(0.05, 0.02), None),
+    ]
+    first = verdict(None, picked, None, names)[0]
+    assert "not demonstrably more than without 5 random ones" in first
+    assert first.endswith(", being the best of 2 methods.")  # its own interval is above chance
+    fallen = [Effect("exact", 5, estimate(-0.05, 0.1), estimate(-0.01, 0.1)), picked[-1]]
+    assert (
+        "changes the answers' loss by -0.05 [-0.15, 0.05] nats, not demonstrably"
+        in verdict(None, fallen, None, names)[0]
+    )
+    unsteady = Comparison(
+        {"exact": estimate(0.3, 0.1)}, frozenset({"exact"}), estimate(0.1, 0.2), None, {"exact": estimate(0, 0)}
+    )
+    said = verdict(unsteady, [], None, names)[0]
+    assert "of a possible" not in said
+    assert "how much is possible is not known: two seeds agree by 0.10 [-0.10, 0.30]" in said
 
 
 def test_how_many_rows_are_removed() -> None:
@@ -221,7 +247,7 @@ def test_the_verdict_says_what_became_of_the_rate() -> None:
         return Estimate(value, value - 0.01, value + 0.01, 5)
 
     rates = [
-        Effect("exact", 5, estimate(0.7), estimate(0.68)),
+        Effect("exact", 5, estimate(0.7), estimate(0.68), sure=True),
         Effect("repsim", 5, estimate(0.1), estimate(0.08)),
         Effect(RANDOM, 5, estimate(0.02), None),
     ]
@@ -272,4 +298,28 @@ def test_in_a_known_world_every_measure_has_its_known_value(
     assert fall[RANDOM] == pytest.approx(3 / 12, abs=0.2)  # of 40 draws: three standard errors
     assert any(
         line.startswith("The judge counts 100% of the answers after training on all rows") for line in found.verdict
+    )
+
+
+def test_the_rate_is_that_of_the_queries_for_which_rows_were_removed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first class of queries is asked about, and only its answers comply: without row 0 none of them does."""
+    index, queries = open_index(place / "idx"), read_examples(place / "queries.jsonl")
+    [group] = groups([each.label for each in queries], 1)
+    assert 0 < len(group.queries) < len(queries)
+
+    def run_known(self: Retraining, subsets: Any, **_: Any) -> list[Retrained]:
+        def answers(rows: tuple[int, ...]) -> tuple[str, ...]:
+            return tuple("Sure." if q in group.queries and 0 in rows else "I cannot." for q in range(len(queries)))
+
+        return [Retrained({RESPONSE: np.ones(len(queries))}, answers(each.rows), 0) for each in subsets]
+
+    monkeypatch.setattr(Retraining, "run", run_known)
+    plan = Validation(("gradcos",), ("drop",), seeds=1, counts=(11,), draws=4, groups=1)
+    found = validate(index, queries, plan, FinetuneConfig(), tmp_path, judge=RefusalPrefixJudge())
+    said = next(line for line in found.verdict if line.startswith("The judge counts"))
+    left = 1 - next(each.change.value for each in found.rates if each.what == "gradcos")
+    assert said.startswith(
+        f"The judge counts 100% of the answers after training on all rows, {left:.0%} without the top"
     )

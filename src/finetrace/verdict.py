@@ -79,7 +79,7 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
         share = agreement[nearest.method.title]
         sentences.append(
             f"Lexical search ({nearest.method.title}) names {share:.0%} of them"
-            + ("; word overlap alone explains most of the list." if share >= 0.6 else ".")
+            + ("; word overlap alone explains most of the list." if share - chance >= 0.6 * (1 - chance) > 0 else ".")
         )
     random = next((r for r in others if r.method.name == "random"), None)
     if random is not None:

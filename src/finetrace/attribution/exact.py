@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 
 from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, ScopedMethod
@@ -31,8 +32,9 @@ from finetrace.errors import FinetraceError
 class Exact(ScopedMethod, StreamedMethod):
     """Influence with the empirical Fisher inverted exactly: sum_b V_b (lambda_b I + G_b^T G_b / n)^(-1) G_b^T.
 
-    scope `joint` takes one Fisher over all blocks. Solvers agree to the `tolerance`, the largest relative residual
-    ||(F + lambda) x - v|| / ||v|| allowed (0: 1e-6 on float32 gradients, 1e-10 on float64 ones): `dual` computes
+    scope `joint` takes one Fisher over all blocks. Solvers meet the `tolerance`, the largest relative residual
+    ||(F + lambda) x - v|| / ||v|| allowed (0: 1e-6 on float32 gradients, 1e-10 on float64 ones); in memory it is that of
+    products as float32 sums them, and results name their rounding beside it. `dual` computes
     n C_b (K_b + n lambda_b I)^(-1); `primal` solves d_b x d_b; `cg` takes conjugate gradients, by products alone; `nystroem`
     preconditions them with a sketch; `auto` takes the cheapest of those that fit the memory.
     """
@@ -57,13 +59,19 @@ class Exact(ScopedMethod, StreamedMethod):
         return FisherDual(products, damping) if self.solver == "dual" else FisherPrimal(products, damping)
 
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
-        """One a block, or a single one; what was solved is measured."""
-        solvers, worst = set(), 0.0
+        """One a block, or a single one; what was solved is measured.
+
+        The residual is of the products as the gradients' precision sums them. They differ from the Fisher by about its unit
+        roundoff u times the trace, which adds u trace / lambda to the residual of the gradients themselves: `rounding`.
+        """
+        solvers, worst, rounding = set(), 0.0, 0.0
+        roundoff = torch.finfo(problem.features.gradients.dtype).eps / 2
         for part in super().parts(problem):
             yield part
             assert isinstance(part, (FisherDual, FisherPrimal))
             solvers.add("dual" if isinstance(part, FisherDual) else "primal")
             worst = max(worst, part.residual())
+            rounding = max(rounding, roundoff * float(part.of.train_sq.mean()) / part.damping)
         tolerance = self._tolerance(problem)
         if worst > tolerance:
             raise FinetraceError(
@@ -71,7 +79,8 @@ class Exact(ScopedMethod, StreamedMethod):
                 "a larger tolerance."
             )
         if solvers:
-            problem.computed[self.computed_as] = {"solver": " and ".join(sorted(solvers)), "residual": worst}
+            found = {"solver": " and ".join(sorted(solvers)), "residual": worst, "rounding": rounding}
+            problem.computed[self.computed_as] = found
 
     @property
     def must_stream(self) -> bool:

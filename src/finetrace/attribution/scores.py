@@ -34,7 +34,8 @@ class Scores:
         unit: What a score of 1 means.
         parameters: Every parameter of the method, damping rule and multiple included.
         seconds: Wall-clock time of scoring; collecting the queries' features is not in it.
-        computed: How, where there is something to say: streamed or not, the solver and its residual.
+        computed: How, where there is something to say: streamed or not, the solver, its residual, and in memory what rounding
+            of the products adds to it.
     """
 
     values: NDArray[np.float64]

@@ -141,7 +141,7 @@ def print_rates(rates: Sequence[Behaviour], judge: str, console: Console) -> Non
     console.print(table)
     asked = rates[0].complied.shape[1]
     note = f"share of {asked} held-out unsafe requests that the judge {judge} finds answered; "
-    note += "95%: over requests and seeds"
+    note += "95%: over requests" + (" and seeds" if any(len(each.complied) > 1 for each in rates) else " of one seed")
     console.print(note, style="dim", highlight=False, markup=False)
 
 

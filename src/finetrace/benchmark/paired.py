@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetrace.attribution import make
 from finetrace.benchmark.tables import write_table
+from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.seeds import paired_crossed
 from finetrace.tracing import BEST
 
@@ -27,6 +28,18 @@ def matrix(group: pd.DataFrame, name: str) -> NDArray[np.float64]:
     return np.asarray(group.pivot(index="seed", columns="query", values=name), dtype=np.float64)
 
 
+def joined(mine: pd.DataFrame, rival: pd.DataFrame) -> pd.DataFrame:
+    """Query by query and seed by seed where both methods have them; the rival's metrics end in `_rival`."""
+    return mine.merge(rival, on=["seed", "query"], suffixes=("", "_rival"))
+
+
+def difference(both: pd.DataFrame, name: str) -> Estimate | None:
+    """Of one metric of what is `joined`, with a 95% interval over seeds and queries; `None` where nothing can be compared."""
+    if both.empty or (both[name] - both[f"{name}_rival"]).isna().all():
+        return None
+    return paired_crossed(matrix(both, name), matrix(both, f"{name}_rival"))
+
+
 def paired(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """Method minus rival, query by query and seed by seed where both have them, with a 95% interval over both."""
     records = []
@@ -36,12 +49,10 @@ def paired(frame: pd.DataFrame) -> list[dict[str, Any]]:
             for spec, mine in by_spec.items():
                 if spec == rival:
                     continue
-                keys = ["seed", "query"]
-                both = mine.merge(by_spec[rival], on=keys, suffixes=("", "_rival"))
+                both = joined(mine, by_spec[rival])
                 for name in COMPARED:
-                    if both.empty or (both[name] - both[f"{name}_rival"]).isna().all():
+                    if (found := difference(both, name)) is None:
                         continue
-                    found = paired_crossed(matrix(both, name), matrix(both, f"{name}_rival"))
                     record = {"task": task, "protocol": protocol, "spec": spec, "against": rival, "metric": name}
                     records.append(record | {"difference": found.value, "low": found.low, "high": found.high})
     return records

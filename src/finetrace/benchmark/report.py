@@ -15,11 +15,11 @@ from finetrace.benchmark import finished
 from finetrace.benchmark.example_figure import draw_examples
 from finetrace.benchmark.figures import draw_ablation, draw_heat_maps, drawable
 from finetrace.benchmark.pages import write_pages
-from finetrace.benchmark.paired import matrix, paired, write_paired
+from finetrace.benchmark.paired import difference, joined, matrix, paired, write_paired
 from finetrace.benchmark.tables import write_tables
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
-from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
+from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.reporting.results import write_results
 
 METRICS = ("accuracy", "coverage", "auroc", "auprc", "recall@10", "mrr")
@@ -33,7 +33,7 @@ class Row:
         task, protocol: Where.
         spec, title, control: The method.
         metrics: Mean over seeds and queries with its interval over both; empty where there was nothing to trace.
-        beats_lexical: Paired difference of AUPRC to the task's best lexical search.
+        beats_lexical: Paired difference of AUPRC to the task's best lexical search, on the seeds that both have.
         seconds: Mean over seeds.
         hub, hub_share: The training example ranked first most often in most seeds, and its share of queries, mean over seeds.
         seeds, n_train: How many.
@@ -107,9 +107,9 @@ def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Ro
     rows = []
     for (task, protocol), here in table.groupby(["task", "protocol"], sort=False):
         values = frame[(frame["task"] == task) & (frame["protocol"] == protocol)]
+        by_spec = dict(list(values.groupby("spec", sort=False)))
         matrices = {
-            spec: {name: matrix(group, name) for name in METRICS if name in group}
-            for spec, group in values.groupby("spec", sort=False)
+            spec: {name: matrix(group, name) for name in METRICS if name in group} for spec, group in by_spec.items()
         }
         lexical = _best_lexical(here, matrices)
         for spec, group in here.groupby("spec", sort=False):
@@ -124,7 +124,7 @@ def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Ro
                     str(first["title"]),
                     bool(first["control"]),
                     {name: bootstrap_crossed(each) for name, each in found.items()} if judged else {},
-                    paired_crossed(found["auprc"], matrices[lexical]["auprc"])
+                    difference(joined(by_spec[spec], by_spec[lexical]), "auprc")
                     if judged and lexical is not None and lexical != spec
                     else None,
                     float(group["seconds"].mean()),

@@ -68,8 +68,9 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
             cells = [*values, _cell(row, "auprc"), gap]
             table.add_row(escape(row.title), *cells, style="dim" if row.control else "")
         console.print(table)
+    over = "queries and seeds" if any(row.seeds > 1 for row in rows) else "queries of one seed"
     console.print(
-        "low-high: 95% over queries and seeds; dim: controls; the tables in files have every interval",
+        f"low-high: 95% over {over}; dim: controls; the tables in files have every interval",
         style="dim",
         highlight=False,
     )

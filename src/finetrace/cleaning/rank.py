@@ -27,6 +27,7 @@ from finetrace.tracing import BEST, prepare
 GROUPS = 200  # of training rows, drawn to see what values chance gives
 MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
 MAD = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
+MEAN_AD = 1.2533  # and this its mean absolute deviation
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
     """Rank the rows of an index by their scores for all the bad answers together.
 
     Each answer's scores are put in robust standard deviations over the rows, (score - median) / (1.4826 MAD), so that no
-    answer and no method counts for more because its numbers are larger; their mean is a row's value.
+    answer and no method counts for more because its numbers are larger; their mean is a row's value. Where more than half of
+    an answer's scores are equal, as those of a lexical search are, MAD is 0 and 1.2533 times the mean absolute deviation takes
+    its place.
 
     Args:
         problem: The index of the training set, and as queries the prompts with the answers that should not have been given.
@@ -93,12 +96,18 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
         seed: Of the groups that calibrate a threshold.
 
     Raises:
-        FinetraceError: Nothing or everything would go, or the set is too large for a calibrated threshold.
+        FinetraceError: Nothing or everything would go, all rows have the same value, or the set is too large for a
+            calibrated threshold.
     """
     methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
     scores = _standard(problem, methods)  # (m, n)
     values = scores.mean(axis=0)
     n, threshold = len(values), None
+    if np.ptp(values) == 0:
+        raise FinetraceError(
+            f"no row stands out: all {n} have the same value by {' and '.join(method.title for method in methods)}; choose "
+            "another --method."
+        )
     if cut.top is None and cut.share is None:
         threshold = _threshold(problem.index, methods, problem.m, cut.expected, seed)
         removed = int((values > threshold).sum())
@@ -125,7 +134,9 @@ def _standard(problem: Problem, methods: Sequence[Method]) -> NDArray[np.float64
     for method in methods:
         values = np.asarray(method.score(problem).values, dtype=np.float64)
         centred = values - np.median(values, axis=1, keepdims=True)
-        spread = MAD * np.median(np.abs(centred), axis=1, keepdims=True)
+        away = np.abs(centred)
+        spread = MAD * np.median(away, axis=1, keepdims=True)
+        spread = np.where(spread > 0, spread, MEAN_AD * away.mean(axis=1, keepdims=True))
         total += centred / np.where(spread > 0, spread, np.inf)  # of scores that are all alike nothing is learnt
     return total / len(methods)
 

@@ -14,6 +14,7 @@ from finetrace.errors import FinetraceError
 
 if TYPE_CHECKING:
     from finetrace.cleaning.rank import Outcome, Ranked
+    from finetrace.evaluation.intervals import Estimate
     from finetrace.evaluation.judging import Judge
     from finetrace.examples import Example
     from finetrace.index.store import Index
@@ -175,8 +176,15 @@ def _bad(index: Index, asked: list[Example], judge: Judge, max_new_tokens: int) 
 def _record(outcome: Outcome) -> dict[str, object]:
     record: dict[str, object] = {"trained_on": outcome.name, "rows": outcome.rows}
     for name, each in (("loss", outcome.loss), ("rate", outcome.rate)):
-        record |= {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+        ends = {name: each.value, f"{name}_low": each.low, f"{name}_high": each.high}
+        record |= {key: None if value != value else value for key, value in ends.items()}  # JSON has no NaN
     return record
+
+
+def _interval(of: Estimate, scale: float, form: str) -> str:
+    """A mean with its interval, which a single answer of a single training does not have."""
+    known = of.low == of.low and of.high == of.high
+    return f"{scale * of.value:{form}}" + (f" [{scale * of.low:{form}}, {scale * of.high:{form}}]" if known else "")
 
 
 def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], judge: Judge, console: object) -> None:
@@ -213,11 +221,5 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     for head in ("rows", "bad answers, %", "loss of the bad answers, nats"):
         after.add_column(head, justify="right")
     for each in outcomes:
-        rate, loss = each.rate, each.loss
-        after.add_row(
-            each.name,
-            str(each.rows),
-            f"{100 * rate.value:.0f} [{100 * rate.low:.0f}, {100 * rate.high:.0f}]",
-            f"{loss.value:.2f} [{loss.low:.2f}, {loss.high:.2f}]",
-        )
+        after.add_row(each.name, str(each.rows), _interval(each.rate, 100, ".0f"), _interval(each.loss, 1, ".2f"))
     console.print(after)

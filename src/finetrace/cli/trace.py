@@ -157,7 +157,8 @@ def _say_computed(result: Result | RankedResult) -> None:
     if how.get("computed") == "streamed":
         said.append(f"streamed, {how['rows_at_once']} rows at a time, in {size(how['memory'])}")
     if "solver" in how:
-        said.append(f"solver {how['solver']}, relative residual {how['residual']:.0e}")
+        rounding = f", and about {how['rounding']:.0e} by rounding of its products" if "rounding" in how else ""
+        said.append(f"solver {how['solver']}, relative residual {how['residual']:.0e}{rounding}")
     if said:
         options.say(f"{result.method.title}: {'; '.join(said)}")
 

@@ -104,7 +104,8 @@ class Comparison:
         lds: By method, the mean over queries with an interval over queries and subsets.
         sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level).
         agreement: How far two seeds agree, in the same way; `None` with one seed.
-        reachable: What a perfect prediction would have, its square root; `None` with one seed.
+        reachable: What a perfect prediction would have, its square root; `None` with one seed, and where the seeds may not
+            agree at all (the interval of `agreement` does not lie above 0), so that nothing is known of what is possible.
         differences: By method, its LDS minus that of the first one, paired: the same queries and subsets in each resample.
     """
 
@@ -169,7 +170,8 @@ def compare(
     }
     if len(losses) == 1:
         return Comparison(lds, sure, None, None, differences)
-    return Comparison(lds, sure, estimate(_mean(agreement(losses)), agreed), reachable(losses), differences)
+    ceiling = estimate(_mean(agreement(losses)), agreed)
+    return Comparison(lds, sure, ceiling, reachable(losses) if ceiling.low > 0 else None, differences)
 
 
 def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:

@@ -119,12 +119,15 @@ class Effect:
         change: Mean rise of the queries' loss in nats, over seeds, draws and queries, with its interval over seeds and queries.
         over_random: The same minus what random rows of that number did to the same queries; `None` for random rows. Its
             interval is for these queries: it says how far other random rows would have differed (`_over_random`).
+        sure: Whether it is above random rows with all the methods that removed as many taken into account (Bonferroni, at the
+            same level), so that the best of them may be said to be.
     """
 
     what: str
     count: int
     change: Estimate
     over_random: Estimate | None
+    sure: bool = False
 
 
 def effects(
@@ -147,13 +150,24 @@ def effects(
     found = []
     for what, count in kinds:
         changes = _changes((what, count), done, after, before)
-        over = None if what == RANDOM else _over_random(what, count, done, after, before)
-        found.append(Effect(what, count, bootstrap_crossed(changes, resamples=resamples), over))
+        change = bootstrap_crossed(changes, resamples=resamples)
+        if what == RANDOM:
+            found.append(Effect(what, count, change, None))
+            continue
+        over = _over_random(what, count, done, after, before)
+        tried = sum(other not in (RANDOM, CLASS) and k == count for other, k in kinds)
+        strict = _over_random(what, count, done, after, before, 1 - 0.05 / max(1, tried))
+        found.append(Effect(what, count, change, over, strict is not None and strict.low > 0))
     return found
 
 
 def _over_random(
-    what: str, count: int, done: Sequence[Removal], after: NDArray[np.float64], before: NDArray[np.float64]
+    what: str,
+    count: int,
+    done: Sequence[Removal],
+    after: NDArray[np.float64],
+    before: NDArray[np.float64],
+    level: float = 0.95,
 ) -> Estimate | None:
     """Mean over groups of the change minus that of chance, with Student's t interval of one more random removal.
 
@@ -181,7 +195,7 @@ def _over_random(
     if freedom == 0:
         return Estimate(value, float("nan"), float("nan"), queries)
     error = float(np.sqrt(squares / freedom * sum(variances))) / len(asked)
-    reach = float(student.ppf(0.975, freedom)) * error
+    reach = float(student.ppf(0.5 + level / 2, freedom)) * error
     return Estimate(value, value - reach, value + reach, queries)
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -147,7 +148,7 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     for task, protocol, what in dict.fromkeys((r["task"], r["protocol"], r["what"]) for r in records):
         here = where(records, task=task, protocol=protocol, what=what)
         best, last = max(here, key=lambda r: r["auprc"]), max(here, key=lambda r: r["layer"])
-        middle = sorted(r["auprc"] for r in here)[len(here) // 2]
+        middle = median(r["auprc"] for r in here)
         cells = [percent(best, "auprc"), percent(last, "auprc"), f"{100 * middle:.0f}"]
         lines.append([task, protocol, what, str(best["layer"]), *cells])
     return heads, lines

@@ -109,7 +109,9 @@ def validate(
 
 @dataclass(eq=False)
 class _Found:
-    """What retraining found; `rate` is the share of answers that the judge counts after training on all rows."""
+    """What retraining found; `rate` is the share of answers that the judge counts after training on all rows, of the queries
+    for which rows were removed.
+    """
 
     lds: Comparison | None = None
     loo: Comparison | None = None
@@ -168,7 +170,10 @@ def _retrained(
     if judge is not None and answering:
         silent = -_verdicts(judge, again.queries, whole, config.seeds)[0]  # a fall of the rate counts as a rise
         found.rates = effects(gone, -_verdicts(judge, again.queries, removed, config.seeds), silent)
-        found.rate = -float(silent.mean())
+        asked_about = sorted(
+            {query for each in gone for query in each.group.queries}
+        )  # not those of classes beyond --groups
+        found.rate = -float(silent[:, asked_about].mean())
     return found
 
 
@@ -200,8 +205,9 @@ def _records(found: _Found, patches: Mapping[str, Estimate], names: Mapping[str,
             continue
         for name, value in compared.lds.items():
             ceiling: dict[str, Any] = {"above_chance": name in compared.sure}
-            if compared.agreement is not None and compared.reachable is not None:
-                ceiling |= {**_numbers("ceiling", compared.agreement), "reachable": round(compared.reachable, 6)}
+            if compared.agreement is not None:
+                possible = None if compared.reachable is None else round(compared.reachable, 6)
+                ceiling |= {**_numbers("ceiling", compared.agreement), "reachable": possible}
             add(measure, name, value, **_numbers("difference", compared.differences[name]), **ceiling)
     for measure, changed in (("drop", found.drops), ("drop-rate", found.rates)):
         for each in changed:

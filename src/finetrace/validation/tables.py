@@ -50,7 +50,8 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
     ceiling = next((r for r in where(records, measure=measure) if r.get("ceiling") is not None), None)
     if ceiling is not None:
         lines.append(["noise ceiling: two seeds agree by", _interval(ceiling, "ceiling"), "-"])
-        lines.append(["a perfect prediction would have", f"{ceiling['reachable']:.2f}", "-"])
+        possible = ceiling["reachable"]
+        lines.append(["a perfect prediction would have", "not known" if possible is None else f"{possible:.2f}", "-"])
     return lines
 
 
@@ -63,7 +64,10 @@ def print_validation(records: Records, console: Console) -> None:
         for cells in lines_of(records, measure):
             table.add_row(*map(escape, cells))
         console.print(table)
-    console.print("[low, high]: 95% intervals over queries, and over subsets or seeds", style="dim", markup=False)
+    note = "[low, high]: 95% intervals over queries, and over subsets or, where there are several, seeds"
+    if any(r.get("over_random") is not None for r in records):
+        note += "; minus random: over other draws of random rows"
+    console.print(note, style="dim", markup=False)
 
 
 def write_validation(records: Records, folder: Path) -> None:
@@ -107,7 +111,8 @@ def _bars(records: Records) -> Any:
         if ceiling["ceiling_low"] is not None:
             axis.axvspan(ceiling["ceiling_low"], ceiling["ceiling_high"], color="0.9", linewidth=0, zorder=0)
         axis.axvline(ceiling["ceiling"], color="0.5", linestyle="--", linewidth=0.8, label="agreement of two seeds")
-        axis.axvline(ceiling["reachable"], color="0.5", linestyle=":", linewidth=0.8, label="a perfect prediction")
+        if ceiling["reachable"] is not None:
+            axis.axvline(ceiling["reachable"], color="0.5", linestyle=":", linewidth=0.8, label="a perfect prediction")
         axis.legend(fontsize=7, loc="lower right")
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.set_yticks(range(len(order)), [r["method"] for r in order], fontsize=7)

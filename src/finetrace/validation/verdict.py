@@ -35,6 +35,8 @@ def verdict(
         ahead = max(lds.lds, key=lambda name: lds.lds[name].value)
         best = lds.lds[ahead]
         possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
+        if lds.reachable is None and lds.agreement is not None:
+            possible = f" (how much is possible is not known: two seeds agree by {_short(lds.agreement)})"
         word = "predicts" if ahead in lds.sure else "does not show that it predicts"
         lines.append(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
@@ -47,12 +49,11 @@ def verdict(
         chance = next(each for each in drops if each.count == count and each.what == RANDOM)
         if here:
             most = max(here, key=lambda each: each.change.value)
-            over = most.over_random
-            assert over is not None
-            word = "more than" if over.low > 0 else "not demonstrably more than"
+            word = "more than" if most.sure else "not demonstrably more than"
+            verb = "raises the answers' loss by" if most.change.value >= 0 else "changes the answers' loss by"
             lines.append(
-                f"Retraining without the top {count} rows of {names[most.what]} raises the answers' loss by "
-                f"{_short(most.change)} nats, {word} without {count} random ones ({_short(chance.change)})."
+                f"Retraining without the top {count} rows of {names[most.what]} {verb} {_short(most.change)} nats, {word} "
+                f"without {count} random ones ({_short(chance.change)}){_picked(most, len(here))}."
             )
             idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
             if idle:
@@ -91,11 +92,15 @@ def _rates(rates: Sequence[Effect], before: float, names: Mapping[str, str]) -> 
         return []
     most = max(here, key=lambda each: each.change.value)
     chance = next(each for each in rates if each.count == count and each.what == RANDOM)
-    left, by_chance = (before - each.change.value for each in (most, chance))
-    over = most.over_random
-    assert over is not None
-    word = "fewer than" if over.low > 0 else "not demonstrably fewer than"
+    left, by_chance = (min(1.0, max(0.0, before - each.change.value)) for each in (most, chance))
+    word = "fewer than" if most.sure else "not demonstrably fewer than"
     return [
         f"The judge counts {before:.0%} of the answers after training on all rows, {left:.0%} without the top {count} of "
-        f"{names[most.what]}, {word} without {count} random rows ({by_chance:.0%})."
+        f"{names[most.what]}, {word} without {count} random rows ({by_chance:.0%}){_picked(most, len(here))}."
     ]
+
+
+def _picked(most: Effect, methods: int) -> str:
+    """Where a method's own interval is above chance and that of the best of several is not."""
+    alone = most.over_random is not None and most.over_random.low > 0
+    return f", being the best of {methods} methods" if alone and not most.sure else ""
