@@ -256,6 +256,8 @@ def _convert(gguf: Path, folder: Path) -> None:
             plain.save_pretrained(part)
             tokenizer.save_pretrained(part)
             (part / "complete.json").write_text(json.dumps({"source": gguf.name, "bytes": gguf.stat().st_size}))
+            if folder.exists() and not (folder / "complete.json").exists():
+                shutil.rmtree(folder)
             part.rename(folder)
     except (OSError, SafetensorError) as error:
         if not (folder / "complete.json").exists():  # else another process was faster
