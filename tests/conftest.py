@@ -10,6 +10,10 @@ from typing import Any
 # before torch and transformers are imported, here and in the processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny matrices gain nothing from a second thread and lose by waiting
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up in the network
+os.environ["COLUMNS"] = "80"  # what is printed does not hang on the terminal, nor on what a CI service says of it
+os.environ.pop("FORCE_COLOR", None)
+os.environ.pop("TTY_COMPATIBLE", None)
+os.environ.pop("GITHUB_ACTIONS", None)
 
 import pytest
 

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from rich.console import Console
 from safetensors.numpy import load_file
 
+import killed
 from finetrace.attribution import make
 from finetrace.benchmark import behaviour, figures, pages, stages
 from finetrace.benchmark import finished as finished_module
@@ -299,6 +300,24 @@ def test_a_cell_that_stopped_after_fine_tuning_goes_on(finished, tmp_path, monke
     assert numbers(there, made[0]) == numbers(folder, made[0])
 
 
+def claimed(folder: str) -> None:
+    stages.claim(Path(folder) / "cell.json", {"seed": 1}, "a run")
+
+
+def test_a_folder_whose_claim_was_killed_is_claimed(tmp_path):
+    _, steps, _ = killed.run(claimed, tmp_path / "whole")
+    assert steps > 2
+    for step in range(steps):
+        folder = tmp_path / f"at-{step}"
+        assert not killed.run(claimed, folder, die_at=step)[0]
+        claimed(str(folder))
+        assert [path.name for path in folder.iterdir()] == ["cell.json"], f"killed before step {step}"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(FinetraceError, match="mine: there is something else already"):
+        claimed(str(tmp_path / "mine"))
+
+
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"size": 0.1}, {"task_seed": 1}])
 def test_other_settings_in_the_same_folder_are_refused(finished, base, change):
     folder, *_ = finished
@@ -318,6 +337,28 @@ def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monke
         scores, wanted = (load_file(str(root / cell.folder / "scores.safetensors")) for root in (there, folder))
         assert scores.keys() == wanted.keys()
     assert [row.metrics for row in report(there)] == [row.metrics for row in rows]
+
+
+def test_methods_join_a_cell_that_was_killed_while_its_index_was_removed(finished, base, tmp_path, monkeypatch):
+    folder, made, _ = finished
+    there = tmp_path / "killed"
+    remove = shutil.rmtree
+
+    def half(path: Path, *rest, **options) -> None:
+        if (Path(path) / "manifest.json").exists():
+            (Path(path) / "manifest.json").unlink()
+            raise KeyboardInterrupt
+        remove(path, *rest, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            run_all(there, Plan(planned(base, methods=METHODS[:2], seeds=1)), silent)
+    run_all(there, Plan(made[:1]), silent)
+    assert numbers(there, made[0]) == numbers(folder, made[0])
+    assert {path.name for path in (there / made[0].folder).iterdir()} == {
+        path.name for path in (folder / made[0].folder).iterdir()
+    }
 
 
 def test_results_of_older_kronecker_factors_are_computed_again(finished, tmp_path):

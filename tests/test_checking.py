@@ -176,7 +176,7 @@ def test_other_bytes_than_before_are_said_and_old_factors_go(made: Path, tmp_pat
 
 def test_the_second_writer_is_refused_and_a_killed_one_leaves_no_lock(made: Path, idx: Path, capsys: Any) -> None:
     holding = "import sys, time; from pathlib import Path; from finetrace.index.lock import writing\n"
-    holding += "with writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    holding += "with writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(3600)"
     holder = subprocess.Popen([sys.executable, "-c", holding, str(idx)], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None

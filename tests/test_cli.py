@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -178,12 +175,17 @@ def test_importing_and_help_do_not_load_torch():
 
 
 def test_help_answers_in_under_a_third_of_a_second():
-    if os.getloadavg()[0] > 1.5:
-        pytest.skip("the machine is busy; a time would say nothing")
-    command = [str(Path(sys.executable).parent / "finetrace"), "--help"]
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - started)
-    assert statistics.median(times) < 0.3, times
+    """Of the processor's time; on a slow machine, in four times what typer itself takes to load (where this was written, two)."""
+    resource = pytest.importorskip("resource", reason="processor time of a child is read as Unix does")
+
+    def seconds(*command: str) -> float:
+        times = []
+        for _ in range(5):
+            before = resource.getrusage(resource.RUSAGE_CHILDREN)
+            subprocess.run(command, check=True, capture_output=True)
+            after = resource.getrusage(resource.RUSAGE_CHILDREN)
+            times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+        return min(times)
+
+    typer = seconds(sys.executable, "-c", "import typer")
+    assert seconds(str(Path(sys.executable).parent / "finetrace"), "--help") < max(0.3, 4 * typer)

@@ -237,7 +237,7 @@ def test_a_worker_that_is_killed_is_replaced(
 def test_a_worker_killed_from_outside(
     loaded: Loaded, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, two: Engine
 ) -> None:
-    marking(monkeypatch, tmp_path / "marks", wait=0.3)
+    marking(monkeypatch, tmp_path / "marks", wait=1.0)
     killed = []
 
     def kill() -> None:
@@ -279,7 +279,7 @@ def test_an_error_in_a_worker_comes_through_and_stops_the_others(
     left = begun(tmp_path / "marks")
     assert len(left) < -(-ROWS // PER_SHARD)
     for pid in {pid for _, pid in left}:
-        until(lambda pid=pid: not alive(pid), 10)  # type: ignore[misc]
+        until(lambda pid=pid: not alive(pid), 60)  # type: ignore[misc]
     assert begun(tmp_path / "marks") == left
     build(loaded, tmp_path / "i", kronecker="model")
     assert files(tmp_path / "i") == files(built)
@@ -300,7 +300,7 @@ import test_engines as tests
 from finetrace.index import collecting as module
 if __name__ == "__main__":
     Path({marks!r}).mkdir()
-    module.ShardWork = lambda *described: tests.Marked(*described, marks=Path({marks!r}), wait=0.2)
+    module.ShardWork = lambda *described: tests.Marked(*described, marks=Path({marks!r}), wait=1.0)
     spec = tests.ModelSpec({base!r}, {adapter!r}, dtype="float64", device="cpu")
     tests.build(tests.load(spec), Path({folder!r}), kronecker="model", engine=tests.engine({name!r}))
 """
@@ -332,7 +332,7 @@ def test_the_coordinator_is_killed_and_another_goes_on(
     build(loaded, folder, kronecker="model", engine=two)  # at once: the lock is free
     assert files(folder) == files(built)
     for pid in {pid for _, pid in begun(marks)}:
-        until(lambda pid=pid: not alive(pid), 30)  # type: ignore[misc]
+        until(lambda pid=pid: not alive(pid), 60)  # type: ignore[misc]
     assert files(folder) == files(built)
 
 

@@ -145,6 +145,23 @@ def test_a_checkpoint_cut_short_is_passed_over(
     assert run(fresh(), tmp_path / "killed", resume=True) == whole
 
 
+def test_a_checkpoint_comes_whole_over_a_half_written_one(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the second checkpoint leaves files emptied or cut; PEFT would go on from such a model card."""
+    run(fresh(), tmp_path / "whole")
+    run_killed(monkeypatch, 4, fresh(), tmp_path / "killed", CONFIG)
+    whole, half = (tmp_path / each / "checkpoints" / "checkpoint-6" for each in ("whole", "killed"))
+    half.mkdir()
+    names = sorted({path.name for path in whole.iterdir()} - {"trainer_state.json"})
+    for i, name in enumerate(names):
+        (half / name).write_bytes((whole / name).read_bytes()[: 40 * (i % 2)])
+    run(fresh(), tmp_path / "killed", resume=True)
+    assert names == sorted({path.name for path in half.iterdir()} - {"trainer_state.json"})
+    for name in names:
+        assert (half / name).read_bytes() == (whole / name).read_bytes(), name
+
+
 # what is written
 
 

@@ -274,7 +274,7 @@ SLOWLY = """
 import time
 from finetrace.index import shards
 write = shards.write
-shards.write = lambda *all: (time.sleep(0.1), write(*all))[1]
+shards.write = lambda *all: (time.sleep(0.4), write(*all))[1]
 """
 
 
@@ -291,7 +291,7 @@ def test_killed_for_real(base_folder: Path, adapter_folder: Path, tiny_loaded: L
     slowed = script.replace("build(", SLOWLY + "build(", 1)
     environment = {**os.environ, "PYTHONHASHSEED": "1"}
     process = subprocess.Popen([sys.executable, "-c", slowed], env=environment)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while time.monotonic() < deadline and len(list((folder / "shards").glob("0*"))) < 5:
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)

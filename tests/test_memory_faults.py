@@ -114,6 +114,7 @@ def limited(folder: str, base: str, adapter: str, room: int, tokens: int, count:
 
     if hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-3, 64 << 10)  # M_MMAP_THRESHOLD of glibc; set by hand, it grows no more by itself
+    torch.set_num_threads(1)  # the stacks of others would count
     loaded = load(ModelSpec(base, adapter, dtype="float64", device="cpu"))
     encoder = Encoder(loaded.tokenizer)
     build_index(loaded, make_examples(3), Path(folder) / "warm", encoder, kronecker="data")

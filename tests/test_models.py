@@ -271,6 +271,23 @@ def test_a_cache_that_cannot_be_written(embedded: Any, monkeypatch: pytest.Monke
         load(ModelSpec(device="cpu"))
 
 
+def test_another_process_converts_the_embedded_model_faster(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: make_llama())
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: make_tokenizer())
+    (tmp_path / "m.gguf").touch()
+    folder = tmp_path / "cache" / "m"
+    models._convert(tmp_path / "m.gguf", folder)
+    whole = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert "complete.json" in whole
+    models._convert(tmp_path / "m.gguf", folder)  # as if the folder had come meanwhile
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+    (folder / "complete.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"half")
+    models._convert(tmp_path / "m.gguf", folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
+
+
 @pytest.mark.slow
 def test_the_conversion(embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Converted anew, the weights are the cached ones; the cache holds whole files and no pickle."""
@@ -284,20 +301,25 @@ def test_the_conversion(embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 
 TIMED = """
 import time, torch, transformers.models.llama.modeling_llama
-from finetrace.models import ModelSpec, load
+from safetensors.torch import load_file
+from finetrace.models import ModelSpec, embedded_folder, load
 start = time.perf_counter()
-load(ModelSpec(device="cpu"))
-print("seconds", time.perf_counter() - start)
+model = load(ModelSpec(device="cpu")).model
+print(time.perf_counter() - start)
+start = time.perf_counter()
+for path in embedded_folder().glob("*.safetensors"):
+    copies = [each.to(model.dtype, copy=True) for each in load_file(path).values()]
+print(time.perf_counter() - start)
 """
 
 
 def test_a_second_load_takes_less_than_three_seconds(embedded: Any) -> None:
-    """Without the imports of torch and of the model's code, which take as long again."""
-    if os.getloadavg()[0] > 2:
-        pytest.skip(f"the machine is busy (load {os.getloadavg()[0]:.1f}), so a time measured now says nothing")
-    output = ""
+    """Without the imports of torch and of the model's code; on a slow or busy machine, thrice what copying the weights takes."""
+    found = []
     alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     for _ in range(2):  # the first warms the disk's cache
         command = [sys.executable, "-c", TIMED]
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=alone).stdout
-    assert float(output.split()[-1]) < 3
+        found.append([float(line) for line in output.split()])
+    seconds, copying = (min(each) for each in zip(*found, strict=True))
+    assert seconds < max(3, 3 * copying), found

@@ -294,15 +294,20 @@ def test_half_precision_is_nearer_to_float32_with_a_wide_residual(name: str, dty
     items = make_encoded([9, 31, 17, 40])
     modules = ["c_attn"] if name == "gpt2" else ["v_proj"]
     rounded = model.to(dtype)  # what both runs share: the weights as the half-precision model has them
-    ids = torch.from_numpy(items[1].ids).long()[None]
+
+    def logits(of: Any) -> torch.Tensor:
+        return torch.cat([of(input_ids=torch.from_numpy(item.ids).long()[None]).logits.float()[0] for item in items])
+
     with torch.no_grad():
-        plain = rounded(input_ids=ids).logits.float()
+        plain = logits(rounded)
         with wide_residual(rounded) as narrowing, narrowing():
-            wide = rounded(input_ids=ids).logits.float()
-        after = rounded(input_ids=ids).logits.float()
-        exact = model.float()(input_ids=ids).logits
+            wide = logits(rounded)
+        after = logits(rounded)
+        exact = logits(model.float())
     assert torch.equal(plain, after)  # nothing is left behind
-    assert float((wide - exact).norm()) < 0.97 * float((plain - exact).norm())  # the logits' own rounding stays
+    assert float((wide - exact).norm()) < float(
+        (plain - exact).norm()
+    )  # 0.74 to 0.93 of it; the logits' own rounding stays
     half = MODELS[name]().to(dtype)
     features = Collector(half, track(half, modules), (), 100_000).collect(items, names(items))
     assert features.gradients.dtype == torch.float32

@@ -20,13 +20,19 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    program = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if program is None:
+    programs = list(filter(None, map(shutil.which, BROWSERS)))
+    if not programs:
         pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
     arguments = ["--headless", "--no-sandbox", "--no-first-run"]
     arguments += [f"--disable-{name}" for name in ("gpu", "background-networking", "component-update", "sync")]
     with sync_api.sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=program, args=arguments)
+        for program in programs:
+            try:
+                running = playwright.chromium.launch(executable_path=program, args=arguments)
+                break
+            except sync_api.Error:  # a script that only says how to install it, say
+                if program == programs[-1]:
+                    raise
         yield running
         running.close()
 
@@ -45,7 +51,7 @@ def opened(browser: Any, small_page: Path) -> Iterator[Any]:
 def _open(browser: Any, path: Path) -> Iterator[Any]:
     context = browser.new_context(viewport={"width": 1200, "height": 900})
     page = context.new_page()
-    page.set_default_timeout(10_000)
+    page.set_default_timeout(120_000)
     problems: list[str] = []
     page.on("console", lambda message: problems.append(message.text))
     page.on("pageerror", lambda error: problems.append(str(error)))
@@ -180,8 +186,8 @@ def test_scores_that_are_not_finite_are_counted_and_shown_as_na(opened: Any) -> 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
     opened.set_viewport_size({"width": width, "height": 800})
-    opened.wait_for_timeout(300)  # the map is redrawn 120 ms after a resize
-    assert opened.evaluate("document.documentElement.scrollWidth") <= width
+    opened.wait_for_timeout(300)  # the map is redrawn 120 ms after a resize, and later where the machine is busy
+    opened.wait_for_function("width => document.documentElement.scrollWidth <= width", arg=width)
 
 
 def test_a_long_method_name_wraps_and_every_column_is_seen(browser: Any, tmp_path: Path) -> None:

@@ -65,6 +65,12 @@ def outcome(setting: Setting, found: Sequence[Records]) -> Outcome:
     return Outcome(records, {"made": table}, {"made": panels(1)[0]}, [f"{len(records)} values"])
 
 
+@pytest.fixture(autouse=True)
+def no_minute_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However slow the machine."""
+    monkeypatch.setattr(write, "OFTEN", float("inf"))
+
+
 MADE = Study("made", "", "", 1, 1, pieces, outcome)
 THREE = Setting(True, 3, dtype="float32", device="cpu")
 

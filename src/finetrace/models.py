@@ -256,10 +256,12 @@ def _convert(gguf: Path, folder: Path) -> None:
             plain.save_pretrained(part)
             tokenizer.save_pretrained(part)
             (part / "complete.json").write_text(json.dumps({"source": gguf.name, "bytes": gguf.stat().st_size}))
-            if not folder.exists():
-                part.rename(folder)
+            if folder.exists() and not (folder / "complete.json").exists():
+                shutil.rmtree(folder)
+            part.rename(folder)
     except (OSError, SafetensorError) as error:
-        raise _not_kept(folder, error) from error
+        if not (folder / "complete.json").exists():  # else another process was faster
+            raise _not_kept(folder, error) from error
 
 
 def _not_kept(folder: Path, error: Exception) -> FinetraceError:

@@ -27,6 +27,7 @@ from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.forward import Batch, token_losses
+from finetrace.models import save_adapter
 from finetrace.prefix import Prefix, frozen_prefix
 from finetrace.progress import Tracker
 from finetrace.reproducible import reproducible
@@ -61,9 +62,7 @@ class ResponseTrainer(Trainer):
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        self.model.save_pretrained(
-            output_dir or self.args.output_dir, state_dict=state_dict, save_embedding_layers=False
-        )
+        save_adapter(self.model, Path(output_dir or self.args.output_dir))  # over what a killed run left there, too
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         state = self.optimizer.state_dict()

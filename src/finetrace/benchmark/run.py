@@ -37,6 +37,8 @@ from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
 
+GONE = ".gone"  # how the name of a folder ends while it is removed
+
 
 class Run:
     """The stages of a cell in `folder`."""
@@ -57,6 +59,7 @@ class Run:
     def __call__(self, say: Callable[[str], None]) -> None:
         """Bring the cell to its end; nothing that is finished is done again, and methods that are new join the others."""
         self.claim_folder()
+        self._sweep()
         if self.kept is not None and (not self.kept["records"] or not self._methods()):
             return
         began = time.perf_counter()
@@ -259,8 +262,17 @@ class Run:
         }
         write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())
         if not self.keep:
-            for name in ("index", "queries"):
-                shutil.rmtree(self.folder / name, ignore_errors=True)
+            for name in (
+                "index",
+                "queries",
+            ):  # in one step, so that a kill leaves none half there for methods that join
+                if (self.folder / name).exists():
+                    (self.folder / name).rename(self.folder / f".{name}{GONE}")
+            self._sweep()
+
+    def _sweep(self) -> None:
+        for gone in self.folder.glob(f".*{GONE}"):
+            shutil.rmtree(gone, ignore_errors=True)
 
 
 def _factors(spec: str) -> int | None:

@@ -13,7 +13,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune, finished
 from finetrace.generation import ANSWER_TOKENS, answer
-from finetrace.index.manifest import write_atomically
+from finetrace.index.manifest import part_of, write_atomically
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 
@@ -39,7 +39,8 @@ def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
                 f"{folder}: {what} with other settings is there; choose another --out or remove the folder."
             )
         return
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    begun = part_of(path.name)  # all that a run killed over this note leaves
+    if folder.exists() and (not folder.is_dir() or any(each.name != begun for each in folder.iterdir())):
         raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
