@@ -262,10 +262,7 @@ class Run:
         }
         write_atomically(self.folder / DONE, json.dumps(document, indent=1, default=str).encode())
         if not self.keep:
-            for name in (
-                "index",
-                "queries",
-            ):  # in one step, so that a kill leaves none half there for methods that join
+            for name in ("index", "queries"):  # each in one step: methods that join later find none half there
                 if (self.folder / name).exists():
                     (self.folder / name).rename(self.folder / f".{name}{GONE}")
             self._sweep()
