@@ -83,8 +83,8 @@ class Plan:
         sizes: Share of each task by its name.
         protocols: Of each task.
         epochs: Another number than the corrected protocol's; the paper's keeps its own.
-        without: Tasks that the paper protocol leaves out. On the mixed sets its learning rate of 5e-5 does not undo the
-            embedded model's alignment, so there is no answer to trace; the `parameters` study measures that.
+        without: Tasks that the paper protocol leaves out. On the mixed sets its learning rate of 5e-5 hardly undoes the
+            embedded model's alignment, so there are few answers to trace; the `parameters` study measures that.
     """
 
     sizes: dict[str, float]
@@ -105,8 +105,8 @@ class Plan:
     def left_out(self) -> list[str]:
         """A sentence where the paper protocol leaves tasks out."""
         named = [task for task in self.sizes if task in self.without and "paper" in self.protocols]
-        why = "is left out of the paper protocol, after which the model still refuses, so that there is no answer to trace"
-        return [f"{' and '.join(named)} {why} (see the parameters study)."] if named else []
+        why = "left out of the paper protocol, after which the model refuses most requests still (see the parameters study)"
+        return [f"{' and '.join(named)} {'is' if len(named) == 1 else 'are'} {why}."] if named else []
 
     def _epochs(self, name: str) -> int | None:
         return None if name == "paper" else self.epochs

@@ -201,7 +201,7 @@ def _epochs(records: Sequence[dict[str, Any]], start: str) -> Any:
                 known = np.isfinite(found.low)
                 ends = (found.low, found.high) if known else (None, None)
                 points.append({"epoch": epoch, key: found.value, f"{key}_low": ends[0], f"{key}_high": ends[1]})
-            line(axis, place, [point["epoch"] for point in points], points, key, model, scale)
+            line(axis, place, [point["epoch"] for point in points], points, key, model, scale, apart=False)
         axis.set_xlabel(f"epoch, {start}", fontsize=7)
         whole(axis)
         axis.set_ylabel(head, fontsize=7)
@@ -223,7 +223,7 @@ def _steps(records: Sequence[dict[str, Any]]) -> Any:
         axis.plot(ends, ends, color="0.6", linewidth=0.8, label="equal")
         axis.set_title(start, fontsize=8)
         axis.set_xlabel("inner product of a step with\nthe gradient before it, nats", fontsize=7)
-        axis.set_ylabel("true change of the loss, nats", fontsize=7)
+    axes[0].set_ylabel("true change of the loss, nats", fontsize=7)
     legend(figure, axes)
     return figure
 

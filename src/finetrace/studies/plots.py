@@ -23,6 +23,7 @@ def panels(count: int, *, across: int = 2, height: float = 2.3, sharey: bool = F
     for axis in axes:
         axis.tick_params(labelsize=6.5)
         axis.grid(color="0.92")
+        axis.set_axisbelow(True)
     for axis in axes[count:]:
         axis.set_axis_off()
     return figure, axes[:count]
