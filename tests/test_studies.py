@@ -159,6 +159,8 @@ def test_layers_are_chosen_by_number_and_place() -> None:
     assert found["first 1"] == (0,)
     assert len(found["all"]) == 30
     assert list(layers.choices(4, False)) == ["last 1", "last 2", "middle 1", "first 1", "all"]
+    for depth in (4, 30):
+        assert layers.in_order(reversed([*layers.choices(depth, False)] * 2)) == list(layers.choices(depth, False))
 
 
 def test_trained_layers_and_layers_looked_at(setting: Setting, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ the other question: of one adapter on all layers, which layers' gradients and wh
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -50,6 +50,17 @@ def choices(depth: int, quick: bool) -> dict[str, tuple[int, ...]]:
             if count < depth:
                 found[f"{place} {count}"] = every[start(count) : start(count) + count]
     return {**found, ALL: every}
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Each choice once, in the order of `choices`, whichever the first task has."""
+    places = ("last", "middle", "first", ALL)
+
+    def key(name: str) -> tuple[int, int]:
+        place, _, count = name.partition(" ")
+        return places.index(place), int(count or 0)
+
+    return sorted(set(names), key=key)
 
 
 def pieces(folder: Path, setting: Setting) -> list[Piece]:
@@ -124,7 +135,7 @@ def _scores(made: Run, tuned: Any, queries: Sequence[Any], work: Path, name: str
 
 def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], list[list[str]]]:
     """A metric in % with its interval, methods x choices of layers."""
-    names = list(dict.fromkeys(r["trained"] for r in records))
+    names = in_order(r["trained"] for r in records)
     heads = ["task", "protocol", "method", *names]
     lines = []
     for task, protocol, spec in dict.fromkeys((r["task"], r["protocol"], r["spec"]) for r in records):
@@ -156,14 +167,15 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
 
 def _trained(records: Sequence[dict[str, Any]], metric: str) -> Any:
     """A metric over the choice of trained layers, a panel a task and protocol."""
-    names = list(dict.fromkeys(r["trained"] for r in records))
+    names = in_order(r["trained"] for r in records)
     places = {spec: place for place, spec in enumerate(dict.fromkeys(r["spec"] for r in records))}
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for spec in dict.fromkeys(r["spec"] for r in here):
-            found = sorted(where(here, spec=spec), key=lambda r: names.index(r["trained"]))
-            x = [names.index(r["trained"]) for r in found]
-            line(axis, places[spec], x, found, metric, name_of(spec), 100)
+            found = {names.index(r["trained"]): r for r in where(here, spec=spec)}
+            for place in dict.fromkeys(name.split()[0] for name in names):  # no line from one place to the next
+                x = [k for k, name in enumerate(names) if name.split()[0] == place and k in found]
+                line(axis, places[spec], x, [found[k] for k in x], metric, name_of(spec), 100)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
     return facets(records, draw, "layers with an adapter", f"{metric}, %", height=2.6)
@@ -175,7 +187,7 @@ def _looked(records: Sequence[dict[str, Any]]) -> Any:
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
         for place, what in enumerate(dict.fromkeys(r["what"] for r in here)):
             found = sorted(where(here, what=what), key=lambda r: r["layer"])
-            line(axis, place, [r["layer"] for r in found], found, "auprc", what)
+            line(axis, place, [r["layer"] for r in found], found, "auprc", what, side_by_side=len(LOOKS) + 1)
 
     return facets(records, draw, "layer", "AUPRC")
 

@@ -86,17 +86,19 @@ def line(
     scale: float = 1.0,
     *,
     apart: bool = True,
+    side_by_side: int = len(MARKS),
 ) -> None:
     """A metric of `summary` over `x` with its intervals as bars; `place` picks the dash, the mark, the shade and a small shift.
 
     Marks are hollow from the ninth on. The shift, to the side and in points, keeps marks and bars of methods `apart` that
-    are equally good.
+    are equally good; `side_by_side` of them stand around the true place.
     """
     from matplotlib.transforms import ScaledTranslation
 
     shade = str(0.65 * (place % 8) / 7)
     values = [float("nan") if r[metric] is None else scale * r[metric] for r in records]
-    shift = ScaledTranslation((place % 8 - 3.5) * 1.2 / 72 if apart else 0, 0, axis.figure.dpi_scale_trans)
+    beside = 1.2 * (place % side_by_side - (side_by_side - 1) / 2) if apart else 0.0
+    shift = ScaledTranslation(beside / 72, 0, axis.figure.dpi_scale_trans)
     drawn = axis.errorbar(
         x,
         values,
