@@ -212,7 +212,7 @@ LAYERS = Study(
     "layers",
     "Fig. 8",
     "the number and the place of the trained layers, and what each layer by itself says",
-    160,
+    60,
     1,
     pieces,
     outcome,

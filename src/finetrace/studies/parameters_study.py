@@ -249,7 +249,7 @@ PARAMETERS = Study(
     "parameters",
     "Table 6, Fig. 6",
     "change of parameters against change of behaviour, and the inner product that influence uses",
-    30,
+    45,
     1,
     pieces,
     outcome,
