@@ -161,3 +161,10 @@ def test_methods_are_ordered_by_either_metric(
         "auprc": [0.7, 0.6],
         "auroc": [0.7, 0.5],
     }
+    monkeypatch.setattr(
+        sys, "argv", ["choose_method.py", "--out", str(tmp_path / "first"), "--metric", metric, "--first"]
+    )
+    chooser.main()
+    head, *again = capsys.readouterr().out.splitlines()
+    assert head.split()[1:] == ["unsafe-20a", "unsafe-20b", "unsafe-120", "rules", "problems", "triggers"]
+    assert [line.split()[-1] for line in again] == [line.split()[-1] for line in lines]
