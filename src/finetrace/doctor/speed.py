@@ -45,7 +45,7 @@ def rate(dtype: torch.dtype, device: torch.device) -> float | None:
                 break
             best = min(best, _seconds(lambda: left @ right, device))
         return 2.0 * rows * side**2 / best
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         return None
 
 
@@ -80,7 +80,7 @@ def attention(device: torch.device) -> Finding:
     dtype = torch.bfloat16
     try:
         difference, own, fused = _compare(dtype, device)
-    except (RuntimeError, NotImplementedError) as error:
+    except RuntimeError as error:
         line = str(error).splitlines()[0][:160]
         return Finding("attention", "note", f"none in bfloat16 ({line})", "use --dtype float32")
     facts = {"difference": difference, "own_seconds": own, "torch_seconds": fused, "tokens": TOKENS}
