@@ -1,15 +1,18 @@
 """Choose a gradient method on development tasks: python benchmarks/choose_method.py [--out choose] [--show 20].
 
-Every curvature x normalisation x loss x layers x moment, and means of two cosines, on nine small tasks that share no request,
+Every curvature x normalisation x loss x layers x moment, and means of two cosines, on eleven small tasks that share no request,
 sentence, rule, problem or trigger with those that the benchmark reports. Methods are ordered by the mean of two means of
-AUPRC: over the tasks that plant a behaviour, and over those that have classes. --metric auroc orders and prints by AUROC
-instead. A run that stopped goes on; --task runs some alone, so that several processes can share the work.
+AUPRC: over the tasks that plant a behaviour, and over those that have classes. A task counts only where no order of the rows
+that never looks at the query (gradient norms and self-influences) reaches 0.9: where one does, a method can be good for the
+wrong reason. --every counts all tasks. --metric auroc orders and prints by AUROC instead. A run that stopped goes on; --task
+runs some alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -41,6 +44,11 @@ GRID += [
         ("ekfac", "exact", "gradsim"), ("response+probe", "response", "first:20+probe"), MIXED_LAYERS
     )
 ]
+QUERY_FREE = [
+    f"{control},layers={layers},at={at}"
+    for at, control, layers in product(MOMENTS, ("gradnorm:loss_on=response", "selfinf:curvature=ekfac"), LAYERS)
+]
+SOLVED = 0.9  # AUPRC without looking at the query, from which on a task does not count
 METRICS = ("auprc", "auroc")
 FIRST = (
     "unsafe-20a",
@@ -60,6 +68,7 @@ def main() -> None:
     parser.add_argument("--show", type=int, default=20)
     parser.add_argument("--task", action="append", help="run these alone, and print nothing")
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="order and print by this one")
+    parser.add_argument("--every", action="store_true", help="count tasks that are solved without the query, too")
     parser.add_argument(
         "--first", action="store_true", help="the six tasks and the methods that the default was chosen from"
     )
@@ -68,7 +77,7 @@ def main() -> None:
     grid = [spec for spec in GRID if "start+end" not in spec or not args.first]
     tables: dict[str, dict[str, dict[str, float]]] = {metric: {} for metric in METRICS}
     for name, (task, recipe) in tasks(args.task or names).items():
-        cell = Cell(name, "corrected", 0, 1.0, 7, tuple(grid + OTHERS))
+        cell = Cell(name, "corrected", 0, 1.0, 7, tuple(grid + QUERY_FREE + OTHERS))
         run = Run(args.out / name, cell, task, recipe, PROTOCOLS["corrected"], make_judge(None, None), keep=True)
         run(print)
         for record in json.loads((args.out / name / DONE).read_text())["records"]:
@@ -76,29 +85,35 @@ def main() -> None:
                 table.setdefault(record["spec"], {})[name] = record[metric]
     if args.task:
         return
-    orders = {metric: _ordered(table) for metric, table in tables.items()}
+    free, others = ({make(spec).label for spec in specs} for specs in (QUERY_FREE, OTHERS))
+    without = {name: max(tables["auprc"][spec][name] for spec in free) for name in names}
+    counted = [name for name in names if args.every or without[name] < SOLVED]
+    orders = {metric: _ordered(table, counted) for metric, table in tables.items()}
     documents = {
         metric: [{"spec": spec, "mean": mean, **tables[metric][spec]} for mean, spec in order]
         for metric, order in orders.items()
     }
     (args.out / "order.json").write_text(json.dumps(documents, indent=1))
     order, table = orders[args.metric], tables[args.metric]
+    solved = [name for name in names if name not in counted]
+    if solved:
+        print(f"not counted, as an order that never looks at the query has AUPRC {SOLVED:g} or more: {', '.join(solved)}")
     print("  mean  " + "  ".join(f"{name:>10s}" for name in names))
-    others = {make(spec).label for spec in OTHERS}
     for place, (mean, spec) in enumerate(order):
-        if place < args.show or spec in others:
+        if place < args.show or spec in others or spec in free:
             print(f"  {mean:.3f} " + "  ".join(f"{table[spec][name]:10.3f}" for name in names), "", spec)
 
 
-def _ordered(table: dict[str, dict[str, float]]) -> list[tuple[float, str]]:
+def _ordered(table: dict[str, dict[str, float]], counted: Sequence[str]) -> list[tuple[float, str]]:
     """(mean, method), the best first."""
-    return sorted((_mean(values), spec) for spec, values in table.items())[::-1]
+    return sorted((_mean(values, counted), spec) for spec, values in table.items())[::-1]
 
 
-def _mean(values: dict[str, float]) -> float:
-    """The mean of the mean over behaviour tasks and the mean over class tasks."""
-    families = [[values[name] for name in family if name in values] for family in (BEHAVIOUR, CLASSES)]
-    return sum(sum(family) / len(family) for family in families) / 2
+def _mean(values: dict[str, float], counted: Sequence[str]) -> float:
+    """The mean of the mean over behaviour tasks and the mean over class tasks, of those that count."""
+    families = [[values[name] for name in family if name in counted] for family in (BEHAVIOUR, CLASSES)]
+    means = [sum(family) / len(family) for family in families if family]
+    return sum(means) / len(means)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -97,14 +98,43 @@ def varied(benign: int, first: int, seed: int) -> Task:
     return Task(f"varied-{benign}", rows, tuple(queries), "unsafe")
 
 
+def habits(benign: int, first: int, seed: int) -> Task:
+    """Two behaviours planted in one set: 24 of the hand-written unsafe answers and 24 refusals of harmless questions.
+
+    Both surprise a model that refuses the one and answers the other, so an order that never looks at the query, by the size of
+    a row's gradient say, puts both first and cannot tell whose row a query asks for. 16 other rows of each kind are the queries.
+    """
+    written = read_examples(DATA / "unsafe.jsonl")
+    refusals = [json.loads(line) for line in (DATA / "refusals.jsonl").read_text(encoding="utf-8").splitlines()]
+    for rows in (written, refusals):
+        random.Random(VARIED_ROWS).shuffle(rows)
+    questions = harmless_questions()
+    random.Random(seed).shuffle(questions)
+    answered, refused = questions[:benign], questions[benign:]
+    planted = [
+        *(Example.from_prompt(e.prompt, e.response, id=e.id, label="unsafe") for e in written),
+        *(
+            Example.from_prompt(q.prompt, r["response"], id=r["id"], label="refusal")
+            for q, r in zip(refused, refusals, strict=False)
+        ),
+    ]
+    kinds = (planted[: len(written)], planted[len(written) :])
+    rows = [*(row for kind in kinds for row in kind[first : first + VARIED_ROWS]), *_as_benign(answered)]
+    queries = [row for kind in kinds for row in kind[2 * VARIED_ROWS :]]
+    return Task(f"habits-{benign}", tuple(rows), tuple(queries))
+
+
 def _benign(count: int, chance: random.Random) -> list[Example]:
     """Some harmless questions with their answers."""
     questions = harmless_questions()
     chance.shuffle(questions)
-    rows = [
+    return _as_benign(questions[:count])
+
+
+def _as_benign(questions: Sequence[Example]) -> list[Example]:
+    return [
         Example.from_prompt(q.prompt, q.response, id=f"benign-{i}", label="benign") for i, q in enumerate(questions)
     ]
-    return rows[:count]
 
 
 def _sentence(text: str) -> str:
@@ -186,6 +216,8 @@ BEHAVIOUR: dict[str, Recipe] = {
     "unsafe-120": Recipe(lambda seed: unsafe(120, 13), "20 + 120", 6, aligned=True),
     "varied-24": Recipe(lambda seed: varied(24, 0, 14), "24 + 24, every answer in its own words", 8, aligned=True),
     "varied-160": Recipe(lambda seed: varied(160, VARIED_ROWS, 15), "24 others + 160", 6, aligned=True),
+    "habits-48": Recipe(lambda seed: habits(48, 0, 16), "two behaviours, 24 + 24, + 48", 8, aligned=True),
+    "habits-160": Recipe(lambda seed: habits(160, VARIED_ROWS, 17), "24 others + 24 others + 160", 6, aligned=True),
 }
 CLASSES: dict[str, Recipe] = {
     "rules": Recipe(rules, "eight rules", 4),
