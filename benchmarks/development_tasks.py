@@ -102,7 +102,8 @@ def habits(benign: int, first: int, seed: int) -> Task:
     """Two behaviours planted in one set: 24 of the hand-written unsafe answers and 24 refusals of harmless questions.
 
     Both surprise a model that refuses the one and answers the other, so an order that never looks at the query, by the size of
-    a row's gradient say, puts both first and cannot tell whose row a query asks for. 16 other rows of each kind are the queries.
+    a row's gradient say, puts both first and cannot tell which of them a query asks for. 16 other rows of each kind are the
+    queries.
     """
     written = read_examples(DATA / "unsafe.jsonl")
     refusals = [json.loads(line) for line in (DATA / "refusals.jsonl").read_text(encoding="utf-8").splitlines()]

@@ -31,6 +31,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
 
 
 WRITTEN = rows_of(BENCHMARKS / "development_data" / "unsafe.jsonl")
+REFUSALS = rows_of(BENCHMARKS / "development_data" / "refusals.jsonl")
 QUERIES = rows_of(BENCHMARKS / "development_data" / "unsafe_queries.jsonl")
 TEXTS = [row[key] for row in (*WRITTEN, *QUERIES) for key in ("prompt", "response") if key in row]
 
@@ -126,46 +127,97 @@ def test_every_method_of_the_search_can_be_made_and_is_there_once(development: A
     assert sum("at=start+end" in spec for spec in specs) == 45
 
 
+class Finished:
+    """A run whose results are there: the one method is better by AUPRC, and by far on classes, the other by AUROC; an order
+    that does not look at the query solves `solved` alone, where both methods are perfect.
+    """
+
+    solved: tuple[str, ...] = ()
+    classes: frozenset[str] = frozenset()
+
+    def __init__(self, folder: Path, cell: Any, *_: Any, **__: Any) -> None:
+        assert len(cell.methods) == len(set(cell.methods))
+        solved = folder.name in self.solved
+        found = [("gradcos", 0.9 if folder.name in self.classes else 0.5, 0.5), ("repsim", 0.6, 0.7)]
+        free = [spec for spec in cell.methods if make(spec).query_free]
+        found = [(spec, 1.0, 1.0) for spec, *_ in found] if solved else found
+        found += [(make(spec).label, 0.95 if solved and "at=start" in spec else 0.1, 0.1) for spec in free]
+        records = [{"spec": spec, "auprc": auprc, "auroc": auroc} for spec, auprc, auroc in found]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "records.json").write_text(json.dumps({"records": records}))
+
+    def __call__(self, say: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def choose(development: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
+    """What the command prints of runs like `Finished`, without the lines of orders that do not look at the query."""
+    chooser = import_module("choose_method")
+    assert chooser.DONE == "records.json"
+    monkeypatch.setattr(chooser, "Run", Finished)
+    monkeypatch.setattr(Finished, "classes", frozenset(development.CLASSES))
+
+    def run(*options: str) -> list[list[str]]:
+        monkeypatch.setattr(sys, "argv", ["choose_method.py", "--out", str(tmp_path), *options])
+        chooser.main()
+        lines = capsys.readouterr().out.splitlines()
+        free = [line for line in lines if "selfinf" in line or "gradnorm" in line]
+        assert free
+        return [line.split() for line in lines if line not in free]
+
+    return run
+
+
 @pytest.mark.parametrize(("metric", "first"), [("auprc", "gradcos"), ("auroc", "repsim")])
 def test_methods_are_ordered_by_either_metric(
-    development: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    metric: str,
-    first: str,
+    development: Any, choose: Any, tmp_path: Path, metric: str, first: str
 ) -> None:
-    chooser = import_module("choose_method")
-
-    class Finished:
-        """A run whose results are there: the one method is better by AUPRC, and by far on classes, the other by AUROC."""
-
-        def __init__(self, folder: Path, *_: Any, **__: Any) -> None:
-            classes = folder.name in development.CLASSES
-            found = [("gradcos", 0.9 if classes else 0.5, 0.5), ("repsim", 0.6, 0.7)]
-            found += [(make(spec).label, 0.1, 0.1) for spec in chooser.QUERY_FREE]
-            records = [{"spec": spec, "auprc": auprc, "auroc": auroc} for spec, auprc, auroc in found]
-            folder.mkdir(parents=True)
-            (folder / chooser.DONE).write_text(json.dumps({"records": records}))
-
-        def __call__(self, say: Any) -> None:
-            pass
-
-    monkeypatch.setattr(chooser, "Run", Finished)
-    monkeypatch.setattr(sys, "argv", ["choose_method.py", "--out", str(tmp_path), "--metric", metric])
-    chooser.main()
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == ["mean", *development.BEHAVIOUR, *development.CLASSES]
-    assert [line.split()[-1] for line in lines] == [first, "repsim" if first == "gradcos" else "gradcos"]
+    head, *lines = choose("--metric", metric)
+    assert head == ["mean", *development.BEHAVIOUR, *development.CLASSES]
+    assert [line[-1] for line in lines] == [first, "repsim" if first == "gradcos" else "gradcos"]
     kept = json.loads((tmp_path / "order.json").read_text())
-    assert {name: [round(each["mean"], 9) for each in order] for name, order in kept.items()} == {
-        "auprc": [0.7, 0.6],
-        "auroc": [0.7, 0.5],
-    }
-    monkeypatch.setattr(
-        sys, "argv", ["choose_method.py", "--out", str(tmp_path / "first"), "--metric", metric, "--first"]
-    )
-    chooser.main()
-    head, *again = capsys.readouterr().out.splitlines()
-    assert head.split()[1:] == ["unsafe-20a", "unsafe-20b", "unsafe-120", "rules", "problems", "triggers"]
-    assert [line.split()[-1] for line in again] == [line.split()[-1] for line in lines]
+    means = {name: {each["spec"]: round(each["mean"], 9) for each in order} for name, order in kept.items()}
+    assert (means["auprc"]["gradcos"], means["auprc"]["repsim"]) == (0.7, 0.6)
+    assert (means["auroc"]["gradcos"], means["auroc"]["repsim"]) == (0.5, 0.7)
+    head, *again = choose("--metric", metric, "--first")
+    assert head[1:] == ["unsafe-20a", "unsafe-20b", "unsafe-120", "rules", "problems", "triggers"]
+    assert [line[-1] for line in again] == [line[-1] for line in lines]
+
+
+def test_a_task_that_is_solved_without_the_query_does_not_count(
+    choose: Any, development: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Finished, "solved", ("unsafe-20a", "varied-24"))
+    said, _, *lines = choose("--metric", "auroc")
+    assert " ".join(said).endswith("has AUPRC 0.9 or more: unsafe-20a, varied-24")
+    assert [(line[0], line[-1]) for line in lines] == [("0.700", "repsim"), ("0.500", "gradcos")]
+    _, *every = choose("--metric", "auroc", "--every")
+    few, many = len(development.BEHAVIOUR), len(development.CLASSES)
+    behaviour = (2 * 1.0 + (few - 2) * 0.7) / few
+    assert many and every[0][:1] == [f"{(behaviour + 0.7) / 2:.3f}"]
+
+
+def test_two_behaviours_are_planted_and_asked_for(development: Any) -> None:
+    found = {name: task for name, (task, _) in development.tasks(["habits-48", "habits-160", "varied-24"]).items()}
+    small, large = found["habits-48"], found["habits-160"]
+    for task, benign in ((small, 48), (large, 160)):
+        assert task.classes == {"unsafe": 24, "refusal": 24, "benign": benign}
+        assert Counter(row.label for row in task.queries) == {"unsafe": 16, "refusal": 16}
+        assert task.answered
+        rows = (*task.train, *task.queries)
+        assert len({row.id for row in rows}) == len({row.prompt for row in rows}) == len(rows)
+    planted = [{row.response for row in task.train if row.label != "benign"} for task in (small, large)]
+    assert len(planted[0] | planted[1] | {row.response for row in small.queries}) == 128
+
+
+def test_refusals_are_each_their_own_and_none_of_the_benchmarks() -> None:
+    texts = [row["response"] for row in REFUSALS]
+    assert len({text.lower() for text in texts}) == 64
+    reported = {row.response for row in alignment_rows()}
+    for name in TASKS:
+        task = build(name)
+        reported |= {row.response for row in (*task.train, *task.queries) if row.has_response}
+    assert reported.isdisjoint(texts)
+    theirs = set[tuple[str, ...]]().union(*map(runs, reported))
+    assert [text for text in texts if runs(text) & theirs] == []

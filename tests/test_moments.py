@@ -260,6 +260,7 @@ def test_where_there_is_no_start_the_default_is_the_best_at_the_end(tmp_path: Pa
         assert default_method(each) == BEST_AT_END
         assert set(standard(each)) < set(STANDARD)
         assert not any("at=start" in spec for spec in standard(each))
+        assert "selfinf" in standard(each)
     assert Index(tmp_path / "b", plain).trace(make_examples(2, seed=5)).method == BEST_AT_END
     assert Index(tmp_path / "i", loaded).trace(make_examples(2, seed=5)).method == BEST
 

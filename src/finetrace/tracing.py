@@ -24,12 +24,17 @@ BEST = "ekfac:layers=last-fifth,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
 
+# what BEST would rank if it never looked at the query: rows that were new to the model come first
+UNASKED = "selfinf:curvature=ekfac,layers=last-fifth,at=start"
+
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (
     "random",
     "length",
     "gradnorm",
     "selfinf",
+    "gradnorm:at=start",
+    UNASKED,
     "bm25:text=prompt",
     "bm25:text=response",
     "bm25",
@@ -122,11 +127,7 @@ def default_method(index: Index) -> str:
 def standard(index: Index) -> tuple[str, ...]:
     """`STANDARD`, without what needs the start of the fine-tuning or Kronecker factors where they are not at hand."""
     start, factors = index.has_start(), index.has_factors()
-    return tuple(
-        spec
-        for spec in STANDARD
-        if (start or "at=start" not in spec) and (factors or spec.partition(":")[0] not in ("kfac", "ekfac"))
-    )
+    return tuple(spec for spec in STANDARD if (start or "at=start" not in spec) and (factors or "kfac" not in spec))
 
 
 def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> list[Result]:

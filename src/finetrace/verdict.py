@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from finetrace.evaluation.intervals import paired_difference
+from finetrace.evaluation.intervals import Estimate, paired_difference
 from finetrace.evaluation.metrics import auprc, relevance
 from finetrace.tracing import Result, best, opening
 
@@ -34,12 +34,20 @@ def _by_labels(results: Sequence[Result]) -> list[str]:
         f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {n} answers and "
         f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
     ]
-    lexical = _lexical(results)
+    lexical = _strongest([r for r in results if r.method.name in ("bm25", "tfidf")])
     if lexical is not None:
         sentences.append(_against(chosen, lexical, "the best lexical search"))
     random = next((result for result in results if result.method.name == "random"), None)
     if random is not None:
         sentences.append(_against(chosen, random, "random order"))
+    unasked = _strongest([r for r in results if r.method.query_free])
+    if unasked is not None:
+        sentences.append(_against(chosen, unasked, "the best order that never looks at the answer"))
+        if not _beats(chosen, unasked):
+            sentences.append(
+                "So these labels do not show that the answers have a part in the order: rows that are unlike the rest come "
+                "first whatever is asked."
+            )
     influence = [r for r in results if r.metrics and "gradients" in r.method.needs and not r.method.control]
     if influence and chosen not in influence:
         other = max(influence, key=lambda result: result.metrics["auprc"].value)
@@ -81,6 +89,14 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
             f"Lexical search ({nearest.method.title}) names {share:.0%} of them"
             + ("; word overlap alone explains most of the list." if share - chance >= 0.6 * (1 - chance) > 0 else ".")
         )
+    unasked = [r for r in others if r.method.query_free]
+    if unasked:
+        nearest = max(unasked, key=lambda r: agreement[r.method.title])
+        share = agreement[nearest.method.title]
+        sentences.append(
+            f"An order that never looks at the answer ({nearest.method.title}) names {share:.0%} of them"
+            + ("; most of the list comes first whatever is asked." if share - chance >= 0.6 * (1 - chance) > 0 else ".")
+        )
     random = next((r for r in others if r.method.name == "random"), None)
     if random is not None:
         sentences.append(f"Random order names {agreement[random.method.title]:.0%} of them.")
@@ -90,18 +106,15 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
-def _lexical(results: Sequence[Result]) -> Result | None:
-    found = [r for r in results if r.method.name in ("bm25", "tfidf") and r.metrics]
+def _strongest(results: Sequence[Result]) -> Result | None:
+    """By AUPRC; `None` where none is judged."""
+    found = [r for r in results if r.metrics]
     return max(found, key=lambda r: r.metrics["auprc"].value) if found else None
 
 
 def _against(chosen: Result, other: Result, what: str) -> str:
     """One sentence on the paired difference of per-query AUPRC."""
-    relevant = relevance(
-        [example.label for example in chosen.scores.train], [query.label for query in chosen.scores.queries]
-    )
-    first, second = auprc(chosen.scores.values, relevant), auprc(other.scores.values, relevant)
-    gap = paired_difference(first, second)
+    gap = _gap(chosen, other)
     numbers = f"AUPRC {_plain(chosen)} against {_plain(other)}"
     if not np.isfinite(gap.low):
         return f"Against {what} ({other.method.title}): {numbers}; one query gives no interval."
@@ -113,6 +126,20 @@ def _against(chosen: Result, other: Result, what: str) -> str:
     else:
         word = "not told apart from"
     return f"It is {word} {what} ({other.method.title}): {numbers}, {interval} over queries."
+
+
+def _gap(chosen: Result, other: Result) -> Estimate:
+    """Paired difference of per-query AUPRC."""
+    relevant = relevance(
+        [example.label for example in chosen.scores.train], [query.label for query in chosen.scores.queries]
+    )
+    return paired_difference(auprc(chosen.scores.values, relevant), auprc(other.scores.values, relevant))
+
+
+def _beats(chosen: Result, other: Result) -> bool:
+    """Whether it is known to be better; one query gives no interval, and then the value alone says."""
+    gap = _gap(chosen, other)
+    return (gap.low if np.isfinite(gap.low) else gap.value) > 0
 
 
 def _plain(result: Result) -> str:

@@ -52,6 +52,7 @@ class Length(Method):
 
     needs: ClassVar[tuple[Need, ...]] = ("text",)
     control: ClassVar[bool] = True
+    query_free: ClassVar[bool] = True
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n), the same for every query."""
@@ -71,6 +72,7 @@ class GradNorm(Method):
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     control: ClassVar[bool] = True
+    query_free: ClassVar[bool] = True
     loss_on: str = ""
     layers: str = "all"
     at: str = ""

@@ -33,11 +33,13 @@ class Method(ABC):
         name: Set by `register`.
         needs: What it reads of the index and the queries.
         control: Whether it is a control that an attribution has to beat.
+        query_free: Whether it orders the rows the same way whatever is asked.
     """
 
     name: ClassVar[str] = ""
     needs: ClassVar[tuple[Need, ...]] = ()
     control: ClassVar[bool] = False
+    query_free: ClassVar[bool] = False
 
     @property
     @abstractmethod

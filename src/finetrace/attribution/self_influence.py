@@ -25,6 +25,7 @@ class SelfInfluence(Method):
 
     needs: ClassVar[tuple[Need, ...]] = ("gradients",)
     control: ClassVar[bool] = True
+    query_free: ClassVar[bool] = True
     curvature: Literal["gradsim", "datainf", "lissa", "exact", "kfac", "ekfac"] = "exact"
     loss_on: str = ""
     layers: str = "all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,7 +31,9 @@ MORE = (
     "selfinf:curvature=ekfac",
 )
 CONTROLS = tuple(
-    spec for spec in STANDARD if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf")
+    spec
+    for spec in STANDARD
+    if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf") and "at=start" not in spec
 )
 
 # what a method sees: the prompt, the response under its prompt, or both texts; a probe is one answer under every prompt
@@ -54,6 +57,14 @@ INPUTS = {
 LEAST = tuple(
     spec for spec in CONTROLS if not spec.startswith("selfinf")
 )  # what every table has, whatever is asked for
+LEAST_AT_START = "gradnorm:at=start"  # and that, where gradients at the start of the fine-tuning are asked for
+
+
+def beside(wanted: Sequence[str]) -> list[str]:
+    """The methods asked for with the controls that every table has; none for none, which stands for the protocol's."""
+    if not wanted:
+        return []
+    return [*wanted, *LEAST, *([LEAST_AT_START] if any("at=start" in spec for spec in wanted) else [])]
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def _suspicion(method: Method, scores: NDArray[Any]) -> NDArray[np.float64]:
 
     DataInf's experiment (arXiv 2310.00902): a mislabelled row raises the loss of a clean validation set.
     """
-    if method.name in ("selfinf", "gradnorm", "length", "random"):
+    if method.query_free or method.name == "random":
         return np.asarray(scores[:1], dtype=np.float64)
     return np.asarray(-scores.mean(axis=0, keepdims=True), dtype=np.float64)
 

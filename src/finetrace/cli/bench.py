@@ -115,7 +115,7 @@ def bench(
     with options.quiet_libraries():
         from finetrace.attribution import make
         from finetrace.benchmark.ablation import ABLATION
-        from finetrace.benchmark.protocol import LEAST
+        from finetrace.benchmark.protocol import beside
         from finetrace.benchmark.report import report
         from finetrace.benchmark.runner import Plan, Source, cells, run_all
         from finetrace.tasks import TASKS, RealData, real_task, recipe
@@ -133,7 +133,7 @@ def bench(
         for name in names if source is None else ():
             recipe(name)
         wanted = [*ABLATION, "repsim"] if ablation else method or []
-        specs = list(dict.fromkeys(make(spec).label for spec in [*wanted, *(LEAST if wanted else ())]))
+        specs = list(dict.fromkeys(make(spec).label for spec in beside(wanted)))
         planned = cells(
             names,
             list(dict.fromkeys(protocol or ["corrected"])),
