@@ -21,7 +21,9 @@ from finetrace.finetune_config import PRESETS, FinetuneConfig, found_config
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
 from finetrace.reporting.validated import kept_verdict
-from finetrace.validation.plan import QUICK, USUAL, Validation
+from finetrace.tracing import BEST_AT_END, BEST_WITHOUT_FACTORS
+from finetrace.validation.plan import METHODS as METHODS_OF_ALL
+from finetrace.validation.plan import QUICK, USUAL, Validation, usual
 from finetrace.validation.run import validate
 from finetrace.validation.verdict import verdict
 from tiny import make_examples
@@ -179,6 +181,34 @@ def test_verdicts_say_what_the_intervals_say() -> None:
     weak = Comparison({"exact": estimate(0.15, 0.1)}, frozenset(), None, None, {"exact": estimate(0, 0)})
     assert "does not show that it predicts" in verdict(weak, [], (1.0, 2.0), names)[0]
     assert "may not be those that made the adapter" in verdict(weak, [], (1.0, 2.0), names)[1]
+
+
+@pytest.mark.parametrize(("half", "overlap"), [(0.02, False), (0.1, True)])
+def test_the_best_control_stands_beside_the_best_method(half: float, overlap: bool) -> None:
+    values = {"exact": 0.9, "bm25": 0.6, "bm25:text=response": 0.8, "selfinf": 0.1, "random": 0.0}
+    lds = {name: Estimate(value, value - half, value + half, 5) for name, value in values.items()}
+    found = Comparison(lds, frozenset({"exact"}), None, None, lds)
+    said = [line for line in verdict(found, [], None, {name: name for name in lds}) if "control" in line]
+    assert len(said) == 1
+    assert said[0].startswith("The best control, bm25:text=response, has 0.80")
+    assert ("overlap" in said[0]) is overlap
+
+
+def test_what_an_index_lacks_is_left_out_of_the_usual_methods() -> None:
+    class Lacking:
+        def __init__(self, start: bool, factors: bool) -> None:
+            self.has_start, self.has_factors = (lambda: start), (lambda: factors)
+
+    assert usual(METHODS_OF_ALL, Lacking(True, True)) == METHODS_OF_ALL
+    for start in (True, False):
+        found = usual(METHODS_OF_ALL, Lacking(start, False))
+        assert not any("kfac" in name or "at=start" in name for name in found)
+        assert found[0] == BEST_WITHOUT_FACTORS
+        assert "selfinf" in found
+    no_start = usual(METHODS_OF_ALL, Lacking(False, True))
+    assert no_start[0] == BEST_AT_END
+    assert "selfinf:curvature=ekfac" in no_start
+    assert not any("at=start" in name for name in no_start)
 
 
 def test_a_verdict_claims_no_more_than_was_measured() -> None:

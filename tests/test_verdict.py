@@ -53,6 +53,20 @@ def test_labels_that_an_order_without_the_query_finds_as_well_show_nothing() -> 
     assert "do not show that the answers have a part in the order" in said
 
 
+def test_a_method_may_be_better_at_the_top_and_worse_over_the_whole_list() -> None:
+    """One planted row stands first and the others last, against all of them in the middle; every answer is of that kind."""
+    top = [0, *range(4, 20), 1, 2, 3]
+    middle = [4, 5, 6, 0, 1, 2, 3, *range(7, 20)]
+    found = judged({"gradcos": [top] * 8, "selfinf": [middle] * 8}, "aaaa" + "b" * 16, "a" * 8)
+    aurocs = [r.metrics["auroc"].value for r in found]
+    said = " ".join(verdict(found))
+    assert f"selfinf, which never looks, is ahead: AUROC {aurocs[0]:.2f} against {aurocs[1]:.2f}" in said
+    better = judged({"gradcos": [[0, 1, 2, 3, *range(4, 20)]] * 8, "selfinf": [middle] * 8}, "aaaa" + "b" * 16, "a" * 8)
+    said = " ".join(verdict(better))
+    assert "is ahead" not in said
+    assert "All answers are a, so whether the rows of one answer are told from those of another is not tested." in said
+
+
 def test_where_the_query_decides_the_verdict_does_not_doubt_it() -> None:
     """Queries ask for either kind, and only a method that looks at them can have both."""
     a, b = [0, 1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 0, 1, 2, 3]
@@ -60,6 +74,7 @@ def test_where_the_query_decides_the_verdict_does_not_doubt_it() -> None:
     said = " ".join(verdict(found))
     assert "the best order that never looks at the answer" in said
     assert "have a part in the order" not in said
+    assert "All answers are" not in said
 
 
 @pytest.mark.parametrize(("same", "rows"), [(True, 60), (False, 60), (True, TOP)])

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import rankdata
 
 from finetrace.evaluation.intervals import Estimate, paired_difference
-from finetrace.evaluation.metrics import auprc, relevance
+from finetrace.evaluation.metrics import METRICS, Metric, auprc, relevance
 from finetrace.tracing import Result, best, opening
 
 TOP = 10
@@ -34,20 +34,14 @@ def _by_labels(results: Sequence[Result]) -> list[str]:
         f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {n} answers and "
         f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
     ]
-    lexical = _strongest([r for r in results if r.method.name in ("bm25", "tfidf")])
-    if lexical is not None:
-        sentences.append(_against(chosen, lexical, "the best lexical search"))
+    lexical = [r for r in results if r.method.name in ("bm25", "tfidf") and r.metrics]
+    if lexical:
+        sentences.append(_against(chosen, _strongest(lexical), "the best lexical search"))
     random = next((result for result in results if result.method.name == "random"), None)
     if random is not None:
         sentences.append(_against(chosen, random, "random order"))
-    unasked = _strongest([r for r in results if r.method.query_free])
-    if unasked is not None:
-        sentences.append(_against(chosen, unasked, "the best order that never looks at the answer"))
-        if not _beats(chosen, unasked):
-            sentences.append(
-                "So these labels do not show that the answers have a part in the order: rows that are unlike the rest come "
-                "first whatever is asked."
-            )
+    unasked = [r for r in results if r.method.query_free and r.metrics]
+    sentences += _unasked(chosen, unasked, labels)
     influence = [r for r in results if r.metrics and "gradients" in r.method.needs and not r.method.control]
     if influence and chosen not in influence:
         other = max(influence, key=lambda result: result.metrics["auprc"].value)
@@ -106,10 +100,9 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
     return sentences
 
 
-def _strongest(results: Sequence[Result]) -> Result | None:
-    """By AUPRC; `None` where none is judged."""
-    found = [r for r in results if r.metrics]
-    return max(found, key=lambda r: r.metrics["auprc"].value) if found else None
+def _strongest(results: Sequence[Result], metric: str = "auprc") -> Result:
+    """The best of some that are judged."""
+    return max(results, key=lambda r: r.metrics[metric].value)
 
 
 def _against(chosen: Result, other: Result, what: str) -> str:
@@ -128,18 +121,35 @@ def _against(chosen: Result, other: Result, what: str) -> str:
     return f"It is {word} {what} ({other.method.title}): {numbers}, {interval} over queries."
 
 
-def _gap(chosen: Result, other: Result) -> Estimate:
-    """Paired difference of per-query AUPRC."""
+def _unasked(chosen: Result, others: Sequence[Result], labels: Sequence[str]) -> list[str]:
+    """How far the answers have a part in the order: against those that never look at one."""
+    if not others:
+        return []
+    sentences = [_against(chosen, _strongest(others), "the best order that never looks at the answer")]
+    nearest = _strongest(others, "auroc")
+    gap = _gap(chosen, nearest, METRICS["auroc"])
+    if (gap.high if np.isfinite(gap.high) else gap.value) < 0:
+        values = " against ".join(f"{r.metrics['auroc'].value:.2f}" for r in (chosen, nearest))
+        sentences.append(f"Over the whole list {nearest.method.title}, which never looks, is ahead: AUROC {values}.")
+    gap = _gap(chosen, _strongest(others))
+    if not (gap.low if np.isfinite(gap.low) else gap.value) > 0:
+        sentences.append(
+            "So these labels do not show that the answers have a part in the order: rows that are unlike the rest come "
+            "first whatever is asked."
+        )
+    elif len(labels) == 1:
+        sentences.append(
+            f"All answers are {labels[0]}, so whether the rows of one answer are told from those of another is not tested."
+        )
+    return sentences
+
+
+def _gap(chosen: Result, other: Result, metric: Metric = auprc) -> Estimate:
+    """Paired difference of a metric's per-query values."""
     relevant = relevance(
         [example.label for example in chosen.scores.train], [query.label for query in chosen.scores.queries]
     )
-    return paired_difference(auprc(chosen.scores.values, relevant), auprc(other.scores.values, relevant))
-
-
-def _beats(chosen: Result, other: Result) -> bool:
-    """Whether it is known to be better; one query gives no interval, and then the value alone says."""
-    gap = _gap(chosen, other)
-    return (gap.low if np.isfinite(gap.low) else gap.value) > 0
+    return paired_difference(metric(chosen.scores.values, relevant), metric(other.scores.values, relevant))
 
 
 def _plain(result: Result) -> str:

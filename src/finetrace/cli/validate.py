@@ -85,8 +85,7 @@ def validate(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import keep_verdict
-        from finetrace.tracing import BEST, BEST_AT_END
-        from finetrace.validation.plan import QUICK, RETRAINED, Validation
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
@@ -98,8 +97,7 @@ def validate(
         asked = read_examples(queries, columns)
         finetuning = finetuning_of(opened, config, adapter)
         plan = QUICK if quick else Validation()
-        if not opened.has_start():
-            plan = replace(plan, methods=tuple(BEST_AT_END if name == BEST else name for name in plan.methods))
+        plan = replace(plan, methods=usual(plan.methods, opened))
         given = {
             "methods": tuple(method) if method else None,
             "measures": tuple(measure) if measure else None,

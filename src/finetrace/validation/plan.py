@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from finetrace.tracing import BEST
+from finetrace.index.store import Index
+from finetrace.tracing import BEST, BEST_AT_END, BEST_WITHOUT_FACTORS, UNASKED
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
 RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
@@ -19,6 +21,8 @@ METHODS = (
     "gradsim",
     "repsim",
     "bm25",
+    "bm25:text=response",
+    UNASKED,
     "random",
 )
 
@@ -59,8 +63,19 @@ class Validation:
 
 
 QUICK = Validation(
-    methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", "random"),
+    methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", UNASKED, "random"),
     measures=("lds", "tail-patch"),
     subsets=6,
     seeds=1,
 )
+
+
+def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
+    """The methods of a plan, with what stands in for those that the index has no start or no Kronecker factors for."""
+    instead = {}
+    if not index.has_start():
+        instead = {BEST: BEST_AT_END, UNASKED: "selfinf:curvature=ekfac"}
+    if not index.has_factors():
+        instead = {BEST: BEST_WITHOUT_FACTORS, UNASKED: "selfinf"}
+    found = [instead.get(name, name) for name in methods]
+    return tuple(dict.fromkeys(name for name in found if index.has_factors() or "kfac" not in name))

@@ -10,6 +10,8 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
 
+CONTROLS = ("bm25", "tfidf", "gradnorm", "selfinf", "length")  # what an influence has to be above
+
 
 def verdict(
     lds: Comparison | None,
@@ -42,8 +44,13 @@ def verdict(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
             f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(lds.lds)} methods."
         )
-        others = [name for name in lds.lds if name.split(":")[0] in ("repsim", "bm25")]
-        lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others if name != ahead]
+        others = [name for name in lds.lds if name.split(":")[0] == "repsim" and name != ahead]
+        lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
+        controls = [name for name in lds.lds if name.split(":")[0] in CONTROLS and name != ahead]
+        if controls:
+            control = max(controls, key=lambda name: lds.lds[name].value)
+            apart = "" if lds.lds[control].high < best.low else ", and their intervals overlap"
+            lines.append(f"The best control, {names[control]}, has {_short(lds.lds[control])}{apart}.")
     for count in dict.fromkeys(each.count for each in drops):
         here = [each for each in drops if each.count == count and each.over_random is not None and each.what != CLASS]
         chance = next(each for each in drops if each.count == count and each.what == RANDOM)
