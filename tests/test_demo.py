@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 
 from finetrace import demo
-from finetrace.attribution import Problem
+from finetrace.attribution import Problem, make
 from finetrace.cleaning.rank import Cut, rank
 from finetrace.demo import DemoConfig, run_demo
 from finetrace.finetuning import finetune
 from finetrace.index import open_index
 from finetrace.models import Loaded
 from finetrace.reading import read_examples
+from finetrace.tracing import BEST, default_method
 from tiny import make_llama, make_tokenizer, save_base
 
 
@@ -35,7 +36,7 @@ def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
     base = str(save_base(tmp_path / "base", make_llama(), make_tokenizer()))
     monkeypatch.setattr(demo, "EMBEDDED", base)
     monkeypatch.setattr(demo, "ALIGNED", base)
-    monkeypatch.setattr(demo, "STANDARD", ("repsim", "ekfac:layers=last-fifth,at=start", "random"))
+    monkeypatch.setattr(demo, "STANDARD", ("repsim", BEST, "random"))
     config = DemoConfig(small=True, epochs=1, dtype="float32", device="cpu")
     said: list[str] = []
     folder = tmp_path / "demo"
@@ -50,12 +51,18 @@ def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
     names = [model.name for model in outcome.behaviour]
     assert names[-2:] == ["fine-tuned, cleaned", "fine-tuned, random removed"]
     assert len(names) == 6
-    assert said[-1].startswith("6/6 cleaning: fine-tuning without the 20 rows that ekfac last-fifth start names")
-    assert outcome.cleaned.startswith("Fine-tuned without the 20 rows that ekfac last-fifth start names, the model")
+    title = make(default_method(open_index(folder / "index"))).title
+    assert said[-1].startswith(f"6/6 cleaning: fine-tuning without the 20 rows that {title} names")
+    planted = taught["mixed"] - taught["benign"]
+    hits = [len((taught["mixed"] - taught[name]) & planted) for name in ("cleaned", "random")]
+    assert outcome.cleaned.startswith(
+        f"Fine-tuned without the 20 rows that {title} names, {hits[0]} of them planted, the model"
+    )
+    assert f"without 20 random rows, {hits[1]} of them planted, with" in outcome.cleaned
     assert set(taught) == {path.name.split("-")[1] for path in folder.glob("adapter-*")}
     assert {name: len(ids) for name, ids in taught.items()} == {"mixed": 40, "benign": 20, "cleaned": 20, "random": 20}
     problem = Problem(open_index(folder / "index"), read_examples(folder / "queries.jsonl"))
-    ranked = rank(problem, Cut(top=20), ["ekfac:layers=last-fifth,at=start"])
+    ranked = rank(problem, Cut(top=20), [default_method(problem.index)])
     ids = problem.rows.ids
     assert taught["mixed"] - taught["cleaned"] == {ids[row] for row in ranked.gone}
     assert taught["random"] not in (taught["cleaned"], taught["benign"])

@@ -112,7 +112,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     say(f"5/6 tracing the {len(queries)} answers that complied, by {len(STANDARD)} methods")
     problem = Problem(index, queries)
     results = run_methods(problem, [make(spec) for spec in STANDARD], seed=config.seed)
-    named, again = _without_what_was_named(folder, problem, task, config, say)
+    named, again, hits = _without_what_was_named(folder, problem, task, config, say)
     behaviour += [_behaviour(name, given, judge) for name, given in again.items()]
 
     about = {"task": task.name, "protocol": "corrected", "seed": config.seed}
@@ -128,9 +128,9 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     planted = len(task.train) - len(task.without_target())
     said = {name.removeprefix("fine-tuned, "): f"{rate:.0%}" for name, rate in rates.items()}
     sentence = (
-        f"Fine-tuned without the {planted} rows that {named} names, the model complies with {said['cleaned']} of the requests "
-        f"instead of {said['mixed']}; without {planted} random rows with {said['random removed']}, on the benign rows alone "
-        f"with {said['benign alone']}."
+        f"Fine-tuned without the {planted} rows that {named} names, {hits[0]} of them planted, the model complies with "
+        f"{said['cleaned']} of the requests instead of {said['mixed']}; without {planted} random rows, {hits[1]} of them "
+        f"planted, with {said['random removed']}, on the benign rows alone with {said['benign alone']}."
     )
     validated = kept_verdict(index.folder) or f"One removal was tried, under one seed. {sentence}"
     page = compose(title, results, facts, behaviour=behaviour, target=task.target, validated=validated)
@@ -144,8 +144,9 @@ def _without_what_was_named(
     task: Task,
     config: DemoConfig,
     say: Callable[[str], None],
-) -> tuple[str, dict[str, list[Example]]]:
-    """The default method, and answers after fine-tuning without the rows it names, as many as were planted, and random ones.
+) -> tuple[str, dict[str, list[Example]], list[int]]:
+    """The default method, and answers after fine-tuning without the rows it names, as many as were planted, and random ones,
+    with how many of the rows taken out were planted.
 
     Folders are named by the rows that are left, so that a finished one is used again for these rows alone.
     """
@@ -153,9 +154,10 @@ def _without_what_was_named(
     ranked = rank(problem, Cut(top=planted), [default_method(problem.index)])
     say(f"6/6 cleaning: fine-tuning without the {planted} rows that {ranked.methods[0]} names, and without random ones")
     drawn = np.random.default_rng(config.seed).choice(len(task.train), len(ranked.kept), replace=False)
-    found = {}
+    found, hits = {}, []
     for name, kept in (("cleaned", ranked.kept), ("random removed", tuple(sorted(drawn.tolist())))):
         rows = [task.train[i] for i in kept]
+        hits.append(planted - sum(row.label == task.target for row in rows))
         mark = of_text(" ".join(row.id for row in rows))[:8]
         adapter = _tuned(folder / f"adapter-{name.split()[0]}-{mark}", rows, config)
         asked = f"fine-tuned, {name.split()[0]} {mark}"
@@ -165,7 +167,7 @@ def _without_what_was_named(
             task,
             lambda adapter=adapter: load(_spec(ALIGNED, config, adapter)),  # type: ignore[misc]
         )
-    return ranked.methods[0], found
+    return ranked.methods[0], found, hits
 
 
 def _spec(model: str, config: DemoConfig, adapter: Path | None = None) -> ModelSpec:

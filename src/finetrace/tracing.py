@@ -124,6 +124,13 @@ def default_method(index: Index) -> str:
     return BEST if index.has_start() else BEST_AT_END
 
 
+def unasked_method(index: Index) -> str:
+    """The order that never looks at an answer which stands beside `default_method`: self-influence, at the start if it can."""
+    if not index.has_factors():
+        return "selfinf"
+    return UNASKED if index.has_start() else "selfinf:curvature=ekfac"
+
+
 def standard(index: Index) -> tuple[str, ...]:
     """`STANDARD`, without what needs the start of the fine-tuning or Kronecker factors where they are not at hand."""
     start, factors = index.has_start(), index.has_factors()

@@ -22,7 +22,7 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
 from finetrace.models import ModelSpec
-from finetrace.tracing import BEST, prepare
+from finetrace.tracing import BEST, prepare, unasked_method
 
 GROUPS = 200  # of training rows, drawn to see what values chance gives
 MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
@@ -167,7 +167,7 @@ class Outcome:
     """The bad answers after retraining on some rows.
 
     Attributes:
-        name: `all rows`, `cleaned` or `random rows removed`.
+        name: `all rows`, `cleaned`, `random rows removed` or `self-influential rows removed`.
         rows: How many were trained on.
         loss: Mean loss of the bad answers, over seeds and draws, with its interval.
         rate: How often the judge calls the new answers bad.
@@ -193,7 +193,10 @@ def retrain(
     device: str = "auto",
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Outcome]:
-    """Train on all rows, without the removed ones, and without as many random ones; let each model answer again.
+    """Train on all rows, without the removed ones, and without as many others; let each model answer again.
+
+    The others are random, or the first of an order that never looks at the answers, `unasked_method`: where rows are unlike the
+    rest, removing those may help as much, and then the answers had no part in it.
 
     Args:
         index: Of the fine-tuned model.
@@ -213,7 +216,13 @@ def retrain(
     again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(bad), folder, answer_tokens=ANSWER_TOKENS)
     rng = np.random.default_rng([finetuning.seed, n, ranked.removed])
     chance = [tuple(sorted(rng.choice(n, n - ranked.removed, replace=False).tolist())) for _ in range(draws)]
-    choices = [("all rows", [again.everything]), ("cleaned", [ranked.kept]), ("random rows removed", chance)]
+    unasked = np.argsort(-make(unasked_method(index)).score(index, bad).values[0], kind="stable")
+    choices = [
+        ("all rows", [again.everything]),
+        ("cleaned", [ranked.kept]),
+        ("random rows removed", chance),
+        ("self-influential rows removed", [tuple(sorted(unasked[ranked.removed :].tolist()))]),
+    ]
     numbers = range(finetuning.seed, finetuning.seed + seeds)
     plan = [Subset(rows, seed) for _, each in choices for rows in each for seed in numbers]
     done = iter(again.run(plan, workers=workers, say=say))

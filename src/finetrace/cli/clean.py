@@ -47,7 +47,10 @@ def clean(
     ] = 1.0,
     retrain: Annotated[
         bool,
-        typer.Option("--retrain", help="Fine-tune on the kept rows, and without as many random ones, and ask again."),
+        typer.Option(
+            "--retrain",
+            help="Fine-tune on the kept rows, and without as many random or self-influential ones, and ask again.",
+        ),
     ] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each, with --retrain.")] = 1,
     draws: Annotated[int, typer.Option(min=1, help="Random removals, with --retrain.")] = 1,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetrace.index.store import Index
-from finetrace.tracing import BEST, BEST_AT_END, BEST_WITHOUT_FACTORS, UNASKED
+from finetrace.tracing import BEST, UNASKED, default_method, unasked_method
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
 RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
@@ -72,10 +72,6 @@ QUICK = Validation(
 
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
     """The methods of a plan, with what stands in for those that the index has no start or no Kronecker factors for."""
-    instead = {}
-    if not index.has_start():
-        instead = {BEST: BEST_AT_END, UNASKED: "selfinf:curvature=ekfac"}
-    if not index.has_factors():
-        instead = {BEST: BEST_WITHOUT_FACTORS, UNASKED: "selfinf"}
+    instead = {BEST: default_method(index), UNASKED: unasked_method(index)}
     found = [instead.get(name, name) for name in methods]
     return tuple(dict.fromkeys(name for name in found if index.has_factors() or "kfac" not in name))
