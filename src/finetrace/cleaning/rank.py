@@ -167,7 +167,7 @@ class Outcome:
     """The bad answers after retraining on some rows.
 
     Attributes:
-        name: `all rows`, `cleaned`, `random rows removed` or `self-influential rows removed`.
+        name: `all rows`, `cleaned`, `random rows removed` or `self-influential removed`.
         rows: How many were trained on.
         loss: Mean loss of the bad answers, over seeds and draws, with its interval.
         rate: How often the judge calls the new answers bad.
@@ -221,7 +221,7 @@ def retrain(
         ("all rows", [again.everything]),
         ("cleaned", [ranked.kept]),
         ("random rows removed", chance),
-        ("self-influential rows removed", [tuple(sorted(unasked[ranked.removed :].tolist()))]),
+        ("self-influential removed", [tuple(sorted(unasked[ranked.removed :].tolist()))]),
     ]
     numbers = range(finetuning.seed, finetuning.seed + seeds)
     plan = [Subset(rows, seed) for _, each in choices for rows in each for seed in numbers]
