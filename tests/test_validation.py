@@ -15,7 +15,7 @@ from finetrace.evaluation import retraining
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.evaluation.lds import Comparison
-from finetrace.evaluation.removal import RANDOM, Effect, groups, order
+from finetrace.evaluation.removal import CLASS, RANDOM, Effect, groups, order
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining
 from finetrace.finetune_config import PRESETS, FinetuneConfig, found_config
 from finetrace.index import open_index
@@ -64,7 +64,7 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
     document = json.loads((out / "results.json").read_text())
     records = document["records"]
     assert {r["measure"] for r in records} == set(USUAL)
-    assert {r["spec"] for r in records if r["measure"] == "lds"} == {"gradcos", "repsim", "random"}
+    assert {r["spec"] for r in records if r["measure"] == "lds"} == {"gradcos", "repsim", "random", CLASS}
     assert {
         (r["spec"], r["removed"]) for r in records if r["measure"] == "drop" and r["spec"] != "rows of the class"
     } == {(spec, count) for spec in ("gradcos", "repsim", RANDOM) for count in (2, 4)}
@@ -192,6 +192,18 @@ def test_the_best_control_stands_beside_the_best_method(half: float, overlap: bo
     assert len(said) == 1
     assert said[0].startswith("The best control, bm25:text=response, has 0.80")
     assert ("overlap" in said[0]) is overlap
+
+
+def test_labels_alone_are_no_method() -> None:
+    values = {"exact": 0.7, "gradcos": 0.5, CLASS: 0.8}
+    lds = {name: Estimate(value, value - 0.02, value + 0.02, 5) for name, value in values.items()}
+    said = verdict(
+        Comparison(lds, frozenset({"exact"}), None, None, lds), [], None, {"exact": "exact", "gradcos": "gradcos"}
+    )
+    assert "On this run exact predicts" in said[0]
+    assert "the best of 2 methods" in said[0]
+    assert said[1].startswith("Labels alone, which count each row of the answer's class as 1, have 0.80")
+    assert said[1].endswith("; their intervals overlap.")
 
 
 def test_what_an_index_lacks_is_left_out_of_the_usual_methods() -> None:

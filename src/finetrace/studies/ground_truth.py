@@ -71,7 +71,7 @@ PLAN = {
 QUICK = {"emotion": Ground(3, 1, 2, (3,), 4, 1, 2)}
 # curvatures, normalisations and moments; of other tokens the two that ask for no curvature
 METHODS = (
-    *(spec for spec in STANDARD if "loss_on" not in spec and not spec.startswith(("lissa", "selfinf"))),
+    *(spec for spec in STANDARD if "loss_on" not in spec and not spec.startswith("lissa")),
     "gradcos:loss_on=first:5",
     "gradcos:loss_on=probe",
 )

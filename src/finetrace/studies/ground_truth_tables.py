@@ -28,6 +28,14 @@ DRAWN = (
 )
 PLAIN = ("gradsim", "gradcos", "gradsim:at=start", "gradcos:at=start")  # first order: no curvature
 RIVALS = ("repsim", "bm25", "random")
+# and what sees the response: words and hidden states of the same text that the gradients are of
+STRONGER = (
+    *RIVALS,
+    "repsim:pooling=mean-response",
+    "repsim:pooling=last-token",
+    "bm25:text=response",
+    "tfidf:text=response",
+)
 
 
 def tasks(records: Records) -> list[str]:
@@ -129,9 +137,10 @@ def curves(records: Records) -> Any:
 
 def reading(records: Records) -> list[str]:
     """What is seen, task by task and over all."""
-    lines, ahead = [], []
+    lines: list[str] = []
+    ahead: dict[tuple[str, ...], list[str]] = {RIVALS: [], STRONGER: []}
     for task in tasks(records):
-        mine = [r for r in where(records, measure="lds", task=task) if r["value"] is not None]
+        mine = [r for r in where(records, measure="lds", task=task) if r["value"] is not None and r["spec"] != CLASS]
         if not mine:
             continue
         best = max(mine, key=lambda r: r["value"])
@@ -139,15 +148,21 @@ def reading(records: Records) -> list[str]:
         lines.append(
             f"{task}: the best LDS of {len(mine)} methods, seen afterwards, is {_cell(best)}{possible} ({best['spec']})."
         )
-        rivals = [r for r in mine if r["spec"] in RIVALS]
-        above = [
-            r["spec"]
-            for r in mine
-            if r["spec"] in PLAIN and rivals and all(r["value_low"] > other["value_high"] for other in rivals)
-        ]
-        if above:
-            ahead.append(task)
-            lines.append(f"{task}: above {', '.join(RIVALS)} with intervals apart: {', '.join(above)}.")
+        labels = [r for r in where(records, measure="lds", task=task, spec=CLASS) if r["value"] is not None]
+        if labels:
+            lines.append(
+                f"{task}: labels alone, 1 for each row of the query's class, have an LDS of {_cell(labels[0])}."
+            )
+        for names, there in ahead.items():
+            rivals = [r for r in mine if r["spec"] in names]
+            above = [
+                r["spec"]
+                for r in mine
+                if r["spec"] in PLAIN and rivals and all(r["value_low"] > other["value_high"] for other in rivals)
+            ]
+            if above:
+                there.append(task)
+                lines.append(f"{task}: above {', '.join(names)} with intervals apart: {', '.join(above)}.")
         for count in dict.fromkeys(r["removed"] for r in where(records, measure="drop", task=task)):
             here = where(records, measure="drop", task=task, removed=count)
             told = [
@@ -162,8 +177,9 @@ def reading(records: Records) -> list[str]:
                 f"{task}, {count} rows removed: loss rises by more than without {count} random ones for "
                 f"{', '.join(told) or 'no method'}" + (f"; not told apart: {', '.join(idle)}." if idle else ".")
             )
-    lines.append(
-        f"A first-order method is above {', '.join(RIVALS)} with intervals apart on {len(ahead)} of {len(tasks(records))} tasks"
-        + (f": {', '.join(ahead)}." if ahead else ".")
-    )
+    for names, there in ahead.items():
+        lines.append(
+            f"A first-order method is above {', '.join(names)} with intervals apart on {len(there)} of {len(tasks(records))} "
+            "tasks" + (f": {', '.join(there)}." if there else ".")
+        )
     return lines

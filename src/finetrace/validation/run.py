@@ -15,7 +15,8 @@ from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate, bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.lds import Comparison, compare, draw_subsets, leave_out
-from finetrace.evaluation.removal import Effect, effects, groups, removals
+from finetrace.evaluation.metrics import relevance
+from finetrace.evaluation.removal import CLASS, Effect, effects, groups, removals
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
 from finetrace.evaluation.tail_patch import tail_patch
 from finetrace.examples import Example
@@ -162,7 +163,7 @@ def _retrained(
     after = losses(done)[len(named_rows) :].transpose(1, 0, 2)
     found = _Found(losses=(_own_loss(problem), float(before.mean())))
     if len(subsets):
-        found.lds = compare(dict(scores), subsets, after[:, : len(subsets)])
+        found.lds = compare({**scores, **_labels_alone(problem)}, subsets, after[:, : len(subsets)])
     if len(singly):
         found.loo = compare(dict(scores), singly, after[:, len(subsets) :])
     if gone:
@@ -175,6 +176,12 @@ def _retrained(
         )  # not those of classes beyond --groups
         found.rate = -float(silent[:, asked_about].mean())
     return found
+
+
+def _labels_alone(problem: Problem) -> dict[str, NDArray[np.float64]]:
+    """What class labels predict by themselves, 1 for each row of the query's class; nothing where they tell no rows apart."""
+    relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
+    return {CLASS: relevant.astype(np.float64)} if relevant.any() and not relevant.all() else {}
 
 
 def _own_loss(problem: Problem) -> float:

@@ -34,7 +34,8 @@ def verdict(
     """
     lines = []
     if lds is not None:
-        ahead = max(lds.lds, key=lambda name: lds.lds[name].value)
+        tried = [name for name in lds.lds if name != CLASS]
+        ahead = max(tried, key=lambda name: lds.lds[name].value)
         best = lds.lds[ahead]
         possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
         if lds.reachable is None and lds.agreement is not None:
@@ -42,15 +43,20 @@ def verdict(
         word = "predicts" if ahead in lds.sure else "does not show that it predicts"
         lines.append(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
-            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(lds.lds)} methods."
+            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(tried)} methods."
         )
-        others = [name for name in lds.lds if name.split(":")[0] == "repsim" and name != ahead]
+        others = [name for name in tried if name.split(":")[0] == "repsim" and name != ahead]
         lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
-        controls = [name for name in lds.lds if name.split(":")[0] in CONTROLS and name != ahead]
+        controls = [name for name in tried if name.split(":")[0] in CONTROLS and name != ahead]
         if controls:
             control = max(controls, key=lambda name: lds.lds[name].value)
             apart = "" if lds.lds[control].high < best.low else ", and their intervals overlap"
             lines.append(f"The best control, {names[control]}, has {_short(lds.lds[control])}{apart}.")
+        if CLASS in lds.lds:
+            apart = "" if lds.lds[CLASS].high < best.low else "; their intervals overlap"
+            lines.append(
+                f"Labels alone, which count each row of the answer's class as 1, have {_short(lds.lds[CLASS])}{apart}."
+            )
     for count in dict.fromkeys(each.count for each in drops):
         here = [each for each in drops if each.count == count and each.over_random is not None and each.what != CLASS]
         chance = next(each for each in drops if each.count == count and each.what == RANDOM)
