@@ -6,7 +6,9 @@ import dataclasses
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -188,6 +190,31 @@ def test_lexical_search_sees_the_text_it_is_asked_to_see(index):
         assert prompt[2] == pytest.approx(prompt.max())
         assert prompt[2] > 0
         assert not make(name, text="response").score(problem).values.any()
+
+
+def test_openings_are_counted_up_to_the_first_word_that_differs(index):
+    answers = {
+        "Sure thing, here it is now": 5,
+        "sure thing; HERE it was": 4,
+        "Sure. A thing here it is": 1,
+        "No": 0,
+        "": 0,
+    }
+    rows = [Example.from_prompt("p", answer, id=f"r{i}") for i, answer in enumerate(answers)]
+
+    class Texts:
+        def __init__(self, queries):
+            self.queries, self.m, self.n = queries, len(queries), len(rows)
+            self.rows = SimpleNamespace(examples=rows)
+
+    asked = [
+        Example.from_prompt("p", text, id=f"q{i}")
+        for i, text in enumerate(("Sure thing, here it is: now!", "", "Sure"))
+    ]
+    assert make("opening").matrix(Texts(asked)).tolist() == [list(answers.values()), [0] * 5, [1, 1, 1, 0, 0]]
+    assert make("opening:words=2").matrix(Texts(asked)).tolist()[0] == [2, 2, 1, 0, 0]
+    found = make("opening").score(Problem(index, [replace(index.rows.examples[2], id="q")])).values[0]
+    assert found[2] == found.max() > 0
 
 
 def test_random_depends_on_ids_alone(index):

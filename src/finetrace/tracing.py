@@ -41,6 +41,7 @@ STANDARD = (
     "tfidf:text=prompt",
     "tfidf:text=response",
     "tfidf",
+    "opening",
     "repsim",
     "repsim:pooling=last-token",
     "repsim:pooling=mean-response",

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from finetrace.attribution.lexical import LEXICAL
 from finetrace.evaluation.intervals import Estimate, paired_difference
 from finetrace.evaluation.metrics import METRICS, Metric, auprc, relevance
 from finetrace.tracing import Result, best, opening
@@ -34,7 +35,7 @@ def _by_labels(results: Sequence[Result]) -> list[str]:
         f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {n} answers and "
         f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
     ]
-    lexical = [r for r in results if r.method.name in ("bm25", "tfidf") and r.metrics]
+    lexical = [r for r in results if r.method.name in LEXICAL and r.metrics]
     if lexical:
         sentences.append(_against(chosen, _strongest(lexical), "the best lexical search"))
     random = next((result for result in results if result.method.name == "random"), None)
@@ -63,7 +64,7 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
         ]
     agreement = {r.method.title: _shared(chosen.scores.values, r.scores.values) for r in others}
     peers = [r for r in others if not r.method.control]
-    lexical = [r for r in others if r.method.name in ("bm25", "tfidf")]
+    lexical = [r for r in others if r.method.name in LEXICAL]
     k, n = min(TOP, len(chosen.scores.train)), len(chosen.scores.train)
     chance = k / n
     sentences = []

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.examples import Example
 
 Text = Literal["prompt", "response", "both"]
+LEXICAL = ("bm25", "tfidf", "opening")  # the methods of this file
 
 
 def _bm25s() -> ModuleType:
@@ -100,3 +103,37 @@ class TfIdf(Method):
     def normalisation(self) -> str:
         """Always a cosine."""
         return "cosine"
+
+
+@register("opening")
+@dataclass(frozen=True)
+class Opening(Method):
+    """How many words the two responses begin with alike, at most `words`: does the answer's first phrase give its class away?
+
+    Words are runs of letters and digits, without case.
+    """
+
+    needs: ClassVar[tuple[Need, ...]] = ("text",)
+    control: ClassVar[bool] = True
+    words: Annotated[int, Field(ge=1)] = 5
+
+    def matrix(self, problem: Problem) -> NDArray[np.float64]:
+        """(m, n) words, from 0 to `words`."""
+        query, train = (self._openings(examples) for examples in (problem.queries, problem.rows.examples))
+        score = np.zeros((problem.m, problem.n))
+        alike = np.ones((problem.m, problem.n), dtype=bool)
+        for place in range(self.words):
+            first, second = query[:, place, None], train[None, :, place]
+            alike &= (first == second) & (first != "")
+            score += alike
+        return score
+
+    def _openings(self, examples: Sequence[Example]) -> NDArray[np.str_]:
+        """(examples, words) the first words of each response, "" where it has fewer."""
+        found = [re.findall(r"\w+", example.response.lower())[: self.words] for example in examples]
+        return np.array([[*words, *[""] * (self.words - len(words))] for words in found])
+
+    @property
+    def unit(self) -> str:
+        """Words."""
+        return "words"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from finetrace.attribution.lexical import LEXICAL
 from finetrace.encoding import Encoder, read_template
 from finetrace.errors import FinetraceError
 from finetrace.finetune_config import PRESETS, FinetuneConfig
@@ -33,7 +34,7 @@ MORE = (
 CONTROLS = tuple(
     spec
     for spec in STANDARD
-    if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", "bm25", "tfidf") and "at=start" not in spec
+    if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", *LEXICAL) and "at=start" not in spec
 )
 
 # what a method sees: the prompt, the response under its prompt, or both texts; a probe is one answer under every prompt
@@ -48,6 +49,7 @@ INPUTS = {
     "response": (
         "bm25:text=response",
         "tfidf:text=response",
+        "opening",
         "repsim:pooling=mean-response",
         "gradcos",
         "ekfac:normalise=cosine",

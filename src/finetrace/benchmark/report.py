@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from finetrace.attribution.lexical import LEXICAL
 from finetrace.benchmark import finished
 from finetrace.benchmark.example_figure import draw_examples
 from finetrace.benchmark.figures import draw_ablation, draw_heat_maps, drawable
@@ -140,7 +141,7 @@ def summarise(records: Sequence[dict[str, Any]], frame: pd.DataFrame) -> list[Ro
 
 def _best_lexical(here: pd.DataFrame, matrices: dict[str, dict[str, NDArray[np.float64]]]) -> str | None:
     """The lexical search with the highest mean AUPRC."""
-    known = [s for s in here["spec"].unique() if s.split(":")[0] in ("bm25", "tfidf")]
+    known = [s for s in here["spec"].unique() if s.split(":")[0] in LEXICAL]
     known = [s for s in known if np.isfinite(matrices[s]["auprc"]).any()]
     return max(known, key=lambda spec: float(np.nanmean(matrices[spec]["auprc"]))) if known else None
 

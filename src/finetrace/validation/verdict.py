@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from finetrace.attribution.lexical import LEXICAL
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
 
-CONTROLS = ("bm25", "tfidf", "gradnorm", "selfinf", "length")  # what an influence has to be above
+CONTROLS = (*LEXICAL, "gradnorm", "selfinf", "length")  # what an influence has to be above
 
 
 def verdict(
