@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetrace.tracing import BEST, BEST_AT_END
+from finetrace.tracing import BEST, BEST_AT_END, UNASKED
 
 ROOT = Path(__file__).parent.parent
 SHORT = (
@@ -35,7 +35,7 @@ SHORT = (
     "ekfac:normalise=cosine,at=start",
     BEST,
 )
-CONTROLS = ("random", "length", "bm25", "tfidf:text=response", "tfidf")
+CONTROLS = ("random", "length", "gradnorm:at=start", UNASKED, "opening", "bm25", "tfidf:text=response", "tfidf")
 MODELS = (
     "plain base",
     "aligned base",
