@@ -33,6 +33,7 @@ SHORT = (
     "exact:normalise=cosine,at=start",
     "ekfac:at=start",
     "ekfac:normalise=cosine,at=start",
+    "ekfac:layers=last-fifth,at=start",
     BEST,
 )
 CONTROLS = ("random", "length", "gradnorm:at=start", UNASKED, "opening", "bm25", "tfidf:text=response", "tfidf")

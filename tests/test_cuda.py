@@ -47,6 +47,7 @@ METHODS = (
     "ekfac",
     "ekfac:labels=data,normalise=cosine",
     "ekfac:layers=last-fifth,at=start",
+    "ekfac:normalise=cosine,layers=last-half,at=start",
     "gradcos:loss_on=probe",
     "gradcos:loss_on=first:2",
     "repsim",

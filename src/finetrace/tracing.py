@@ -18,14 +18,15 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.index.store import Index
 
-# The best of the gradient family on development tasks (benchmarks/choose_method.py), and the best where the start of the
-# fine-tuning is not at hand: rows that taught the model these words, and that moved it towards or away from complying.
-BEST = "ekfac:layers=last-fifth,at=start"
+# The best of the gradient family on development tasks that cannot be solved without the query (benchmarks/choose_method.py),
+# and the best where the start of the fine-tuning is not at hand: rows that taught the model these words, and that moved it
+# towards or away from complying.
+BEST = "ekfac:normalise=cosine,layers=last-half,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
 
 # what BEST would rank if it never looked at the query: rows that were new to the model come first
-UNASKED = "selfinf:curvature=ekfac,layers=last-fifth,at=start"
+UNASKED = "selfinf:curvature=ekfac,layers=last-half,at=start"
 
 # every method at its defaults, and the variants that answer a question of their own
 STANDARD = (
@@ -73,6 +74,7 @@ STANDARD = (
     "ekfac:normalise=cosine,at=start",
     "ekfac:normalise=cosine,layers=last-fifth,at=start",
     "ekfac:layers=last-half,at=start",
+    "ekfac:layers=last-fifth,at=start",
     BEST,
 )
 TABLE = ("accuracy", "coverage", "auroc", "auprc")

@@ -28,6 +28,7 @@ MORE = (
     "exact:normalise=cosine,layers=last-fifth",
     "exact:normalise=cosine,loss_on=first:5,layers=last-fifth",
     "exact:normalise=cosine,loss_on=probe,layers=last-fifth",
+    "ekfac:normalise=cosine,loss_on=first:20,layers=last-half,at=start",
     "selfinf:curvature=gradsim",
     "selfinf:curvature=ekfac",
 )

@@ -14,7 +14,7 @@ DRAWN = (
     "exact:normalise=cosine",
     "exact:scope=joint",
     "ekfac",
-    "ekfac:layers=last-fifth,at=start",
+    "ekfac:normalise=cosine,layers=last-half,at=start",
     "ekfac:at=start",
     "datainf",
     "gradcos",
