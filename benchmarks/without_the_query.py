@@ -31,7 +31,7 @@ METHODS = (
     "repsim",
     "repsim:pooling=mean-response",
     "bm25:text=response",
-    "selfinf:curvature=ekfac,layers=last-half,at=start",
+    "selfinf:curvature=ekfac,layers=last-fifth,at=start",
     "gradnorm:at=start",
 )
 RULE = "first sentence ends in !"
