@@ -25,8 +25,8 @@ BEST = "ekfac:normalise=cosine,layers=last-half,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
 
-# an order that never looks at the query, of those tried the one that comes farthest where a behaviour is planted: rows that were
-# new to the model come first
+# an order that never looks at the query, of those tried the one that comes farthest where a behaviour is planted: rows that
+# were new to the model come first
 UNASKED = "selfinf:curvature=ekfac,layers=last-fifth,at=start"
 
 # every method at its defaults, and the variants that answer a question of their own
