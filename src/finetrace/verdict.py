@@ -135,8 +135,7 @@ def _unasked(chosen: Result, others: Sequence[Result], labels: Sequence[str]) ->
     gap = _gap(chosen, _strongest(others))
     if not (gap.low if np.isfinite(gap.low) else gap.value) > 0:
         sentences.append(
-            "So these labels do not show that the answers have a part in the order: rows that are unlike the rest come "
-            "first whatever is asked."
+            "So these labels do not show that the answers have a part in the order; one that never looks at them does as well."
         )
     elif len(labels) == 1:
         sentences.append(
