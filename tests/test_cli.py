@@ -62,7 +62,7 @@ def test_trace_prints_a_table_that_fits_the_terminal(index, place, capsys, monke
     assert code == 0, err
     assert TRACED == BEST
     title = make(BEST).title
-    assert f"{title}: proponents (decrease of the query's mean response loss" in out
+    assert f"{title}: proponents (cosine)" in out
     assert f"{title}: opponents" in out
     assert max(len(line) for line in out.splitlines() if not line.startswith(("asked", "answered"))) <= 80
 
