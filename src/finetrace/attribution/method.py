@@ -8,6 +8,7 @@ import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -198,10 +199,16 @@ def make(spec: str, **overrides: Any) -> Method:
             raise FinetraceError(f"{spec}: {key} is given twice, here and as {values[key]!r}; give it once.")
         values[key] = value
     try:
-        return TypeAdapter(methods[name]).validate_python(values)
+        return _adapter(methods[name]).validate_python(values)
     except ValidationError as error:
         first = error.errors()[0]
         raise FinetraceError(f"{spec}: parameter {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
+
+
+@cache
+def _adapter(kind: type[Method]) -> TypeAdapter[Method]:
+    """Checks a method's parameters; building one takes longer than everything else that a specification asks for."""
+    return TypeAdapter(kind)
 
 
 def _settings(text: str) -> list[str]:
