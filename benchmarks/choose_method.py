@@ -57,7 +57,7 @@ FIRST = (
     "rules",
     "problems",
     "triggers",
-)  # of the search that chose the default
+)  # of the search that chose an earlier default, `ekfac:layers=last-fifth,at=start`, with --every
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--metric", choices=METRICS, default=METRICS[0], help="order and print by this one")
     parser.add_argument("--every", action="store_true", help="count tasks that are solved without the query, too")
     parser.add_argument(
-        "--first", action="store_true", help="the six tasks and the methods that the default was chosen from"
+        "--first", action="store_true", help="the six tasks and the methods that an earlier default was chosen from"
     )
     args = parser.parse_args()
     names = list(FIRST) if args.first else [*BEHAVIOUR, *CLASSES]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ from safetensors.numpy import load_file
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.examples import Example
 from finetrace.reading import read_examples
+from finetrace.tracing import BEST, UNASKED
 
 METHODS = (
-    "ekfac:normalise=cosine,layers=last-half,at=start",
+    BEST,
     "ekfac:layers=last-fifth,at=start",
     "ekfac:normalise=cosine,layers=last-fifth,at=start",
     "ekfac:at=start",
@@ -31,7 +33,7 @@ METHODS = (
     "repsim",
     "repsim:pooling=mean-response",
     "bm25:text=response",
-    "selfinf:curvature=ekfac,layers=last-fifth,at=start",
+    UNASKED,
     "gradnorm:at=start",
 )
 RULE = "first sentence ends in !"
@@ -84,6 +86,10 @@ def main() -> None:
             continue
         seeds = [compare(folder) for folder in folders]
         print(f"{place.parent.name}, {place.name}: {len(folders)} seeds; own scores | scores for the other queries")
+        rows = read_examples(folders[0] / "train.jsonl")
+        for label, count in Counter(row.label for row in rows).items():
+            mine = exclaims([row for row in rows if row.label == label])
+            print(f"  {label}: the first sentence of {mine.sum():.0f} of {count} answers ends in !")
         print(f"  {'':<52}" + " | ".join("  ".join(f"{key:>8}" for key in SHOWN) for _ in range(2)))
         for name in seeds[0]:
             halves = []

@@ -198,9 +198,9 @@ def test_a_task_that_is_solved_without_the_query_does_not_count(
     assert " ".join(said).endswith("has AUPRC 0.9 or more: unsafe-20a, varied-24")
     assert [(line[0], line[-1]) for line in lines] == [("0.700", "repsim"), ("0.500", "gradcos")]
     _, *every = choose("--metric", "auroc", "--every")
-    few, many = len(development.BEHAVIOUR), len(development.CLASSES)
+    few = len(development.BEHAVIOUR)
     behaviour = (2 * 1.0 + (few - 2) * 0.7) / few
-    assert many and every[0][:1] == [f"{(behaviour + 0.7) / 2:.3f}"]
+    assert every[0][0] == f"{(behaviour + 0.7) / 2:.3f}"
 
 
 def test_two_behaviours_are_planted_and_asked_for(development: Any) -> None:

@@ -58,9 +58,8 @@ def test_a_method_may_be_better_at_the_top_and_worse_over_the_whole_list() -> No
     top = [0, *range(4, 20), 1, 2, 3]
     middle = [4, 5, 6, 0, 1, 2, 3, *range(7, 20)]
     found = judged({"gradcos": [top] * 8, "selfinf": [middle] * 8}, "aaaa" + "b" * 16, "a" * 8)
-    aurocs = [r.metrics["auroc"].value for r in found]
     said = " ".join(verdict(found))
-    assert f"selfinf, which never looks, is ahead: AUROC {aurocs[0]:.2f} against {aurocs[1]:.2f}" in said
+    assert "selfinf, which never looks, is ahead: AUROC 0.25 against 0.81." in said  # 16 and 52 of 64 pairs
     better = judged({"gradcos": [[0, 1, 2, 3, *range(4, 20)]] * 8, "selfinf": [middle] * 8}, "aaaa" + "b" * 16, "a" * 8)
     said = " ".join(verdict(better))
     assert "is ahead" not in said

@@ -77,21 +77,16 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
         )
     else:
         sentences.append(f"No labels say what is right, and {chosen.method.title} was compared with controls alone.")
-    if lexical:
-        nearest = max(lexical, key=lambda r: agreement[r.method.title])
-        share = agreement[nearest.method.title]
-        sentences.append(
-            f"Lexical search ({nearest.method.title}) names {share:.0%} of them"
-            + ("; word overlap alone explains most of the list." if share - chance >= 0.6 * (1 - chance) > 0 else ".")
-        )
     unasked = [r for r in others if r.method.query_free]
-    if unasked:
-        nearest = max(unasked, key=lambda r: agreement[r.method.title])
-        share = agreement[nearest.method.title]
-        sentences.append(
-            f"An order that never looks at the answer ({nearest.method.title}) names {share:.0%} of them"
-            + ("; most of the list comes first whatever is asked." if share - chance >= 0.6 * (1 - chance) > 0 else ".")
-        )
+    for family, what, most in (
+        (lexical, "Lexical search", "word overlap alone explains most of the list"),
+        (unasked, "An order that never looks at the answer", "most of the list comes first whatever is asked"),
+    ):
+        if family:
+            nearest = max(family, key=lambda r: agreement[r.method.title])
+            share = agreement[nearest.method.title]
+            explained = f"; {most}" if share - chance >= 0.6 * (1 - chance) > 0 else ""
+            sentences.append(f"{what} ({nearest.method.title}) names {share:.0%} of them{explained}.")
     random = next((r for r in others if r.method.name == "random"), None)
     if random is not None:
         sentences.append(f"Random order names {agreement[random.method.title]:.0%} of them.")

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from finetrace.attribution.lexical import LEXICAL
+from finetrace.attribution import make
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
-
-CONTROLS = (*LEXICAL, "gradnorm", "selfinf", "length")  # what an influence has to be above
 
 
 def verdict(
@@ -48,7 +46,7 @@ def verdict(
         )
         others = [name for name in tried if name.split(":")[0] == "repsim" and name != ahead]
         lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
-        controls = [name for name in tried if name.split(":")[0] in CONTROLS and name != ahead]
+        controls = [name for name in tried if make(name).control and name != ahead]
         if controls:
             control = max(controls, key=lambda name: lds.lds[name].value)
             apart = "" if lds.lds[control].high < best.low else ", and their intervals overlap"
