@@ -100,11 +100,16 @@ def main() -> None:
         print(
             f"not counted, as an order that never looks at the query has AUPRC {SOLVED:g} or more: {', '.join(solved)}"
         )
-    print("  mean  " + "  ".join(f"{name:>10s}" for name in names))
     best_free = [spec for _, spec in order if spec in free][:3]
-    for place, (mean, spec) in enumerate(order):
-        if place < args.show or spec in others or spec in best_free:
-            print(f"  {mean:.3f} " + "  ".join(f"{table[spec][name]:10.3f}" for name in names), "", spec)
+    listed = [
+        (mean, spec)
+        for place, (mean, spec) in enumerate(order)
+        if place < args.show or spec in others or spec in best_free
+    ]
+    width = max(len(spec) for _, spec in listed)
+    print(f" mean {'method':<{width}} " + " ".join(f"{name:>10}" for name in names))
+    for mean, spec in listed:
+        print(f"{mean:.3f} {spec:<{width}} " + " ".join(f"{table[spec][name]:10.3f}" for name in names))
 
 
 def _ordered(table: dict[str, dict[str, float]], counted: Sequence[str]) -> list[tuple[float, str]]:

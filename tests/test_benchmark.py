@@ -38,6 +38,7 @@ from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.reading import read_examples, write_examples
 from finetrace.tasks import TASKS, build, recipe
+from finetrace.tracing import BEST
 from test_cli import assert_one_sentence, run
 from tiny import make_examples, make_llama, make_tokenizer, save_base
 
@@ -633,8 +634,11 @@ def test_figures_show_a_method_under_the_name_it_has_there():
     paper = shown(PROTOCOLS["paper"].methods)
     assert "datainf:damping=0.1,damping_rule=entry" in paper and "repsim" in paper
     assert shown(["random", "length"]) == ["random", "length"]
-    assert [short(spec) for spec in paper] == ["repsim", "gradsim", "datainf", "lissa", "tfidf"]
-    assert short("ekfac:normalise=cosine") == "ekfac cosine"
+    assert list(short(paper).values()) == ["repsim", "gradsim", "datainf", "lissa", "tfidf"]
+    names = short(SHOWN)
+    assert len(set(names.values())) == len(SHOWN)
+    assert names["ekfac:normalise=cosine"] == "ekfac cosine"
+    assert names[BEST] == make(BEST).title  # long, and told from the other ekfac
 
 
 def test_the_ablation_is_drawn(tmp_path):

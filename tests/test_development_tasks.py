@@ -179,15 +179,15 @@ def test_methods_are_ordered_by_either_metric(
     development: Any, choose: Any, tmp_path: Path, metric: str, first: str
 ) -> None:
     head, *lines = choose("--metric", metric)
-    assert head == ["mean", *development.BEHAVIOUR, *development.CLASSES]
-    assert [line[-1] for line in lines] == [first, "repsim" if first == "gradcos" else "gradcos"]
+    assert head == ["mean", "method", *development.BEHAVIOUR, *development.CLASSES]
+    assert [line[1] for line in lines] == [first, "repsim" if first == "gradcos" else "gradcos"]
     kept = json.loads((tmp_path / "order.json").read_text())
     means = {name: {each["spec"]: round(each["mean"], 9) for each in order} for name, order in kept.items()}
     assert (means["auprc"]["gradcos"], means["auprc"]["repsim"]) == (0.7, 0.6)
     assert (means["auroc"]["gradcos"], means["auroc"]["repsim"]) == (0.5, 0.7)
     head, *again = choose("--metric", metric, "--first")
-    assert head[1:] == ["unsafe-20a", "unsafe-20b", "unsafe-120", "rules", "problems", "triggers"]
-    assert [line[-1] for line in again] == [line[-1] for line in lines]
+    assert head[2:] == ["unsafe-20a", "unsafe-20b", "unsafe-120", "rules", "problems", "triggers"]
+    assert [line[1] for line in again] == [line[1] for line in lines]
 
 
 def test_a_task_that_is_solved_without_the_query_does_not_count(
@@ -196,7 +196,7 @@ def test_a_task_that_is_solved_without_the_query_does_not_count(
     monkeypatch.setattr(Finished, "solved", ("unsafe-20a", "varied-24"))
     said, _, *lines = choose("--metric", "auroc")
     assert " ".join(said).endswith("has AUPRC 0.9 or more: unsafe-20a, varied-24")
-    assert [(line[0], line[-1]) for line in lines] == [("0.700", "repsim"), ("0.500", "gradcos")]
+    assert [line[:2] for line in lines] == [["0.700", "repsim"], ["0.500", "gradcos"]]
     _, *every = choose("--metric", "auroc", "--every")
     few = len(development.BEHAVIOUR)
     behaviour = (2 * 1.0 + (few - 2) * 0.7) / few

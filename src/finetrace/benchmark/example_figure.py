@@ -60,8 +60,8 @@ def draw_examples(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         matrices = finished.scores(home)
         train, [query, *_] = finished.rows(home)
         tops: dict[int, list[str]] = {}
-        for name in shown(matrices):
-            tops.setdefault(int(matrices[name][0].argmax()), []).append(short(name))
+        for name, title in short(shown(matrices)).items():
+            tops.setdefault(int(matrices[name][0].argmax()), []).append(title)
         found = [(", ".join(titles), train[i]) for i, titles in tops.items()]
         _draw(query, found, key_words(query, train, words), words, out / f"example-{cell.task}-{cell.protocol}")
 

@@ -48,10 +48,14 @@ def shown(specs: Iterable[str]) -> list[str]:
     return chosen or there[: len(SHOWN)]
 
 
-def short(spec: str) -> str:
-    """A method's title, or its name alone where the title is long; no two of `shown` have the same name."""
-    title = make(spec).title
-    return title if len(title) <= 24 else title.split()[0]
+def short(specs: Sequence[str]) -> dict[str, str]:
+    """What a figure calls each method: its title, or its name alone where the title is long and no other has that name."""
+    kinds = [make(spec).name for spec in specs]
+    titles = {spec: make(spec).title for spec in specs}
+    return {
+        spec: titles[spec] if len(titles[spec]) <= 24 or kinds.count(kind) > 1 else kind
+        for spec, kind in zip(specs, kinds, strict=True)
+    }
 
 
 def drawable(folder: Path, cells: Sequence[Cell]) -> list[Cell]:
@@ -75,6 +79,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         across, down = np.argsort(classes, kind="stable"), np.argsort(asked, kind="stable")
         classes, asked = sorted(classes), sorted(asked)
         names = shown(matrices)
+        titles = short(names)
         lines = -(-len(names) // 4)
         columns = -(-len(names) // lines)
         figure = Figure(figsize=(3.1 * columns + 1.4, 2.5 * lines + 0.9), layout="constrained")
@@ -85,7 +90,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
             axis = axes.flat[i]
             ranks = _ranks(matrices[name])[np.ix_(down, across)]
             image = axis.imshow(ranks, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(short(name), fontsize=9)
+            axis.set_title(titles[name], fontsize=9)
             axis.tick_params(length=0, labelsize=7)
             last, left = i + columns >= len(names), i % columns == 0
             axis.set_xticks(*_names(classes, last), rotation=45, ha="right", rotation_mode="anchor")
