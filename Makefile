@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 
 .PHONY: demo demo-full test test-slow lint format docs bench peers lock clean
 
-demo: $(STAMP)  ## the main job on the embedded model, small set: under five minutes on two cores
+demo: $(STAMP)  ## the main job on the embedded model, small set: five to six minutes on two cores
 	$(BIN)/finetrace demo --small
 
 demo-full: $(STAMP)  ## the same with 240 benign rows: about twenty minutes
