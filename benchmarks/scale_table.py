@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from finetrace.attribution.exact import Exact
 from finetrace.collection import Block
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, PASSES, SKETCH_BYTES, choose, packed, sketch_rank
 from finetrace.index.sizing import SHARD_BYTES
 from finetrace.index.sums import disk
@@ -21,7 +22,7 @@ from finetrace.planning.disk import factor_bytes
 from finetrace.units import duration, size
 
 COUNTS = (10**4, 10**6, 10**8)
-POOLINGS = 3  # representations that an index keeps by default, in float32
+REPRESENTATIONS = len(DEFAULT_REPRESENTATIONS)  # that an index keeps, in float32
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Layout:
 
     def row_bytes(self, entry: int) -> int:
         """Of one example: gradient, representations, loss."""
-        return entry * self.entries + 4 * (POOLINGS * self.model.hidden + 1)
+        return entry * self.entries + 4 * (REPRESENTATIONS * self.model.hidden + 1)
 
     def operations(self, tokens: int, loss_tokens: int) -> float:
         """Of collecting one example."""
@@ -271,13 +272,13 @@ def print_tables(at: Machine) -> None:
             f"{x.entries:,}",
             size(4 * x.entries),
             size(2 * x.entries),
-            size(4 * POOLINGS * x.model.hidden),
+            size(4 * REPRESENTATIONS * x.model.hidden),
             f"{operations / 1e12:.3g}",
         ]
 
     table(
         "One example",
-        ["weights in bfloat16", "entries", "float32", "bfloat16", f"{POOLINGS} representations", "10¹² operations"],
+        ["weights in bfloat16", "entries", "float32", "bfloat16", f"{REPRESENTATIONS} representations", "10¹² operations"],
         rows,
         LAYOUTS,
     )

@@ -17,9 +17,11 @@ import torch
 from finetrace.api import build_index
 from finetrace.attribution import Problem, available, make
 from finetrace.attribution.scores import Scores
+from finetrace.collection.representations import Representation
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.tracing import STANDARD, run_methods
+from finetrace.tracing import SIMILAR, STANDARD, run_methods, standard
+from finetrace.validation.plan import usual
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 
 
@@ -180,6 +182,31 @@ def test_repsim_is_the_cosine_of_hidden_states(problem):
         close(make("repsim", pooling=pooling).score(problem).values, wanted.numpy(), 1e-12)
     with pytest.raises(FinetraceError, match="does not hold the representation last-prompt@-2"):
         make("repsim:layer=-2").score(problem)
+
+
+def test_repsim_looks_where_it_is_told_and_takes_the_mean_off(problem):
+    spec = "repsim:layer=0.75,pooling=mean-response,centred=true"
+    train, query = (each.double() for each in problem.representations(Representation(1, "mean-response")))
+    middle = train.mean(0)
+    wanted = torch.nn.functional.cosine_similarity((query - middle)[:, None], (train - middle)[None], dim=2)
+    close(make(spec).score(problem).values, wanted.numpy(), 1e-12)
+    assert make(spec).label == spec
+    assert make(spec).title == "repsim layer=0.75 mean-response centred"
+    assert make("repsim:centred=false").label == "repsim"
+    plain = make("repsim:layer=1,pooling=mean-response").score(problem).values
+    assert np.abs(plain - wanted.numpy()).max() > 0.01
+    for layer in ("1.5", "-0.5"):
+        with pytest.raises(FinetraceError, match="between 0 and 1"):
+            make(f"repsim:layer={layer}").score(problem)
+
+
+def test_what_an_older_index_does_not_hold_is_left_out(index, monkeypatch):
+    before = standard(index)
+    assert SIMILAR in before and usual((SIMILAR, "repsim"), index) == (SIMILAR, "repsim")
+    older = index.manifest.model_copy(update={"representations": ("last-prompt@-1",)})
+    monkeypatch.setattr(index, "manifest", older)
+    assert [spec for spec in before if spec not in standard(index)] == [SIMILAR]
+    assert usual((SIMILAR, "repsim"), index) == ("repsim",)
 
 
 def test_lexical_search_sees_the_text_it_is_asked_to_see(index):

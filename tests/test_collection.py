@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Phi3Config
 
 from finetrace.collection import Collector, Features, Representation, track
-from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, POOLINGS
+from finetrace.collection.representations import FINAL, POOLINGS
 from finetrace.encoding import Encoded, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_losses
@@ -48,7 +48,7 @@ def collect(
     items: Sequence[Encoded],
     modules: Sequence[str] | None = None,
     budget: int = 100_000,
-    wanted: tuple[Representation, ...] = DEFAULT_REPRESENTATIONS,
+    wanted: tuple[Representation, ...] = FINAL,
 ) -> Features:
     return Collector(model, track(model, modules), wanted, budget).collect(items, names(items))
 
@@ -152,6 +152,13 @@ def test_names_of_representations() -> None:
     assert Representation.parse("mean-response@3").resolve(4) == Representation(-2, "mean-response")
     assert Representation.parse("last-token@-5").resolve(4) == Representation(-5, "last-token")
     assert Representation(4).resolve(4) == Representation(-1)
+    assert Representation.parse("mean-response@0.75").resolve(30) == Representation(-9, "mean-response")  # layer 22
+    assert Representation(0.5).resolve(2) == Representation(-2)
+    assert Representation(0.75).resolve(1) == Representation(-1)  # the embedding is no layer
+    with pytest.raises(TypeError, match="resolve it"):
+        _ = Representation(0.75).place
+    with pytest.raises(FinetraceError, match=r"layer 1\.5: a share"):
+        Representation(1.5).resolve(4)
     for text in ("last", "", "last-token@x", "last-token@--3", "last-token@1-2", "last-token@²", "last-token@"):
         with pytest.raises(FinetraceError, match="not a representation"):
             Representation.parse(text)

@@ -173,6 +173,11 @@ def test_shards_and_batches_leave_the_numbers_alone(model: Any, options: dict[st
 def test_representations(tiny_loaded: Loaded, tmp_path: Path) -> None:
     index = build(tiny_loaded, tmp_path / "i", representations=[Representation(0), Representation(2, "last-token")])
     assert index.manifest.representations == ("last-prompt@-3", "last-token@-1")
+    twice = [Representation(-1), Representation(2), Representation(0.75, "mean-response")]
+    assert build(tiny_loaded, tmp_path / "t", representations=twice).manifest.representations == (
+        "last-prompt@-1",
+        "mean-response@-2",
+    )
     assert index.representation(Representation(-3)).shape == (ROWS, 16)
     with pytest.raises(
         FinetraceError, match=r"does not hold the representation last-prompt@-2; it holds last-prompt@-3, "

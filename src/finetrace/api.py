@@ -155,7 +155,8 @@ def build_index(
         chat_template: Jinja text, `plain` or `inst`, in place of the tokenizer's template.
         modules: Regular expressions for plain linear layers, or `all-linear`; by default the LoRA matrices, and of a model
             without an adapter all linear layers.
-        representations: Names such as `last-prompt@-1`; by default three poolings of the final layer.
+        representations: Names such as `last-prompt@-1` or `mean-response@0.75`; by default three poolings of the final
+            layer, and the answer at three quarters of the depth.
         batch_tokens: Padded tokens a batch holds at most; 2048 on a CPU and 4096 on a GPU if not given.
         kronecker: Fit K-FAC and EK-FAC factors on the way, with labels of the `model` or the `data`; else when asked.
         at: Take gradients at the `end` of the fine-tuning, where the adapter is, or at its `start`, before it had learnt.

@@ -14,6 +14,7 @@ from finetrace.attribution import Method, Problem, Scores
 from finetrace.attribution.ranked import Ranked, rank
 from finetrace.attribution.score_files import writing_scores
 from finetrace.attribution.scores import SIGN
+from finetrace.collection.representations import UPPER, Representation
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.index.store import Index
@@ -24,6 +25,10 @@ from finetrace.index.store import Index
 BEST = "ekfac:normalise=cosine,layers=last-half,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
 BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
+
+# the best of hidden states on the same tasks, layers and poolings searched as gradients' layers and tokens were
+# (benchmarks/choose_representation.py): rows whose answers are alike
+SIMILAR = "repsim:layer=0.75,pooling=mean-response,centred=true"
 
 # an order that never looks at the query, of those tried the one that comes farthest where a behaviour is planted: rows that
 # were new to the model come first
@@ -47,6 +52,7 @@ STANDARD = (
     "repsim",
     "repsim:pooling=last-token",
     "repsim:pooling=mean-response",
+    SIMILAR,
     "gradsim",
     "gradcos",
     "gradcos:scope=block",
@@ -136,9 +142,15 @@ def unasked_method(index: Index) -> str:
 
 
 def standard(index: Index) -> tuple[str, ...]:
-    """`STANDARD`, without what needs the start of the fine-tuning or Kronecker factors where they are not at hand."""
+    """`STANDARD`, without what needs the start of the fine-tuning, Kronecker factors or hidden states that are not at hand."""
     start, factors = index.has_start(), index.has_factors()
-    return tuple(spec for spec in STANDARD if (start or "at=start" not in spec) and (factors or "kfac" not in spec))
+    here = tuple(spec for spec in STANDARD if (start or "at=start" not in spec) and (factors or "kfac" not in spec))
+    return here if has_similar(index) else tuple(spec for spec in here if spec != SIMILAR)
+
+
+def has_similar(index: Index) -> bool:
+    """Whether the index holds the hidden states of `SIMILAR`; one that was built before they were kept does not."""
+    return index.has_representation(Representation(UPPER, "mean-response"))
 
 
 def run_methods(problem: Problem, methods: Sequence[Method], seed: int = 0) -> list[Result]:

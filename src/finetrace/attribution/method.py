@@ -111,7 +111,8 @@ class Method(ABC):
     def label(self) -> str:
         """The name, and the parameters that differ from the defaults: what `make` reads back."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
-        changed = [f"{f.name}={getattr(self, f.name)}" for f in fields if getattr(self, f.name) != f.default]
+        values = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+        changed = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     @property
@@ -131,7 +132,9 @@ class Method(ABC):
             if key == "loss_on" and value.startswith("all"):  # not to be taken for all layers
                 value = value.replace("all", "all-tokens", 1)
             words.append(
-                value
+                key
+                if value == "true"
+                else value
                 if key in ("scope", "normalise", "text", "pooling", "loss_on", "layers", "at")
                 else f"{key}={value}"
             )

@@ -20,17 +20,21 @@ class RepSim(Method):
     """Cosine of hidden states, h(query) . h(example) / (||h(query)|| ||h(example)||).
 
     By default of the final layer at the last prompt token (arXiv 2409.19998), which sees no response; pooling
-    `last-token` and `mean-response` do.
+    `last-token` and `mean-response` do. `layer` counts from 0, the embedding, or from the end, or is a share of the depth
+    (see `Representation`). `centred` takes the mean over the training examples off both sides before the cosine: what all
+    rows have in common then counts for nothing.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("representations",)
-    layer: int = -1
+    layer: int | float = -1
     pooling: Pooling = "last-prompt"
+    centred: bool = False
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) cosines."""
         train, query = problem.representations(Representation(self.layer, self.pooling))
-        rows, columns = (torch.nn.functional.normalize(each.double(), dim=1) for each in (query, train))
+        middle = train.double().mean(0) if self.centred else 0.0
+        rows, columns = (torch.nn.functional.normalize(each.double() - middle, dim=1) for each in (query, train))
         return (rows @ columns.T).clamp(-1, 1).numpy()
 
     @property

@@ -14,7 +14,7 @@ from scipy.stats import rankdata
 from finetrace.attribution import make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, Cell
-from finetrace.tracing import BEST
+from finetrace.tracing import BEST, SIMILAR
 
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PROBED = "ekfac:normalise=cosine,loss_on=probe"
 SHOWN = (
     "repsim",
+    SIMILAR,
     "gradsim",
     "gradcos",
     "datainf",

@@ -1,4 +1,4 @@
-"""Paired differences: every method against the study's own best and against the method that is traced by default."""
+"""Paired differences: every method against the study's own best, the best hidden states and the default."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetrace.attribution import make
 from finetrace.benchmark.tables import write_table
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.seeds import paired_crossed
-from finetrace.tracing import BEST
+from finetrace.tracing import BEST, SIMILAR
 
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row
 
-RIVALS = tuple(make(spec).label for spec in ("repsim", BEST))
+RIVALS = tuple(make(spec).label for spec in ("repsim", SIMILAR, BEST))
 COMPARED = ("accuracy", "coverage", "auroc", "auprc")
 
 

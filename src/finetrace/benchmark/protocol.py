@@ -12,7 +12,7 @@ from finetrace.errors import FinetraceError
 from finetrace.finetune_config import PRESETS, FinetuneConfig
 from finetrace.models import Loaded
 from finetrace.tasks import Recipe
-from finetrace.tracing import STANDARD
+from finetrace.tracing import SIMILAR, STANDARD
 
 # the released code's methods: raw products, its damping, its recurrence; RepSim is a cosine that sees the prompt alone
 RELEASED = (
@@ -52,6 +52,7 @@ INPUTS = {
         "tfidf:text=response",
         "opening",
         "repsim:pooling=mean-response",
+        SIMILAR,
         "gradcos",
         "ekfac:normalise=cosine",
     ),

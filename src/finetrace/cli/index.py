@@ -65,7 +65,9 @@ def index(
     ] = None,
     representations: Annotated[
         list[str] | None,
-        typer.Option(help="POOLING[@LAYER], pooling last-prompt, last-token or mean-response; may repeat."),
+        typer.Option(
+            help="POOLING[@LAYER]: last-prompt, last-token or mean-response; a number, or a share of the depth; may repeat."
+        ),
     ] = None,
     loss_on: options.LossOn = "response",
     at: options.At = "end",

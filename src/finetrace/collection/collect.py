@@ -19,7 +19,7 @@ from finetrace.collection.fused import Fused
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
-from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation, pool
+from finetrace.collection.representations import FINAL, Representation, pool
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
@@ -44,7 +44,7 @@ class Collector:
 
     model: nn.Module
     tracking: Tracking
-    representations: tuple[Representation, ...] = DEFAULT_REPRESENTATIONS
+    representations: tuple[Representation, ...] = FINAL
     batch_tokens: int = 2048
     fused: bool | None = None
 
@@ -163,13 +163,13 @@ class Collector:
         """The features of one batch, on the CPU."""
         batch = Batch.of(items).to(next(self.model.parameters()).device)
         if fused is not None and fused.fits(batch):
-            wanted = {each.layer for each in self.representations}
+            wanted = {each.place for each in self.representations}
             loss, rows, hidden = fused.run(recorder, batch, ids, wanted, prefix)
         else:
             loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
         sampling = recorder.factors is not None and recorder.factors.labels == "model"
         pooled = {
-            each.name: pool(hidden[each.layer], batch, each.pooling).to(self.dtype).cpu()
+            each.name: pool(hidden[each.place], batch, each.pooling).to(self.dtype).cpu()
             for each in self.representations
         }
         return Features(
@@ -191,7 +191,7 @@ class Collector:
         recorder.expect(batch)
         half = next(self.model.parameters()).dtype == torch.float16
         recorder.scale = FLOAT16_LOSS_SCALE if half else 1.0
-        wanted = {each.layer for each in self.representations}
+        wanted = {each.place for each in self.representations}
         sampling = recorder.factors is not None and recorder.factors.labels == "model"
         with torch.enable_grad():
             with narrowing():

@@ -22,12 +22,13 @@ class Representation:
 
     Attributes:
         layer: 0 is the embedding, k the output of transformer layer k, the last one after the final norm; negative
-            numbers count from the end, so -1 is what the vocabulary projection sees.
+            numbers count from the end, so -1 is what the vocabulary projection sees. A number between 0 and 1 is a share
+            of the model's depth: 0.75 of 30 layers is layer 22.
         pooling: `last-prompt` (the token from which the answer starts), `last-token` (the answer's end-of-turn token)
             or `mean-response` (mean over the tokens of the loss).
     """
 
-    layer: int = -1
+    layer: int | float = -1
     pooling: Pooling = "last-prompt"
 
     @property
@@ -35,25 +36,40 @@ class Representation:
         """`pooling@layer`, as stored in an index."""
         return f"{self.pooling}@{self.layer}"
 
+    @property
+    def place(self) -> int:
+        """The layer by number, of what was resolved."""
+        if isinstance(self.layer, float):
+            raise TypeError(f"{self.name} is a share of a depth; resolve it for a model first.")
+        return self.layer
+
     @classmethod
     def parse(cls, text: str) -> Representation:
         """From `pooling@layer` or `pooling`."""
         pooling, at, layer = text.partition("@")
-        if pooling not in POOLINGS or (at and not re.fullmatch("-?[0-9]+", layer)):
+        if pooling not in POOLINGS or (at and not re.fullmatch(r"-?[0-9]+|0?\.[0-9]+", layer)):
             raise FinetraceError(
-                f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last."
+                f"{text}: not a representation; write {'|'.join(POOLINGS)}, with @LAYER if not the last: a number, or "
+                "a share of the depth between 0 and 1."
             )
-        return cls(int(layer) if at else -1, pooling)
+        return cls((float(layer) if "." in layer else int(layer)) if at else -1, pooling)
 
     def resolve(self, layers: int) -> Representation:
         """The same with the layer counted from the end, which is how an index names it."""
-        layer = self.layer if self.layer < 0 else self.layer - layers - 1
+        if isinstance(self.layer, float):
+            if not 0 < self.layer < 1:
+                raise FinetraceError(f"layer {self.layer}: a share of the model's depth lies between 0 and 1.")
+            layer = max(1, int(self.layer * layers)) - layers - 1
+        else:
+            layer = self.layer if self.layer < 0 else self.layer - layers - 1
         if not -layers - 1 <= layer < 0:
             raise FinetraceError(f"layer {self.layer}: the model has layers 0 (embedding) to {layers}.")
         return Representation(layer, self.pooling)
 
 
-DEFAULT_REPRESENTATIONS = tuple(Representation(-1, pooling) for pooling in POOLINGS)
+UPPER = 0.75  # where answers of one kind lie closest together (benchmarks/choose_representation.py)
+FINAL = tuple(Representation(-1, pooling) for pooling in POOLINGS)
+DEFAULT_REPRESENTATIONS = (*FINAL, Representation(UPPER, "mean-response"))
 
 
 def pool(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:

@@ -103,7 +103,7 @@ def build_index(
         factors.refuse_flat(folder, by)
     tracking = track(loaded.model, modules, by)
     layers = int(loaded.model.config.num_hidden_layers)
-    wanted = tuple(each.resolve(layers) for each in representations)
+    wanted = tuple(dict.fromkeys(each.resolve(layers) for each in representations))
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
     computed = features_dtype(loaded.model)
     stored = feature_dtype or str(computed).removeprefix("torch.")

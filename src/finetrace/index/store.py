@@ -100,10 +100,14 @@ class Index:
         start, stop, _ = (columns or slice(None)).indices(sum(block.size for block in self.blocks))
         return RowBlocks(self._reader, rows, slice(start, stop))
 
+    def has_representation(self, wanted: Representation) -> bool:
+        """Whether hidden states of that layer and pooling are kept."""
+        return wanted.resolve(self.manifest.model.layers).name in self.manifest.representations
+
     def representation(self, wanted: Representation) -> Tensor:
         """(n, d) hidden states of one layer and pooling."""
         name = wanted.resolve(self.manifest.model.layers).name
-        if name not in self.manifest.representations:
+        if not self.has_representation(wanted):
             raise FinetraceError(
                 f"{self.folder}: the index does not hold the representation {name}; it holds "
                 f"{', '.join(self.manifest.representations)}. Build it with --representations {name}."

@@ -7,6 +7,7 @@ from typing import Any
 from finetrace.evaluation.removal import CLASS, RANDOM
 from finetrace.studies.plots import legend, line, panels, whole
 from finetrace.studies.records import Records, reach, where
+from finetrace.tracing import SIMILAR
 
 # shown on paper; the others stand in the records and in the table
 DRAWN = (
@@ -22,6 +23,7 @@ DRAWN = (
     "gradsim:at=start",
     "repsim",
     "repsim:pooling=mean-response",
+    SIMILAR,
     "bm25",
     "tfidf",
     "random",
@@ -32,6 +34,7 @@ RIVALS = ("repsim", "bm25", "random")
 STRONGER = (
     *RIVALS,
     "repsim:pooling=mean-response",
+    SIMILAR,
     "repsim:pooling=last-token",
     "bm25:text=response",
     "tfidf:text=response",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetrace.index.store import Index
-from finetrace.tracing import BEST, UNASKED, default_method, unasked_method
+from finetrace.tracing import BEST, SIMILAR, UNASKED, default_method, has_similar, unasked_method
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
 RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
@@ -20,6 +20,7 @@ METHODS = (
     "gradcos",
     "gradsim",
     "repsim",
+    SIMILAR,
     "bm25",
     "bm25:text=response",
     UNASKED,
@@ -71,7 +72,9 @@ QUICK = Validation(
 
 
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
-    """The methods of a plan, with what stands in for those that the index has no start or no Kronecker factors for."""
+    """The methods of a plan, with what stands in for those that the index has no start or no Kronecker factors for, and without
+    those whose hidden states it lacks.
+    """
     instead = {BEST: default_method(index), UNASKED: unasked_method(index)}
-    found = [instead.get(name, name) for name in methods]
+    found = [instead.get(name, name) for name in methods if name != SIMILAR or has_similar(index)]
     return tuple(dict.fromkeys(name for name in found if index.has_factors() or "kfac" not in name))
