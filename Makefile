@@ -15,8 +15,8 @@ demo: $(STAMP)  ## the main job on the embedded model, small set: five to six mi
 demo-full: $(STAMP)  ## the same with 240 benign rows: about twenty minutes
 	$(BIN)/finetrace demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## two processes, a file at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
