@@ -114,10 +114,10 @@ def main() -> None:
 
 def _ordered(table: dict[str, dict[str, float]], counted: Sequence[str]) -> list[tuple[float, str]]:
     """(mean, method), the best first."""
-    return sorted((_mean(values, counted), spec) for spec, values in table.items())[::-1]
+    return sorted((mean_of(values, counted), spec) for spec, values in table.items())[::-1]
 
 
-def _mean(values: dict[str, float], counted: Sequence[str]) -> float:
+def mean_of(values: dict[str, float], counted: Sequence[str]) -> float:
     """The mean of the mean over behaviour tasks and the mean over class tasks, of those that count."""
     families = [[values[name] for name in family if name in counted] for family in (BEHAVIOUR, CLASSES)]
     means = [sum(family) / len(family) for family in families if family]

@@ -1,0 +1,60 @@
+"""The search of hidden states sees what an index of the same model holds."""
+
+from __future__ import annotations
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from finetrace.attribution import Problem, make
+from finetrace.collection.representations import POOLINGS, Representation
+from finetrace.encoding import Encoder
+from finetrace.evaluation.metrics import METRICS, relevance
+from finetrace.index import build_index
+from finetrace.models import Loaded
+from finetrace.reading import write_examples
+from tiny import make_examples
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+LAYERS = 2
+
+
+@pytest.fixture
+def search(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    return import_module("choose_representation")
+
+
+def test_it_finds_what_repsim_finds(search: Any, tiny_loaded: Loaded, tmp_path: Path, monkeypatch: Any) -> None:
+    examples = make_examples(24)
+    train, queries = examples[:18], examples[18:]
+    kinds = [Representation(layer, pooling) for layer in range(LAYERS + 1) for pooling in POOLINGS]
+    encoder = Encoder(tiny_loaded.tokenizer)
+    index, _ = build_index(tiny_loaded, train, tmp_path / "index", encoder, representations=kinds)
+    for name, rows in (("train", train), ("queries", queries)):
+        write_examples(tmp_path / f"{name}.jsonl", rows)
+    (tmp_path / "cell.json").write_text(json.dumps({"dtype": "float64"}))
+    tiny_loaded.model.peft_config["default"].init_lora_weights = True  # as if its B had begun at zero
+    monkeypatch.setattr(search, "load", lambda spec: tiny_loaded)
+
+    found = search.kept(tmp_path)
+    relevant = relevance([row.label for row in train], [query.label for query in queries])
+    assert relevant.any()
+    problem = Problem(index, queries)
+    assert len(found) == (LAYERS + 1) * len(POOLINGS) * 4
+    for layer in range(LAYERS + 1):
+        for pooling in POOLINGS:
+            for centred in (False, True):
+                scores = make(f"repsim:layer={layer},pooling={pooling}", centred=centred).score(problem).values
+                name = f"layer={layer},pooling={pooling},at=end{',centred' * centred}"
+                for key, value in found[name].items():
+                    assert value == pytest.approx(float(np.nanmean(METRICS[key](scores, relevant)))), (name, key)
+    ends = {name: value for name, value in found.items() if "at=end" in name}
+    assert any(found[name.replace("at=end", "at=start")] != value for name, value in ends.items())
+
+    monkeypatch.setattr(search, "measure", None)  # it is read back, not measured again
+    assert search.kept(tmp_path) == found
