@@ -28,6 +28,7 @@ from finetrace.collection.representations import POOLINGS, pool
 from finetrace.encoding import Encoder
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.examples import Example
+from finetrace.finetune_config import SAVED, saved_model
 from finetrace.forward import Batch, token_logits
 from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded, ModelSpec, load
@@ -62,8 +63,8 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
     settings = json.loads((folder / "cell.json").read_text())
     train, queries = (read_examples(folder / f"{name}.jsonl") for name in ("train", "queries"))
     relevant = relevance([row.label for row in train], [query.label for query in queries])
-    manifest = json.loads((folder / "index" / "manifest.json").read_text())
-    loaded = load(ModelSpec(manifest["model"]["name"], str(folder / "adapter"), settings["dtype"], "cpu"))
+    base = saved_model(folder / "adapter" / SAVED)
+    loaded = load(ModelSpec(base, str(folder / "adapter"), settings["dtype"], "cpu"))
     found = {}
     for moment in MOMENTS:
         with at_moment(loaded.model, moment):

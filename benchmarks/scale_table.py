@@ -278,7 +278,14 @@ def print_tables(at: Machine) -> None:
 
     table(
         "One example",
-        ["weights in bfloat16", "entries", "float32", "bfloat16", f"{REPRESENTATIONS} representations", "10¹² operations"],
+        [
+            "weights in bfloat16",
+            "entries",
+            "float32",
+            "bfloat16",
+            f"{REPRESENTATIONS} representations",
+            "10¹² operations",
+        ],
         rows,
         LAYOUTS,
     )

@@ -15,7 +15,7 @@ from finetrace.collection.representations import POOLINGS, Representation
 from finetrace.encoding import Encoder
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.index import build_index
-from finetrace.models import Loaded
+from finetrace.models import Loaded, ModelSpec
 from finetrace.reading import write_examples
 from tiny import make_examples
 
@@ -38,8 +38,11 @@ def test_it_finds_what_repsim_finds(search: Any, tiny_loaded: Loaded, tmp_path: 
     for name, rows in (("train", train), ("queries", queries)):
         write_examples(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "cell.json").write_text(json.dumps({"dtype": "float64"}))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "finetune.yaml").write_text("model: tiny\n")
     tiny_loaded.model.peft_config["default"].init_lora_weights = True  # as if its B had begun at zero
-    monkeypatch.setattr(search, "load", lambda spec: tiny_loaded)
+    specs = {ModelSpec("tiny", str(tmp_path / "adapter"), "float64", "cpu"): tiny_loaded}
+    monkeypatch.setattr(search, "load", lambda spec: specs[spec])
 
     found = search.kept(tmp_path)
     relevant = relevance([row.label for row in train], [query.label for query in queries])
