@@ -29,12 +29,12 @@ from finetrace.studies.ground_truth_tables import curves, drop_table, forest, ld
 from finetrace.studies.pieces import Piece, Say, kept
 from finetrace.studies.study import Outcome, Setting, Study
 from finetrace.tasks import recipe
-from finetrace.tracing import BEST, STANDARD
+from finetrace.tracing import BEST, SIMILAR, STANDARD
 from finetrace.validation.plan import Validation
 from finetrace.validation.run import validate
 
 # whose top rows are removed; each one more retraining a number of rows and seed
-REMOVED = (BEST, "exact", "repsim", "bm25")
+REMOVED = (BEST, "exact", SIMILAR, "repsim", "bm25:text=response")
 LAYERS = 4  # the last so many layers are trained
 
 
@@ -62,11 +62,11 @@ class Ground:
 
 
 PLAN = {
-    "grammars": Ground(6, 2, 10, (6, 15)),
-    "mathqa": Ground(4, 1, 6, (4, 10)),
+    "grammars": Ground(6, 2, 10, (6, 15), groups=2),
+    "mathqa": Ground(4, 1, 6, (4, 10), groups=2),
     "mixed-small": Ground(20, 30, 16, (4, 10)),
     "mixed-large": Ground(40, 30, 8, (6, 15), subsets=10),
-    "backdoor-3": Ground(10, 3, 6, (4, 10)),
+    "backdoor-3": Ground(10, 3, 6, (4, 10), groups=2),
 }
 QUICK = {"emotion": Ground(3, 1, 2, (3,), 4, 1, 2)}
 # curvatures, normalisations and moments; of other tokens the two that ask for no curvature
