@@ -61,3 +61,16 @@ def test_it_finds_what_repsim_finds(search: Any, tiny_loaded: Loaded, tmp_path: 
 
     monkeypatch.setattr(search, "measure", None)  # it is read back, not measured again
     assert search.kept(tmp_path) == found
+
+
+def test_gradients_without_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    module = import_module("centred_gradients")
+    rng = np.random.default_rng(0)
+    train, queries = rng.normal(size=(7, 5)) + 1, rng.normal(size=(3, 5)) + 1
+    for centred in (False, True):
+        middle = train.mean(0) if centred else 0.0
+        rows, asked = train - middle, queries - middle
+        wanted = asked @ rows.T / np.linalg.norm(rows, axis=1)
+        found = module.cosines(queries @ train.T, train @ train.T, centred=centred)
+        np.testing.assert_allclose(found, wanted, rtol=1e-10)
