@@ -46,11 +46,56 @@ def judged(orders: dict[str, list[list[int]]], train: str, asked: str) -> list[R
 
 def test_labels_that_an_order_without_the_query_finds_as_well_show_nothing() -> None:
     """All queries ask for the same planted kind, whose rows are unlike the rest."""
-    first = [[0, 1, 2, 3, 4, 5, 6, 7]] * 4
-    found = judged({"gradcos": first, "selfinf": first}, "aaabbbbb", "aaaa")
+    first = [[0, 1, 2, 3, 4, 5, 6, 7]] * 6
+    found = judged({"gradcos": first, "selfinf": first}, "aaabbbbb", "aaaaaa")
     said = " ".join(verdict(found))
     assert "not told apart from the best order that never looks at the answer (selfinf)" in said
-    assert "do not show that the answers have a part in the order" in said
+    assert "do not show that the answers have a part in the order; one that never looks at them does as well" in said
+
+
+def test_a_lead_that_may_be_chance_is_not_called_a_draw() -> None:
+    first, last = [*range(8)], [*range(7, -1, -1)]
+    found = judged({"gradcos": [first] * 5 + [last], "selfinf": [first] * 3 + [last] * 3}, "aaabbbbb", "a" * 6)
+    said = " ".join(verdict(found))
+    assert "not told apart from the best order that never looks" in said
+    assert "the lead over one that never looks at them may be chance" in said
+    assert "does as well" not in said
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"), [(1, "one query gives no interval"), (5, "5 answers are too few"), (6, "better")]
+)
+def test_few_answers_tell_no_methods_apart(answers: int, said: str) -> None:
+    """Five that all speak for one method are no rarer than one sign in sixteen."""
+    worse = [[3, 0, 1, 2, 4, 5, 6, 7], [3, 4, 0, 1, 2, 5, 6, 7]] * 3
+    found = judged({"gradcos": [[*range(8)]] * answers, "random": worse[:answers]}, "aaabbbbb", "a" * answers)
+    lines = verdict(found)
+    assert ("It is better than random order" in lines[1]) is (said == "better")
+    assert said in lines[1]
+    assert lines[0].startswith(f"gradcos ranks an a training example first for 100% of {answers} answer")
+    assert ("answers" in lines[0]) is (answers > 1)
+
+
+def test_answers_without_rows_of_their_class_have_no_part_in_the_sentences() -> None:
+    """One has no label, one a label that no row has; the others are all of one class."""
+    middle = [[3, 4, 0, 1, 2, 5, 6, 7], [3, 0, 1, 4, 2, 5, 6, 7]]
+    found = judged({"gradcos": [[*range(8)]] * 8, "selfinf": middle * 4}, "aaabbbbb", "aaaaaa.z")
+    asked = found[0].scores.queries
+    queries = tuple(replace(query, label=None if query.label == "." else query.label) for query in asked)
+    unlabelled = [replace(each, scores=replace(each.scores, queries=queries)) for each in found]
+    lines = verdict(unlabelled)
+    assert lines[0].startswith("gradcos ranks an a training example first for 100% of 6 answers")
+    assert any(line.startswith("All answers that count are a, so") for line in lines)
+
+
+def test_controls_alone_are_no_method() -> None:
+    lexical = results(20, "same")[1]
+    random = replace(lexical, method=make("random"))
+    said = verdict([lexical, random])
+    assert (
+        said[0]
+        == "No labels say what is right, and only controls were run: what follows is of the top 10 rows of bm25."
+    )
 
 
 def test_a_method_may_be_better_at_the_top_and_worse_over_the_whole_list() -> None:

@@ -1,4 +1,4 @@
-"""Seconds and bytes in words."""
+"""Seconds, bytes and counts in words."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ def duration(seconds: float) -> str:
     if seconds < 2 * 365.25 * 86400:
         return f"{seconds / 86400:,.1f} days"
     return f"{seconds / (365.25 * 86400):,.1f} years"
+
+
+def many(count: int, thing: str) -> str:
+    """1 batch, 1,208 tokens: a count with its noun, in the plural unless there is one."""
+    plural = f"{thing[:-1]}ies" if thing.endswith("ry") else f"{thing}es" if thing.endswith("ch") else f"{thing}s"
+    return f"{count:,} {thing if count == 1 else plural}"
 
 
 def size(count: float) -> str:

@@ -12,8 +12,12 @@ from finetrace.attribution.lexical import LEXICAL
 from finetrace.evaluation.intervals import Estimate, paired_difference
 from finetrace.evaluation.metrics import METRICS, Metric, auprc, relevance
 from finetrace.tracing import Result, best, opening
+from finetrace.units import many
 
 TOP = 10
+FEW = (
+    6  # answers that can tell methods apart: of five, all differing the same way, a sign test has p = 2 * 2**-5 > 0.05
+)
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
@@ -27,12 +31,14 @@ def _by_labels(results: Sequence[Result]) -> list[str]:
     if chosen is None:
         assert control is not None, "something was judged"
         return [f"Only controls were run; the best of them, {control.method.title}, has AUPRC {_plain(control)}."]
-    labels = sorted({str(query.label) for query in chosen.scores.queries})
+    relevant = _relevant(chosen)
+    judged = np.flatnonzero(relevant.any(axis=1) & ~relevant.all(axis=1))
+    labels = sorted({str(chosen.scores.queries[row].label) for row in judged})
     kind = labels[0] if len(labels) == 1 else "same-class"
     first = chosen.metrics["accuracy"].value
     n = chosen.metrics["accuracy"].n
     sentences = [
-        f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {n} answers and "
+        f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {many(n, 'answer')} and "
         f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
     ]
     lexical = [r for r in results if r.method.name in LEXICAL and r.metrics]
@@ -75,6 +81,11 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
             f"{agreement[best_peer.method.title]:.0%} too (chance {chance:.0%}); across the other methods that are no "
             f"controls the mean is {np.mean([agreement[r.method.title] for r in peers]):.0%}."
         )
+    elif chosen.method.control:
+        sentences.append(
+            f"No labels say what is right, and only controls were run: what follows is of the top {k} rows of "
+            f"{chosen.method.title}."
+        )
     else:
         sentences.append(f"No labels say what is right, and {chosen.method.title} was compared with controls alone.")
     unasked = [r for r in others if r.method.query_free]
@@ -105,8 +116,9 @@ def _against(chosen: Result, other: Result, what: str) -> str:
     """One sentence on the paired difference of per-query AUPRC."""
     gap = _gap(chosen, other)
     numbers = f"AUPRC {_plain(chosen)} against {_plain(other)}"
-    if not np.isfinite(gap.low):
-        return f"Against {what} ({other.method.title}): {numbers}; one query gives no interval."
+    if not _tells(gap):
+        few = "one query gives no interval" if gap.n == 1 else f"{gap.n} answers are too few to tell methods apart"
+        return f"Against {what} ({other.method.title}): {numbers}; {few}."
     interval = f"difference {gap.value:+.2f} [{gap.low:+.2f}, {gap.high:+.2f}]"
     if gap.low > 0:
         word = "better than"
@@ -124,27 +136,39 @@ def _unasked(chosen: Result, others: Sequence[Result], labels: Sequence[str]) ->
     sentences = [_against(chosen, _strongest(others), "the best order that never looks at the answer")]
     nearest = _strongest(others, "auroc")
     gap = _gap(chosen, nearest, METRICS["auroc"])
-    if (gap.high if np.isfinite(gap.high) else gap.value) < 0:
+    if (gap.high if _tells(gap) else gap.value) < 0:
         values = " against ".join(f"{r.metrics['auroc'].value:.2f}" for r in (chosen, nearest))
         sentences.append(f"Over the whole list {nearest.method.title}, which never looks, is ahead: AUROC {values}.")
     gap = _gap(chosen, _strongest(others))
-    if not (gap.low if np.isfinite(gap.low) else gap.value) > 0:
+    if not (gap.low if _tells(gap) else gap.value) > 0:
+        chance = "the lead over one that never looks at them may be chance"
         sentences.append(
-            "So these labels do not show that the answers have a part in the order; one that never looks at them does as well."
+            "So these labels do not show that the answers have a part in the order; "
+            f"{chance if gap.value > 0 else 'one that never looks at them does as well'}."
         )
     elif len(labels) == 1:
+        every = "All answers" if gap.n == len(chosen.scores.queries) else "All answers that count"
         sentences.append(
-            f"All answers are {labels[0]}, so whether the rows of one answer are told from those of another is not tested."
+            f"{every} are {labels[0]}, so whether the rows of one answer are told from those of another is not tested."
         )
     return sentences
 
 
 def _gap(chosen: Result, other: Result, metric: Metric = auprc) -> Estimate:
     """Paired difference of a metric's per-query values."""
-    relevant = relevance(
-        [example.label for example in chosen.scores.train], [query.label for query in chosen.scores.queries]
-    )
+    relevant = _relevant(chosen)
     return paired_difference(metric(chosen.scores.values, relevant), metric(other.scores.values, relevant))
+
+
+def _tells(gap: Estimate) -> bool:
+    """Whether the interval of a paired difference can tell two methods apart: of two answers it spans their two values."""
+    return gap.n >= FEW and bool(np.isfinite(gap.low))
+
+
+def _relevant(result: Result) -> NDArray[np.bool_]:
+    """(m, n) which rows are of each query's class."""
+    scores = result.scores
+    return relevance([example.label for example in scores.train], [query.label for query in scores.queries])
 
 
 def _plain(result: Result) -> str:
