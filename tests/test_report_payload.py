@@ -25,9 +25,10 @@ def test_json_is_inert_inside_a_script_element() -> None:
     assert json.loads(text) == value
 
 
-def test_scores_are_rounded_to_four_digits_and_what_is_not_finite_is_null() -> None:
-    values = np.array([123456.0, -0.000123456, 0.0, np.nan, np.inf, -np.inf])
-    assert rounded(values) == [123500.0, -0.0001235, 0.0, None, None, None]
+def test_scores_are_rounded_to_six_digits_and_what_is_not_finite_is_null() -> None:
+    values = np.array([12345678.0, -0.00012345678, 0.0, np.nan, np.inf, -np.inf])
+    assert rounded(values) == [12345700.0, -0.000123457, 0.0, None, None, None]
+    assert f"{rounded(np.array([0.7444992]))[0]:.3f}" == "0.744"  # by way of 0.7445 it would be 0.745
     with pytest.raises(ValueError, match="not JSON compliant"):
         to_json(float("nan"))
 
@@ -154,3 +155,15 @@ def test_a_report_without_labels_or_behaviour_renders() -> None:
     text = render(Report("T", ["H."], {}, train, queries, [method("exact", np.full((1, 3), np.nan))], "exact"))
     assert "no ground truth here to measure the methods against. Controls" in " ".join(text.split())
     assert "Behaviour" not in text
+
+
+def test_the_page_says_over_how_many_queries_its_metrics_are() -> None:
+    report = small()
+    assert f"over {len(report.queries)} queries" in " ".join(
+        render(replace(report, judged=len(report.queries))).split()
+    )
+    some = " ".join(render(replace(report, judged=2)).split())
+    assert (
+        f"over 2 of {len(report.queries)} queries (of the others none or all of the training examples have the class)"
+        in some
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from finetrace.evaluation.intervals import Estimate
 from finetrace.examples import Example
@@ -22,7 +23,8 @@ def compose(
 ) -> Report:
     """A page's values; it opens on the best method that is no control. `validated`: what retraining has said of the index."""
     scores = results[0].scores
-    more = {} if validated is None else {"validation": validated}
+    more: dict[str, Any] = {} if validated is None else {"validation": validated}
+    counted = next((result.metrics["accuracy"].n for result in results if result.metrics), None)
     return Report(
         title=title,
         verdict=verdict(results),
@@ -33,6 +35,7 @@ def compose(
         default_method=opening(results).method.title,
         behaviour=behaviour,
         target_label=target,
+        judged=counted,
         **more,
     )
 

@@ -21,12 +21,13 @@ from finetrace.reporting.payload import ExampleView, MethodView, Report
 
 MAX_COLUMNS = 2_000  # single-example columns of a heat map; above this they are binned
 BINS = 400
-MAX_CELLS = 1_000_000  # heat map cells on one page, over all methods: about 8 MB
+MAX_CELLS = 1_000_000  # heat map cells on one page, over all methods: about 10 MB
 # Rows kept at either end of a ranking, and characters of one training prompt or response (queries are never cut): the
 # first pair that fits the budget, else the last.
 SIZES = ((100, 4_000), (50, 4_000), (25, 4_000), (10, 4_000), (10, 1_000), (10, 500))
 LIST_BUDGET = 6_000_000  # characters of ranked lists and of their texts on one page
-ENTRY = 12  # characters of one list entry, a row and its score
+ENTRY = 14  # characters of one list entry, a row and its score
+DIGITS = 6  # significant, of a score; the page shows four at most, and a number rounded twice may come out one higher
 PREFERRED = "repsim"  # shown beside the default method where it was run
 
 
@@ -115,8 +116,8 @@ def to_json(value: Any) -> str:
 
 
 def rounded(values: NDArray[np.float64]) -> list[float | None]:
-    """The values to 4 significant digits; None where they are not finite."""
-    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
+    """The values to `DIGITS` significant digits; None where they are not finite."""
+    return [float(f"{value:.{DIGITS}g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _columns(examples: Sequence[ExampleView], target: str | None, limit: int) -> _Columns:
@@ -193,7 +194,7 @@ def _text(example: ExampleView, limit: int | None = None) -> dict[str, Any]:
 
 
 def _notes(n: int, keep: int, limit: int, shown: int, cut: int, columns: _Columns) -> list[str]:
-    notes = ["Scores on this page are rounded to 4 significant digits; ranks were computed before rounding."]
+    notes = [f"Scores on this page are rounded to {DIGITS} significant digits; ranks were computed before rounding."]
     if n > keep:
         notes.append(
             f"Lists hold the {keep} highest and {keep} lowest of {n:,} training examples per query and method."

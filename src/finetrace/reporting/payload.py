@@ -84,6 +84,7 @@ class Report:
         behaviour: The models before and after, if they were probed.
         validation: What has or has not been checked by retraining.
         target_label: Class of interest, coloured and ordered first.
+        judged: How many queries the metrics are over, where not all of them.
 
     Raises:
         FinetraceError: The parts do not fit together.
@@ -99,6 +100,7 @@ class Report:
     behaviour: Sequence[ModelBehaviour] = ()
     validation: str = "Not validated: no retraining has checked whether removing these rows changes the answer."
     target_label: str | None = None
+    judged: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit together."""
