@@ -203,7 +203,25 @@ def test_labels_alone_are_no_method() -> None:
     assert "On this run exact predicts" in said[0]
     assert "the best of 2 methods" in said[0]
     assert said[1].startswith("Labels alone, which count each row of the answer's class as 1, have 0.80")
-    assert said[1].endswith("; their intervals overlap.")
+    assert said[1].endswith("0.80 [0.78, 0.82], more than any method.")
+
+
+@pytest.mark.parametrize(("labels", "said"), [(0.7, ", and their intervals overlap."), (0.5, "0.50 [0.48, 0.52].")])
+def test_labels_lie_where_their_interval_does(labels: float, said: str) -> None:
+    lds = {
+        name: Estimate(value, value - 0.02, value + 0.02, 5) for name, value in {"exact": 0.7, CLASS: labels}.items()
+    }
+    lines = verdict(Comparison(lds, frozenset({"exact"}), None, None, lds), [], None, {"exact": "exact"})
+    assert lines[1].endswith(said)
+
+
+def test_a_control_that_is_ahead_is_called_one() -> None:
+    values = {"exact": 0.6, "gradcos": 0.5, "bm25": 0.8, "tfidf": 0.79}
+    lds = {name: Estimate(value, value - 0.02, value + 0.02, 5) for name, value in values.items()}
+    lines = verdict(Comparison(lds, frozenset(lds), None, None, lds), [], None, {name: name for name in lds})
+    assert lines[0].startswith("On this run bm25 predicts")
+    assert lines[1] == "That is a control; the best method that is none, exact, has 0.60 [0.58, 0.62]."
+    assert not any("best control" in line for line in lines)
 
 
 def test_what_an_index_lacks_is_left_out_of_the_usual_methods() -> None:

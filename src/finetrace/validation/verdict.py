@@ -46,16 +46,7 @@ def verdict(
         )
         others = [name for name in tried if name.split(":")[0] == "repsim" and name != ahead]
         lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
-        controls = [name for name in tried if make(name).control and name != ahead]
-        if controls:
-            control = max(controls, key=lambda name: lds.lds[name].value)
-            apart = "" if lds.lds[control].high < best.low else ", and their intervals overlap"
-            lines.append(f"The best control, {names[control]}, has {_short(lds.lds[control])}{apart}.")
-        if CLASS in lds.lds:
-            apart = "" if lds.lds[CLASS].high < best.low else "; their intervals overlap"
-            lines.append(
-                f"Labels alone, which count each row of the answer's class as 1, have {_short(lds.lds[CLASS])}{apart}."
-            )
+        lines += _beside(lds, ahead, names)
     for count in dict.fromkeys(each.count for each in drops):
         here = [each for each in drops if each.count == count and each.over_random is not None and each.what != CLASS]
         chance = next(each for each in drops if each.count == count and each.what == RANDOM)
@@ -89,6 +80,30 @@ def verdict(
             )
         )
     return lines or ["Tail patches alone were measured; they say nothing of removing rows."]
+
+
+def _beside(lds: Comparison, ahead: str, names: Mapping[str, str]) -> list[str]:
+    """What stands beside the best method: the best control, or where that one is a control the best method, and the labels."""
+    led = make(ahead).control
+    others = [name for name in lds.lds if name != CLASS and make(name).control != led]
+    lines = []
+    if others:
+        other = max(others, key=lambda name: lds.lds[name].value)
+        what = "That is a control; the best method that is none" if led else "The best control"
+        lines.append(f"{what}, {names[other]}, has {_short(lds.lds[other])}{_apart(lds.lds[other], lds.lds[ahead])}.")
+    if CLASS in lds.lds:
+        lines.append(
+            "Labels alone, which count each row of the answer's class as 1, have "
+            f"{_short(lds.lds[CLASS])}{_apart(lds.lds[CLASS], lds.lds[ahead])}."
+        )
+    return lines
+
+
+def _apart(other: Estimate, best: Estimate) -> str:
+    """How an interval lies to that of the best method; nothing is said of one that lies below it."""
+    if other.high < best.low:
+        return ""
+    return ", more than any method" if other.low > best.high else ", and their intervals overlap"
 
 
 def _short(value: Estimate) -> str:
