@@ -67,6 +67,20 @@ def test_trace_prints_a_table_that_fits_the_terminal(index, place, capsys, monke
     assert max(len(line) for line in out.splitlines() if not line.startswith(("asked", "answered"))) <= 80
 
 
+def test_low_scores_that_are_positive_are_not_called_opponents(index, place, capsys):
+    asked = ["trace", "--index", index, "--queries", place / "queries.jsonl", "--top", 12, "--opponents"]
+    code, out, err = run(capsys, *asked, "--method", "length")
+    assert code == 0, err
+    assert out.count("12 of these lowest scores are not negative: no opponents.") == 3  # a length is never negative
+    assert "no proponents" not in out
+    code, out, err = run(capsys, *asked, "--method", "gradcos", "--format", "json")
+    scores = [each["score"] for each in json.loads(out)["records"] if each["kind"] == "opponent"][:12]
+    wrong = sum(score >= 0 for score in scores)
+    assert 0 < wrong < 12
+    code, out, err = run(capsys, *asked, "--method", "gradcos")
+    assert f"{wrong} of these lowest scores are not negative: no opponents." in out
+
+
 def test_trace_writes_json_csv_parquet_scores_and_a_report(index, place, capsys, tmp_path):
     asked = ["trace", "--index", index, "--queries", place / "queries.jsonl", "--method", "repsim", "--method", "bm25"]
     files = ["--out", tmp_path / "r.parquet", "--scores", tmp_path / "s.csv", "--report", tmp_path / "r.html"]
@@ -109,6 +123,8 @@ def test_every_method_traces(index, place, capsys):
         (["trace", "--index", "nowhere", "--ask", "a"], ["nowhere", "no index there"]),
         (["trace", "--index", "{idx}"], ["--ask TEXT or --queries FILE"]),
         (["trace", "--index", "{idx}", "--queries", "q", "--answer", "a"], ["--answer goes with --ask"]),
+        (["trace", "--index", "{idx}", "--ask", " "], ["--ask is empty"]),
+        (["trace", "--index", "{idx}", "--ask", "a", "--answer", ""], ["--answer is empty", "leave it out"]),
         (["trace", "--index", "{idx}", "--ask", "a", "--method", "exactly"], ["exactly", "no such method", "datainf"]),
         (
             ["trace", "--index", "{idx}", "--ask", "a", "--method", "repsim", "--damping", "1"],

@@ -74,6 +74,9 @@ def trace(
         raise FinetraceError("give what to trace: either --ask TEXT or --queries FILE.")
     if answer is not None and ask is None:
         raise FinetraceError("--answer goes with --ask: it is the answer to that prompt.")
+    for flag, text in (("--ask", ask), ("--answer", answer)):
+        if text is not None and not text.strip():
+            raise FinetraceError(f"{flag} is empty; give it a text{', or leave it out' if flag == '--answer' else ''}.")
     for flag, path, kinds in (
         ("--out", out, (".json", ".csv", ".parquet")),
         ("--scores", scores, (".json", ".csv", ".parquet", ".npy", ".safetensors")),

@@ -56,6 +56,15 @@ def print_top(top: Top, row: int, console: Console) -> None:
         )
         table.add_row(str(rank), _score(float(score)), escape(example.id), escape(example.label or "-"), texts)
     console.print(table)
+    ahead = top.kind == "proponent"
+    wrong = sum(bool(score <= 0 if ahead else score >= 0) for score in top.values[row])
+    if wrong:
+        said = (
+            "highest scores are not positive: no proponents"
+            if ahead
+            else "lowest scores are not negative: no opponents"
+        )
+        console.print(f"{wrong} of these {said}.", style="dim", highlight=False, markup=False)
 
 
 def print_behaviour(models: Sequence[ModelBehaviour], judge: str, console: Console) -> None:

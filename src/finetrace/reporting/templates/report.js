@@ -102,7 +102,7 @@
     const wrong = scores.filter((score) => (state.side === "top" ? score <= 0 : score >= 0)).length;
     if (wrong) {
       out.push(state.side === "top" ? `${wrong} of these highest scores are not positive: no proponents.`
-        : `${wrong} of these lowest scores are not negative: low, but no opponents.`);
+        : `${wrong} of these lowest scores are not negative: no opponents.`);
     }
     if (rows.length && next === scores[scores.length - 1]) {
       out.push(`Rank ${rows.length + 1} ties with rank ${rows.length}; ties are in training order.`);
