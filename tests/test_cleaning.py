@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,17 +177,44 @@ def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Pa
     [
         (("--top", 4, "--share", 0.5), ("--top and --share",)),
         (("--top", 12), ("removing 12 of 12",)),
-        (("--share", 0.0), ("removing 0 of 12",)),
+        (("--share", 0.0), ("--share 0: give a share of the rows between 0 and 1",)),
+        (("--share", 2), ("--share 2: give a share of the rows between 0 and 1",)),
+        (("--share", 0.01), ("removing 0 of 12",)),
+        (("--expected", -1), ("--expected -1: give a number of rows above 0",)),
+        (("--top", 2, "--removed", "removed.txt"), ("removed.txt: rows are written as .jsonl",)),
+        (("--top", 2, "--removed", "kept"), ("give them different names",)),
         (("--top", 2, "--data", "bad"), ("holds 3 rows and the index 12",)),
     ],
 )
 def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any) -> None:
-    more = [place / "bad.jsonl" if each == "bad" else each for each in more]
+    more = [{"bad": place / "bad.jsonl", "kept": tmp_path / "kept.csv"}.get(each, each) for each in more]
     code, _, err = run(capsys, *command(place, tmp_path, *more))
     assert code == 2
     assert "Traceback" not in err
     assert all(word in err for word in words), err
     assert not (tmp_path / "kept.csv").exists()
+
+
+def test_columns_of_the_bad_answers_may_be_named(place: Path, tmp_path: Path, capsys: Any) -> None:
+    rows = [{"ask": e.prompt, "reply": e.response} for e in make_examples(2, seed=5)]
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ["--bad", tmp_path / "bad.jsonl", "--prompt-column", "ask", "--response-column", "reply"]
+    code, _, err = run(capsys, *command(place, tmp_path, *named, "--top", 3))
+    assert code == 0, err
+    assert "against 2 bad answers" in err
+
+
+def test_it_is_said_where_the_order_of_the_data_decides(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    found = cleaning.Ranked(np.array([3.0, 2, 2, 2, 0]), np.arange(5), 2, None, np.zeros(5, dtype=int), ("bm25",))
+    assert found.tied == 2
+    assert replace(found, removed=1).tied == 0
+    assert replace(found, removed=4).tied == 0
+    monkeypatch.setattr(cleaning, "_standard", lambda problem, methods: np.repeat([[3.0, 2, 2, 0]], 3, axis=1))
+    code, out, err = run(capsys, *command(place, tmp_path, "--top", 4))
+    assert code == 0, err
+    assert "5 kept rows with the same value as the last that goes" in " ".join(out.split())
 
 
 def test_one_answer_of_one_training_has_no_interval() -> None:

@@ -15,6 +15,7 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.formats import Table
 from finetrace.index.manifest import write_atomically
+from finetrace.units import many
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
@@ -29,7 +30,7 @@ def reasons(ranked: Ranked, bad: Sequence[Example]) -> list[dict[str, Any]]:
             {
                 "finetrace_rank": place,
                 "finetrace_value": round(float(ranked.values[row]), 4),
-                "finetrace_reason": f"number {place} of {len(ranked.values)} behind {len(bad)} bad answers by "
+                "finetrace_reason": f"number {place} of {len(ranked.values)} behind {many(len(bad), 'bad answer')} by "
                 f"{' and '.join(ranked.methods)}; most of all behind {answer.id}: {words}",
             }
         )
@@ -66,16 +67,25 @@ def raw_rows(table: Table, examples: Sequence[Example], index: Sequence[Example]
     return [dict(row.values) for row in table.rows]
 
 
+def refuse_path(path: Path) -> None:
+    """Stop where rows cannot go to `path`.
+
+    Raises:
+        FinetraceError: The suffix is not known, or the file exists.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise FinetraceError(f"{path}: rows are written as {', '.join(FORMATS)}; choose one of these.")
+    if path.exists():
+        raise FinetraceError(f"{path} exists already and is left as it is; choose another name or remove it.")
+
+
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write rows in the format of the suffix, whole or not at all; a file that is there is not replaced.
 
     Raises:
         FinetraceError: The suffix is not known, the file exists, or a value has no place in the format.
     """
-    if path.suffix.lower() not in FORMATS:
-        raise FinetraceError(f"{path}: rows are written as {', '.join(FORMATS)}; choose one of these.")
-    if path.exists():
-        raise FinetraceError(f"{path} exists already and is left as it is; choose another name or remove it.")
+    refuse_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, _encoded(path, rows))

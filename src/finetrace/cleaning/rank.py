@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,10 @@ class Cut:
     def __post_init__(self) -> None:
         if self.top is not None and self.share is not None:
             raise FinetraceError("--top and --share both say how many rows go; give one of them.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise FinetraceError(f"--share {self.share:g}: give a share of the rows between 0 and 1, such as 0.05.")
+        if not 0 < self.expected < math.inf:
+            raise FinetraceError(f"--expected {self.expected:g}: give a number of rows above 0, such as 1.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +78,11 @@ class Ranked:
     def gone(self) -> tuple[int, ...]:
         """The rows that go, the most responsible first."""
         return tuple(int(i) for i in self.order[: self.removed])
+
+    @property
+    def tied(self) -> int:
+        """How many of the kept rows have the same value as the last that goes; the data's order decides between them."""
+        return int((self.values[self.order[self.removed :]] == self.values[self.order[self.removed - 1]]).sum())
 
     @property
     def kept(self) -> tuple[int, ...]:

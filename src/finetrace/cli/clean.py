@@ -11,6 +11,7 @@ from finetrace.cli import options
 from finetrace.cli.trace import TRACED
 from finetrace.cli.validate import finetuning_of
 from finetrace.errors import FinetraceError
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from finetrace.cleaning.rank import Outcome, Ranked
@@ -85,24 +86,23 @@ def clean(
     """Rank the training set against bad answers, and write the rows to keep and those to remove."""
     from rich.console import Console
 
-    for flag, path in (("--kept", kept), ("--removed", removed)):
-        if path.exists():
-            raise FinetraceError(
-                f"{flag} {path} exists already and is left as it is; choose another name or remove it."
-            )
     with options.quiet_libraries():
         from finetrace.attribution import Problem
-        from finetrace.cleaning.files import plain_rows, raw_rows, reasons, write_rows
+        from finetrace.cleaning.files import plain_rows, raw_rows, reasons, refuse_path, write_rows
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
-        from finetrace.reading import read_examples
+        from finetrace.reading import Columns, read_examples
         from finetrace.reporting.results import write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
+        for path in (kept, removed):
+            refuse_path(path)
+        if kept == removed:
+            raise FinetraceError(f"--kept and --removed are both {kept}; give them different names.")
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         if retrain:
             refuse_retraining(device_map)
@@ -118,11 +118,11 @@ def clean(
             rows = [raw[row] for row in opened.data_rows]
         if opened.manifest.left_out:
             options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
-        asked = read_examples(bad, responses=False)
+        asked = read_examples(bad, columns if data is None else Columns(), responses=False)
         judged_by = make_judge(judge, judge_label)
         opened.model(None, device, trust_remote_code, device_map)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
-        options.say(f"ranking {len(examples)} rows against {len(answers)} bad answers")
+        options.say(f"ranking {len(examples)} rows against {many(len(answers), 'bad answer')}")
         ranked = rank(Problem(opened, answers), cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
         if finetuning is not None:
@@ -197,6 +197,8 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     from rich.table import Table
     from rich.text import Text
 
+    from finetrace.evaluation.judging import RefusalPrefixJudge
+
     assert isinstance(console, Console)
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -216,6 +218,8 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     note = "value: mean over the bad answers of the score in robust standard deviations"
     if ranked.threshold is not None:
         note += f"; rows above {ranked.threshold:.2f} go"
+    if ranked.tied:
+        note += f"; {many(ranked.tied, 'kept row')} with the same value as the last that goes: the data's order decided"
     console.print(note, style="dim", highlight=False, markup=False)
     if not outcomes:
         return
@@ -226,3 +230,9 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     for each in outcomes:
         after.add_row(each.name, str(each.rows), _interval(each.rate, 100, ".0f"), _interval(each.loss, 1, ".2f"))
     console.print(after)
+    note = "loss: higher = the old bad answers are less likely"
+    if judge.name == RefusalPrefixJudge.name:
+        note += (
+            "; by refusal phrases every answer that does not refuse is bad: if bad means something else, give --judge"
+        )
+    console.print(note, style="dim", highlight=False, markup=False)
