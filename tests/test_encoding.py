@@ -146,8 +146,8 @@ def test_what_is_cut_is_reported(tokenizer: Any) -> None:
     assert items[1].ids.tolist() == whole.ids[:limit].tolist()
     assert items[1].weights.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
     assert items[1].loss_tokens == whole.loss_tokens - 7
-    assert report.sentence().startswith(f"1 examples were cut at {limit} tokens")
-    assert "7 of their loss tokens are gone: long" in report.sentence()
+    assert report.sentence().startswith(f"1 example is longer than {limit} tokens")
+    assert "cut there; 7 loss tokens gone: long" in report.sentence()
 
 
 def test_a_report_does_not_remember_the_call_before(tokenizer: Any) -> None:

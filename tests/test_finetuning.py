@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetune_config import PRESETS, FinetuneConfig, configure
+from finetrace.finetune_config import PRESETS, FinetuneConfig, configure, other_base, other_rows
 from finetrace.finetuning import finetune, finished
 from finetrace.forward import Batch, token_losses
 from finetrace.index import build_index, open_index
@@ -39,6 +39,52 @@ def adapter(folder: Path) -> bytes:
 def run(loaded: Loaded, folder: Path, config: FinetuneConfig = CONFIG, **options: Any) -> bytes:
     finetune(loaded, make_examples(ROWS), folder, config, **options)
     return adapter(folder)
+
+
+def test_what_an_adapter_was_not_made_of_is_told(fresh: Any, tmp_path: Path) -> None:
+    loaded = fresh()
+    limit = longest(loaded) - 1
+    run(loaded, tmp_path / "a", FinetuneConfig(epochs=1, rank=2, max_length=limit, learning_rate=5e-3))
+    assert other_base(loaded) == ""
+    base = loaded.model.peft_config["default"]
+    base.base_model_name_or_path = f"owner/{Path(loaded.spec.model).name}"  # the same by another road
+    assert other_base(loaded) == ""
+    base.base_model_name_or_path = "owner/another"
+    assert other_base(loaded).startswith(
+        f"the adapter names owner/another as its base and --model is {loaded.spec.model};"
+    )
+    assert other_base(Loaded(make_llama(), loaded.tokenizer, loaded.spec)) == ""
+    for count, cut, said in ((ROWS, limit, False), (ROWS - 1, limit, True), (ROWS, limit + 1, True)):
+        encoder = Encoder(loaded.tokenizer, max_length=cut)
+        index, _ = build_index(loaded, make_examples(ROWS)[:count], tmp_path / f"{count}-{cut}", encoder)
+        assert ("other rows" in other_rows(tmp_path / "a", index.manifest.data_fingerprint)) is said
+    assert other_rows(tmp_path, "anything") == ""
+
+
+def longest(loaded: Loaded) -> int:
+    """Tokens of the longest of the rows."""
+    return max(len(item.ids) for item in Encoder(loaded.tokenizer).encode_all(make_examples(ROWS))[0])
+
+
+def test_rows_longer_than_the_limits_are_said_before_the_training(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    loaded = fresh()
+    limit = longest(loaded) - 1
+
+    class Stopped(BaseException):
+        pass
+
+    def training(*_: object, **__: object) -> None:
+        said.append("training")
+        raise Stopped
+
+    monkeypatch.setattr("finetrace.finetuning.fit", training)
+    with pytest.raises(Stopped):
+        run(loaded, tmp_path / "a", FinetuneConfig(epochs=1, rank=2, max_length=limit), say=said.append)
+    assert len(said) == 2
+    assert f"longer than {limit} tokens" in said[0]
 
 
 class Killed(BaseException):

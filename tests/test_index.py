@@ -55,6 +55,27 @@ def files(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in found.items() if not (name.endswith(".lock") and not data)}
 
 
+def test_what_is_longer_than_the_limits_is_said_before_the_work(tiny_loaded: Any, tmp_path: Path) -> None:
+    """A row that is far too long may cost the process its life; it has to have been named by then."""
+    said: list[str] = []
+
+    def stop(*_: object) -> None:
+        said.append("the work begins")
+        raise KeyboardInterrupt
+
+    examples = [conversation("q", "ok", id="short"), conversation("q", "x" * 60, id="long")]
+    with pytest.raises(KeyboardInterrupt):
+        build(
+            tiny_loaded,
+            tmp_path / "i",
+            examples,
+            encoder=Encoder(tiny_loaded.tokenizer, max_length=50),
+            say=said.append,
+            begin=stop,
+        )
+    assert [line.split(" (")[0] for line in said] == ["1 example is longer than 50 tokens", "the work begins"]
+
+
 def in_memory(model: Any, name: str = "in memory", tokenizer: Any = None) -> Loaded:
     return Loaded(model, tokenizer or make_tokenizer(), ModelSpec(name, None, "float64", "cpu"))
 

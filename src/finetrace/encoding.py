@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
 from finetrace.positions import Positions
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,15 +76,16 @@ class LengthReport:
             return ""
         ids = ", ".join(item.id for item in self.longer[:5]) + (", ..." if len(self.longer) > 5 else "")
         longest = max(item.tokens for item in self.longer)
+        count = f"{many(len(self.longer), 'example')} {'is' if len(self.longer) == 1 else 'are'}"
         if not self.cut:
             return (
-                f"{len(self.longer)} examples are longer than the model's context of {self.limit} tokens "
-                f"(longest {longest}) and were left whole: {ids}. Use --max-length to cut them."
+                f"{count} longer than the model's context of {self.limit} tokens "
+                f"(longest {longest}) and left whole: {ids}. Use --max-length to cut."
             )
         lost = sum(item.loss_tokens_cut for item in self.longer)
         return (
-            f"{len(self.longer)} examples were cut at {self.limit} tokens (longest {longest}); "
-            f"{lost} of their loss tokens are gone: {ids}."
+            f"{count} longer than {self.limit} tokens (longest {longest}) and cut there; "
+            f"{many(lost, 'loss token')} gone: {ids}."
         )
 
 

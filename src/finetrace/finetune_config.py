@@ -10,7 +10,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetrace.errors import FinetraceError
-from finetrace.models import EMBEDDED
+from finetrace.models import EMBEDDED, Loaded
 
 SAVED = "finetune.yaml"
 Schedule = Literal[  # the Trainer's others want settings of their own
@@ -97,6 +97,32 @@ def _read_saved(saved: Path) -> dict[str, Any]:
         return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error
+
+
+def other_base(loaded: Loaded) -> str:
+    """A sentence where the adapter names another base model than the one that was loaded; else empty.
+
+    Adapters fit every model of their base's shapes. Names that end alike pass for the same: a Hub id and a copy of it on disk.
+    """
+    settings = getattr(loaded.model, "peft_config", None)
+    named = settings["default"].base_model_name_or_path if settings and "default" in settings else None
+    if not named or Path(named).name == Path(loaded.spec.model).name:
+        return ""
+    return (
+        f"the adapter names {named} as its base and --model is {loaded.spec.model}; where these are not the same weights, "
+        "nothing that follows is true of the model that was fine-tuned"
+    )
+
+
+def other_rows(adapter: Path, data_fingerprint: str) -> str:
+    """A sentence where `finetrace finetune` left word in the folder of an adapter that it saw other rows; else empty."""
+    trained = _read_saved(adapter / SAVED).get("data_fingerprint") if (adapter / SAVED).exists() else None
+    if trained in (None, data_fingerprint):
+        return ""
+    return (
+        f"the adapter was fine-tuned on other rows or with another encoding ({adapter / SAVED}): a row that it was not trained "
+        "on has no part in what it says"
+    )
 
 
 def found_config(folder: Path) -> FinetuneConfig | None:

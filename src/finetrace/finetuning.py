@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,12 +43,13 @@ def finetune(
     config: FinetuneConfig | None = None,
     *,
     resume: bool = False,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Finetuned:
     """Train a LoRA adapter on `examples` and save it in `folder`; `loaded.model` then carries it, in eval mode.
 
     Checkpoints of every epoch, with the optimizer's state, stay under `folder/checkpoints`. The same configuration,
     data and seed give the same adapter bit by bit on the same machine; a killed run started again with `resume` ends
-    at that adapter too.
+    at that adapter too. `say` hears, before the training, of rows longer than the limits.
     """
     config = config or FinetuneConfig()
     checkpoints = folder / "checkpoints"
@@ -65,6 +66,8 @@ def finetune(
     encoder = Encoder(loaded.tokenizer, config.loss_on, config.max_length, template, config.pad_to)
     context = getattr(loaded.model.config, "max_position_embeddings", None)
     encoded, lengths = encoder.encode_all(examples, context)
+    if lengths.longer:
+        say(lengths.sentence())
     train, held = _split(len(encoded), config)
     saved = {
         "model": loaded.spec.model,

@@ -9,6 +9,7 @@ import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
+from finetrace.units import many
 
 
 def finetune(
@@ -18,7 +19,9 @@ def finetune(
         str | None,
         typer.Option(help="Base model; that of --config, or `embedded`, if not given."),
     ] = None,
-    preset: Annotated[str, typer.Option(help="default, or paper (arXiv 2409.19998, section 3).")] = "default",
+    preset: Annotated[
+        str, typer.Option(help="default, paper (arXiv 2409.19998, section 3) or released (its code).")
+    ] = "default",
     config: Annotated[Path | None, typer.Option(help="A saved finetune.yaml to run again.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -81,11 +84,12 @@ def finetune(
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         loaded = load(ModelSpec(model, None, options.dtype(dtype), device, trust_remote_code))
-        options.say(f"fine-tuning {model} on {len(examples)} examples ({loaded.spec.dtype}, {loaded.spec.device})")
-        done = run(loaded, examples, out, settings, resume=resume)
-    options.say_lengths(done.lengths)
+        options.say(
+            f"fine-tuning {model} on {many(len(examples), 'example')} ({loaded.spec.dtype}, {loaded.spec.device})"
+        )
+        done = run(loaded, examples, out, settings, resume=resume, say=options.say)
     losses = [entry["loss"] for entry in done.log if "loss" in entry]
-    typer.echo(f"adapter: {out}   training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {len(losses)} epochs")
+    typer.echo(f"adapter: {out}   training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {many(len(losses), 'epoch')}")
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:

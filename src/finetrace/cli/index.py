@@ -127,6 +127,7 @@ def index(
         from finetrace.collection.projection import Projection
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
         from finetrace.encoding import Encoder, read_template
+        from finetrace.finetune_config import other_base, other_rows
         from finetrace.index import build_index
         from finetrace.index.sizing import AUTO, parse_bytes
         from finetrace.models import ModelSpec, load
@@ -151,11 +152,13 @@ def index(
         examples = read_examples(data, chosen, split=split)
         read = time.perf_counter()
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code, device_map))
+        if note := other_base(loaded):
+            options.say(note)
         startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
         announcer = announcer or Announcer(options.say, alone=chosen_engine.in_process)
         with announcer.announcing(examples, out, labels, began, startup):
-            built, lengths = build_index(
+            built, _ = build_index(
                 loaded,
                 examples,
                 out,
@@ -175,8 +178,9 @@ def index(
                 begin=announcer.begin,
                 engine=chosen_engine,
             )
-    options.say_lengths(lengths)
     say_left_out(built.manifest)
+    if adapter is not None and (note := other_rows(Path(adapter), built.manifest.data_fingerprint)):
+        options.say(note)
     for reason in dict.fromkeys(built.manifest.skipped.values()):
         names = [name for name, each in built.manifest.skipped.items() if each == reason]
         more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -233,10 +237,9 @@ def append(
         examples = read_examples(data, chosen, split=split)
         opened = open_index(index)
         opened.model(None, device, trust_remote_code, device_map)
-        grown, lengths = add(
+        grown, _ = add(
             opened, examples, skip_known=skip_known, skip_bad=skip_bad, say=options.say, engine=chosen_engine
         )
-    options.say_lengths(lengths)
     say_left_out(grown.manifest)
     typer.echo(f"index: {index}   {len(grown) - len(opened)} examples added, {len(grown)} in all")
 

@@ -79,7 +79,7 @@ def build_index(
         projection_seed: Of the random matrices.
         disk: Bytes that `auto` may take on the disk; by default half of what is free.
         memory: Bytes of memory that `auto` may take; by default half of what is available.
-        say: Hears what `auto` chose and why, and what is tracked where nothing was named.
+        say: Hears what is longer than the limits, what `auto` chose and why, and what is tracked where nothing was named.
         begin: Hears what is to be done before anything is written; what it raises stops the work.
         skip_bad: Leave out rows whose loss, gradient or hidden state is not finite, and note them in the manifest; without it
             the first of them stops the run.
@@ -105,6 +105,8 @@ def build_index(
     layers = int(loaded.model.config.num_hidden_layers)
     wanted = tuple(dict.fromkeys(each.resolve(layers) for each in representations))
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
+    if lengths.longer:
+        say(lengths.sentence())
     computed = features_dtype(loaded.model)
     stored = feature_dtype or str(computed).removeprefix("torch.")
     there = manifest.read(folder) if (folder / manifest.NAME).exists() else None

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from finetrace.planning.plan import Plan
-from finetrace.units import duration, size
+from finetrace.units import duration, many, size
 
 
 def to_do(plan: Plan) -> str:
     """What there is to do, in a line."""
     left, whole = plan.left, plan.whole
-    rows = f"{left.rows:,} examples" if left.rows == whole.rows else f"{left.rows:,} of {whole.rows:,} examples left"
+    of = f" of {whole.rows:,}" if left.rows != whole.rows else ""
+    rows = many(left.rows, "example") if not of else f"{left.rows:,}{of} examples left"
     return (
-        f"{rows}, {left.tokens:,} tokens (padding {left.padding:.1%}) in {len(left.pieces):,} batches, "
-        f"{len(left.shards):,} shards; the longest is {plan.longest[0]} with {plan.longest[1]:,} tokens"
+        f"{rows}, {left.tokens:,} tokens (padding {left.padding:.1%}) in {many(len(left.pieces), 'batch')}, "
+        f"{many(len(left.shards), 'shard')}; the longest is {plan.longest[0]} with {plan.longest[1]:,} tokens"
     )
 
 
