@@ -117,6 +117,19 @@ def test_every_method_traces(index, place, capsys):
     assert {"repsim", "datainf", "exact", "gradsim", "random"} <= methods
 
 
+def test_methods_are_listed_with_their_equations(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capsys, "methods")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    monkeypatch.setenv("COLUMNS", "200")
+    out = run(capsys, "methods")[1]
+    assert "E[a a^T] x E[delta delta^T]" in out  # square brackets are the equation's, not the console's
+    code, out, _ = run(capsys, "methods", "ekfac")
+    assert "  at = that of the index    (str)" in out.splitlines()
+    assert "  damping = 0.1    (float > 0)" in out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

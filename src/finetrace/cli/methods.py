@@ -15,6 +15,7 @@ def methods(
     import inspect
 
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from finetrace.attribution import available, make
@@ -25,7 +26,9 @@ def methods(
         typer.echo(f"{method.label}\n\n{inspect.getdoc(type(method))}\n")
         kinds = get_type_hints(type(method), include_extras=True)
         for field in dataclasses.fields(method):  # type: ignore[arg-type]
-            typer.echo(f"  {field.name} = {getattr(method, field.name)}    ({_type(kinds[field.name])})")
+            value = getattr(method, field.name)
+            known = value if value != "" else "that of the index"
+            typer.echo(f"  {field.name} = {known}    ({_type(kinds[field.name])})")
         typer.echo(f"\nneeds: {', '.join(method.needs) or 'nothing'}\nunit:  {method.unit}")
         typer.echo("sign:  positive = proponent (training on it makes the answer more likely)")
         return
@@ -34,10 +37,10 @@ def methods(
     table.add_column("needs")
     table.add_column("what it is; positive = proponent")
     for key, cls in available().items():
-        table.add_row(key + (" (control)" if cls.control else ""), ", ".join(cls.needs) or "-", cls.summary())
+        table.add_row(key + (" (control)" if cls.control else ""), ", ".join(cls.needs) or "-", escape(cls.summary()))
     console.print(table)
     typer.echo(
-        "\nfinetrace methods NAME shows the equation and the parameters; --method NAME:parameter=value sets them."
+        "\nfinetrace methods NAME shows the equation and the parameters;\n--method NAME:parameter=value sets them."
     )
 
 
