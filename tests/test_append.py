@@ -21,6 +21,7 @@ from finetrace.index import Index, append, build_index, factors, kronecker_facto
 from finetrace.index.checking import repair, verify
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import write_examples
+from finetrace.reporting.validated import keep_verdict, kept_verdict
 from test_bad_rows import poisoned
 from test_index import edit_manifest, files
 from tiny import make_examples, make_llama, make_tokenizer, relative_error, save_base, with_lora
@@ -94,6 +95,14 @@ def test_factors_and_views_of_the_old_rows_go_with_a_word(tiny_loaded: Loaded, t
     ours, theirs = kronecker_factors(grown, "data"), kronecker_factors(expected, "data")
     for block in grown.blocks:
         assert torch.allclose(ours[block.name].kfac, theirs[block.name].kfac, rtol=1e-6, atol=1e-14)
+
+
+def test_what_retraining_said_of_the_old_rows_is_not_said_of_all(tiny_loaded: Loaded, tmp_path: Path) -> None:
+    index = built(tiny_loaded, tmp_path / "i", make_examples(6))
+    keep_verdict(index.folder, ["One.", "Two."], "finetrace validate")
+    assert kept_verdict(index.folder) == "Validated by retraining. One. Two."
+    append(index, make_examples(8)[6:])
+    assert kept_verdict(index.folder) == "Validated by retraining, before the rows of the index changed. One. Two."
 
 
 def test_a_broken_file_of_an_appended_index_is_mended(tiny_loaded: Loaded, tmp_path: Path) -> None:

@@ -228,6 +228,7 @@ def test_what_an_index_lacks_is_left_out_of_the_usual_methods() -> None:
     class Lacking:
         def __init__(self, start: bool, factors: bool) -> None:
             self.has_start, self.has_factors = (lambda: start), (lambda: factors)
+            self.has_representation = lambda wanted: True
 
     assert usual(METHODS_OF_ALL, Lacking(True, True)) == METHODS_OF_ALL
     for start in (True, False):

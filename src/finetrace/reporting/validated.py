@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetrace.errors import FinetraceError
+from finetrace.index import manifest
 from finetrace.index.manifest import write_atomically
 
 NAME = "validation.json"
@@ -14,19 +15,23 @@ NAME = "validation.json"
 
 def keep_verdict(index: Path, verdict: Sequence[str], command: str) -> None:
     """Leave the sentences in the folder of an index, with the command that found them."""
-    document = {"verdict": list(verdict), "command": command}
+    document = {"verdict": list(verdict), "command": command, "data_fingerprint": manifest.read(index).data_fingerprint}
     write_atomically(index / NAME, json.dumps(document, indent=1).encode())
 
 
 def kept_verdict(index: Path) -> str | None:
-    """The verdict that an index carries, as one paragraph; `None` where it was not validated."""
+    """The verdict that an index carries, as one paragraph that says whether it was of other rows; `None` without one."""
     path = index / NAME
     if not path.exists():
         return None
     try:
-        sentences = json.loads(path.read_text(encoding="utf-8"))["verdict"]
-        return "Validated by retraining. " + " ".join(map(str, sentences))
+        document = json.loads(path.read_text(encoding="utf-8"))
+        said = " ".join(map(str, document["verdict"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FinetraceError(
             f"{path}: this verdict cannot be read ({error}); remove it, or run finetrace validate again."
         ) from error
+    of = document.get("data_fingerprint")
+    changed = of is not None and of != manifest.read(index).data_fingerprint
+    since = ", before the rows of the index changed" if changed else ""
+    return f"Validated by retraining{since}. {said}"
