@@ -15,9 +15,8 @@ from finetrace.tracing import Result, best, opening
 from finetrace.units import many
 
 TOP = 10
-FEW = (
-    6  # answers that can tell methods apart: of five, all differing the same way, a sign test has p = 2 * 2**-5 > 0.05
-)
+# answers that can tell methods apart: of five that all differ the same way a sign test has p = 2 * 2**-5 > 0.05
+FEW = 6
 
 
 def verdict(results: Sequence[Result]) -> list[str]:
