@@ -206,6 +206,16 @@ def test_labels_alone_are_no_method() -> None:
     assert said[1].endswith("0.80 [0.78, 0.82], more than any method.")
 
 
+def test_a_verdict_says_of_how_much_it_is_and_when_losses_part() -> None:
+    lds = {"exact": Estimate(0.7, 0.6, 0.8, 5)}
+    compared, names = Comparison(lds, frozenset({"exact"}), None, None, lds), {"exact": "exact"}
+    said = verdict(compared, [], (0.02, 0.03), names, extent="5 answers, 3 subsets and 1 seed")
+    assert said[0].endswith("LDS 0.70 [0.60, 0.80], the best of 1 methods, over 5 answers, 3 subsets and 1 seed.")
+    assert said[-1].endswith("0.03 after retraining on all rows.")
+    assert "so far apart" in verdict(None, [], (0.4, 0.6), names)[-1]
+    assert "so far apart" not in verdict(None, [], (1.9, 2.4), names)[-1]
+
+
 @pytest.mark.parametrize(("labels", "said"), [(0.7, ", and their intervals overlap."), (0.5, "0.50 [0.48, 0.52].")])
 def test_labels_lie_where_their_interval_does(labels: float, said: str) -> None:
     lds = {

@@ -26,6 +26,7 @@ from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
 from finetrace.models import DType, ModelSpec
 from finetrace.tracing import prepare
+from finetrace.units import many
 from finetrace.validation.plan import MEASURES, RETRAINED, Validation
 from finetrace.validation.verdict import verdict
 
@@ -104,7 +105,17 @@ def validate(
         found = _retrained(again, problem, scores, config, finetuning.seed, say, judge, engine or config.workers)
     names = {method.label: method.title for method in chosen}
     records = _records(found, patches, names)
-    said = verdict(found.lds, found.drops, found.losses, names, loo=found.loo, rates=found.rates, before=found.rate)
+    extent = f"{many(problem.m, 'answer')}, {many(config.subsets, 'subset')} and {many(config.seeds, 'seed')}"
+    said = verdict(
+        found.lds,
+        found.drops,
+        found.losses,
+        names,
+        loo=found.loo,
+        rates=found.rates,
+        before=found.rate,
+        extent=extent,
+    )
     return Validated(records, said, found.lds, found.loo, found.drops, found.rates, patches, found.losses)
 
 

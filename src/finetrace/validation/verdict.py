@@ -11,6 +11,8 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
 
+NEAR = 0.1  # nats that two trainings may part by for no other reason than their rounding
+
 
 def verdict(
     lds: Comparison | None,
@@ -21,6 +23,7 @@ def verdict(
     loo: Comparison | None = None,
     rates: Sequence[Effect] = (),
     before: float = float("nan"),
+    extent: str = "",
 ) -> list[str]:
     """What may be believed, the headline first.
 
@@ -30,6 +33,7 @@ def verdict(
         names: Titles of methods.
         rates: Falls of the share of answers that the judge counts, after removals.
         before: That share after training on all rows.
+        extent: Of how many answers, subsets and seeds the LDS is, in words.
     """
     lines = []
     if lds is not None:
@@ -39,10 +43,11 @@ def verdict(
         possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
         if lds.reachable is None and lds.agreement is not None:
             possible = f" (how much is possible is not known: two seeds agree by {_short(lds.agreement)})"
+        over = f", over {extent}" if extent else ""
         word = "predicts" if ahead in lds.sure else "does not show that it predicts"
         lines.append(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
-            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(tried)} methods."
+            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(tried)} methods{over}."
         )
         others = [name for name in tried if name.split(":")[0] == "repsim" and name != ahead]
         lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
@@ -75,7 +80,7 @@ def verdict(
             f"The answers' mean loss is {own:.2f} under the adapter and {again:.2f} after retraining on all rows"
             + (
                 "."
-                if abs(own - again) <= 0.25 * max(own, again)
+                if abs(own - again) <= max(0.25 * max(own, again), NEAR)
                 else "; so far apart that the settings may not be those that made the adapter."
             )
         )
