@@ -16,6 +16,7 @@ from commands import run
 from finetrace.batching import batches
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
+from finetrace.examples import Example
 from finetrace.index import build_index
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded
@@ -261,6 +262,22 @@ def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path
         )
     assert any("batches measured" in line for line in said)
     assert not any("own first" in line for line in said)
+
+
+def test_a_batch_that_may_not_fit_is_named_before_it_runs(tiny_loaded, tmp_path, monkeypatch):
+    examples = make_examples(6)
+    examples[3] = Example.from_prompt("a b c " * 40, "d e f", id="long")
+    for free, named in ((10**12, False), (1000, True)):
+        said = []
+        monkeypatch.setattr("finetrace.planning.announce.available_memory", lambda free=free: free)
+        announcer, folder = Announcer(said.append), tmp_path / str(free)
+        with announcer.announcing(examples, folder, None, 0.0, 0.0):
+            build_index(
+                tiny_loaded, examples, folder, Encoder(tiny_loaded.tokenizer), begin=announcer.begin, batch_tokens=16
+            )
+        tight = [line for line in said if "memory may not suffice" in line]
+        assert bool(tight) == named
+        assert all(line.startswith("memory may not suffice: long (") and "1 kB are free" in line for line in tight)
 
 
 MEASURED = """

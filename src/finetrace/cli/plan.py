@@ -50,6 +50,7 @@ def plan(
 
             encoding = time.perf_counter() - self.began - self.startup
             counted = plan_index(about, collector, encoded, self.examples, self.labels, self.folder)
+            self._warn(counted)
             numbers = tuple(dict.fromkeys((1, workers or 1)))
             times = {"startup": self.startup, "encoding": encoding}
             raise _Planned(

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetrace.index.sizing import available_memory
 from finetrace.planning import measure, words
 from finetrace.planning.counts import Piece
 from finetrace.planning.extrapolation import extrapolate, measure_plan
@@ -74,6 +75,7 @@ class Announcer:
         plan = plan_index(about, collector, encoded, self.examples, self.labels, self.folder)
         self._say(words.to_do(plan))
         self._say(words.disk(plan))
+        self._warn(plan)
         probes = measure.choose(plan.left.pieces, plan.shape) if self._alone else []
         if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
             plan = measure_plan(plan, collector, encoded, self.folder)
@@ -88,6 +90,11 @@ class Announcer:
             self._coming.reverse()
         self._plan = plan
         self._worked = time.perf_counter()
+
+    def _warn(self, plan: Plan) -> None:
+        """Say before any batch runs where memory may not suffice: a system that is out of it may end the process unasked."""
+        if tight := words.tight(plan, [example.id for example in self.examples], available_memory()):
+            self._say(tight)
 
     def _advanced(self, title: str, units: int) -> None:
         """One batch is done; enough of them say how long the rest takes."""

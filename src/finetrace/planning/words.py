@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from finetrace.planning.plan import Plan
 from finetrace.units import duration, many, size
 
@@ -23,6 +25,29 @@ def disk(plan: Plan) -> str:
     if plan.disk.factors:
         parts += f", {size(plan.disk.factors)} Kronecker factors and {size(plan.disk.parts)} more until they are done"
     return f"{size(plan.disk.total)} on disk ({parts}), {size(plan.free)} free"
+
+
+def tight(plan: Plan, names: Sequence[str], free: int | None) -> str:
+    """That the largest batch may not fit in a CPU's memory, by the shapes alone; empty where it fits, or nothing is known.
+
+    Args:
+        plan: What there is to do.
+        names: Ids of the examples, in the data's order.
+        free: Bytes that are available once the model is loaded.
+    """
+    if plan.device != "cpu" or free is None or not plan.left.pieces:
+        return ""
+    half = plan.about.model.dtype in ("bfloat16", "float16")
+    needed = [plan.shape.activations(*piece.shape, half) for piece in plan.left.pieces]
+    most = max(needed)
+    if most <= free:
+        return ""
+    piece = plan.left.pieces[needed.index(most)]
+    of = names[piece.rows[0]] if len(piece.rows) == 1 else f"the batch of {names[piece.rows[0]]}"
+    return (
+        f"memory may not suffice: {of} ({piece.longest:,} tokens long) takes about {size(most)} by its shapes, {size(free)} "
+        "are free; if the process is ended without a word, cut with --max-length, lower --batch-tokens, or leave the row out"
+    )
 
 
 def time(plan: Plan) -> str:
