@@ -128,7 +128,9 @@ def search(out: Path, show: int) -> None:
 def reported(bench: Path) -> None:
     """The choice on the tasks of a benchmark, beside the final layer and the best afterwards."""
     for place in sorted(bench.glob("*/corrected")):
-        found = [kept(folder) for folder in sorted(place.glob("seed-*"))]
+        found = [kept(folder) for folder in sorted(place.glob("seed-*")) if (folder / "queries.jsonl").exists()]
+        if not found:  # mislabelled rows have no queries
+            continue
         means = {spec: {key: float(np.mean([each[spec][key] for each in found])) for key in SHOWN} for spec in found[0]}
         afterwards = max(means, key=lambda spec: means[spec]["auprc"])
         print(f"{place.parent.name}, {len(found)} seed{'s' * (len(found) != 1)}: {', '.join(SHOWN)}")
