@@ -50,7 +50,7 @@ def main() -> None:
             lines += [f"## By what a method sees, {protocol} protocol", "", _table(args.folder, f"inputs-{protocol}")]
         if (args.folder / "tables" / f"paired-{protocol}.md").exists():
             table = _table(args.folder, f"paired-{protocol}").splitlines()
-            title = f"Paired differences, {protocol} protocol: method minus RepSim, minus its middle layer, and minus the default"
+            title = f"Paired differences, {protocol} protocol: method minus RepSim, its middle layer, and the default"
             lines += [f'??? note "{title}"', "", *(f"    {line}" for line in table), ""]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
