@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from choose_method import BEHAVIOUR, CLASSES, mean_of
+from choose_method import BEHAVIOUR, CLASSES, mean_of, not_solved
 from finetrace.attribution import Problem, make
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.index.store import open_index
@@ -27,7 +27,6 @@ GRID = [
         ("ekfac", "datainf", "gradsim"), ("response", "first:20"), ("all", "last-half"), ("start", "end")
     )
 ]
-NOT_COUNTED = ("unsafe-20a", "unsafe-20b", "unsafe-120", "varied-24")  # as choose_method.py says
 
 
 def cosines(asked: NDArray[np.float64], among: NDArray[np.float64], *, centred: bool) -> NDArray[np.float64]:
@@ -58,7 +57,7 @@ def main() -> None:
             for centred in (False, True):
                 found = METRICS["auprc"](cosines(asked, among, centred=centred), relevant)
                 table.setdefault(f"{spec}{',centred' * centred}", {})[name] = float(np.nanmean(found))
-    counted = [name for name in (*BEHAVIOUR, *CLASSES) if name not in NOT_COUNTED]
+    counted = not_solved(args.out, (*BEHAVIOUR, *CLASSES))
     for mean, spec in sorted(((mean_of(values, counted), spec) for spec, values in table.items()), reverse=True):
         print(f"{mean:.3f} {spec}")
 

@@ -86,8 +86,7 @@ def main() -> None:
     if args.task:
         return
     free, others = ({make(spec).label for spec in specs} for specs in (QUERY_FREE, OTHERS))
-    without = {name: max(tables["auprc"][spec][name] for spec in free) for name in names}
-    counted = [name for name in names if args.every or without[name] < SOLVED]
+    counted = names if args.every else not_solved(args.out, names)
     orders = {metric: _ordered(table, counted) for metric, table in tables.items()}
     documents = {
         metric: [{"spec": spec, "mean": mean, **tables[metric][spec]} for mean, spec in order]
@@ -115,6 +114,16 @@ def main() -> None:
 def _ordered(table: dict[str, dict[str, float]], counted: Sequence[str]) -> list[tuple[float, str]]:
     """(mean, method), the best first."""
     return sorted((mean_of(values, counted), spec) for spec, values in table.items())[::-1]
+
+
+def not_solved(out: Path, names: Sequence[str]) -> list[str]:
+    """Those of the finished tasks in `out` that no order without the query solves."""
+    free, found = {make(spec).label for spec in QUERY_FREE}, []
+    for name in names:
+        records = json.loads((out / name / DONE).read_text())["records"]
+        if max(record["auprc"] for record in records if record["spec"] in free) < SOLVED:
+            found.append(name)
+    return found
 
 
 def mean_of(values: dict[str, float], counted: Sequence[str]) -> float:

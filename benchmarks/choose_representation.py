@@ -18,13 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from choose_method import BEHAVIOUR, CLASSES, QUERY_FREE, SOLVED, mean_of
-from finetrace.attribution import make
+from choose_method import BEHAVIOUR, CLASSES, mean_of, not_solved
+from finetrace.attribution.similarity import cosines
 from finetrace.batching import batches
-from finetrace.benchmark.cell import DONE
-from finetrace.collection.representations import POOLINGS, pool
+from finetrace.collection.representations import POOLINGS, UPPER, pool
 from finetrace.encoding import Encoder
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.examples import Example
@@ -38,9 +36,10 @@ from finetrace.reading import read_examples
 KEPT = "representations.json"
 MOMENTS = ("end", "start")
 SHOWN = ("accuracy", "coverage", "auroc", "auprc")
-CHOSEN = "layer=22,pooling=mean-response,at=end,centred"  # 0.75 of the embedded model's 30
-PLAIN = "layer=22,pooling=mean-response,at=end"
-FINAL = tuple(f"layer=30,pooling={pooling},at=end" for pooling in POOLINGS)
+LAYERS = 30  # of the embedded model
+PLAIN = f"layer={int(UPPER * LAYERS)},pooling=mean-response,at=end"
+CHOSEN = f"{PLAIN},centred"
+FINAL = tuple(f"layer={LAYERS},pooling={pooling},at=end" for pooling in POOLINGS)
 
 
 def pooled(loaded: Loaded, rows: list[Example]) -> dict[tuple[int, str], Tensor]:
@@ -72,8 +71,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         for (layer, pooling), asked in states[0].items():
             rows = states[1][layer, pooling]
             for centred in (False, True):
-                middle = rows.mean(0) if centred else torch.zeros(rows.shape[1], dtype=rows.dtype)
-                scores = (normalize(asked - middle, dim=1) @ normalize(rows - middle, dim=1).T).numpy()
+                scores = cosines(asked, rows, centred=centred)
                 name = f"layer={layer},pooling={pooling},at={moment}{',centred' * centred}"
                 found[name] = {key: float(np.nanmean(METRICS[key](scores, relevant))) for key in SHOWN}
     return found
@@ -105,13 +103,10 @@ def search(out: Path, show: int) -> None:
     """The order of all on the development tasks."""
     names = [*BEHAVIOUR, *CLASSES]
     table: dict[str, dict[str, float]] = {}
-    without = {}
     for name in names:
         for spec, values in kept(out / name).items():
             table.setdefault(spec, {})[name] = values["auprc"]
-        records = {each["spec"]: each for each in json.loads((out / name / DONE).read_text())["records"]}
-        without[name] = max(records[make(spec).label]["auprc"] for spec in QUERY_FREE)
-    counted = [name for name in names if without[name] < SOLVED]
+    counted = not_solved(out, names)
     order = sorted(((mean_of(values, counted), spec) for spec, values in table.items()), reverse=True)
     best = {
         choice: next(each for each in order if choice in each[1])

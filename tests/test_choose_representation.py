@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from importlib import import_module
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,30 +35,29 @@ def test_it_finds_what_repsim_finds(search: Any, tiny_loaded: Loaded, tmp_path: 
     train, queries = examples[:18], examples[18:]
     kinds = [Representation(layer, pooling) for layer in range(LAYERS + 1) for pooling in POOLINGS]
     encoder = Encoder(tiny_loaded.tokenizer)
-    index, _ = build_index(tiny_loaded, train, tmp_path / "index", encoder, representations=kinds)
+    tiny_loaded.model.peft_config["default"].init_lora_weights = True  # as if its B had begun at zero
+    problems = {
+        at: Problem(build_index(tiny_loaded, train, tmp_path / at, encoder, representations=kinds, at=at)[0], queries)
+        for at in ("end", "start")
+    }
     for name, rows in (("train", train), ("queries", queries)):
         write_examples(tmp_path / f"{name}.jsonl", rows)
     (tmp_path / "cell.json").write_text(json.dumps({"dtype": "float64"}))
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "finetune.yaml").write_text("model: tiny\n")
-    tiny_loaded.model.peft_config["default"].init_lora_weights = True  # as if its B had begun at zero
     specs = {ModelSpec("tiny", str(tmp_path / "adapter"), "float64", "cpu"): tiny_loaded}
     monkeypatch.setattr(search, "load", lambda spec: specs[spec])
 
     found = search.kept(tmp_path)
     relevant = relevance([row.label for row in train], [query.label for query in queries])
     assert relevant.any()
-    problem = Problem(index, queries)
     assert len(found) == (LAYERS + 1) * len(POOLINGS) * 4
-    for layer in range(LAYERS + 1):
-        for pooling in POOLINGS:
-            for centred in (False, True):
-                scores = make(f"repsim:layer={layer},pooling={pooling}", centred=centred).score(problem).values
-                name = f"layer={layer},pooling={pooling},at=end{',centred' * centred}"
-                for key, value in found[name].items():
-                    assert value == pytest.approx(float(np.nanmean(METRICS[key](scores, relevant)))), (name, key)
-    ends = {name: value for name, value in found.items() if "at=end" in name}
-    assert any(found[name.replace("at=end", "at=start")] != value for name, value in ends.items())
+    for at, layer, pooling, centred in product(problems, range(LAYERS + 1), POOLINGS, (False, True)):
+        scores = make(f"repsim:layer={layer},pooling={pooling}", centred=centred).score(problems[at]).values
+        name = f"layer={layer},pooling={pooling},at={at}{',centred' * centred}"
+        wanted = {key: float(np.nanmean(METRICS[key](scores, relevant))) for key in found[name]}
+        assert found[name] == pytest.approx(wanted, rel=1e-12), name
+    assert found["layer=1,pooling=last-token,at=end"] != found["layer=1,pooling=last-token,at=start"]
 
     monkeypatch.setattr(search, "measure", None)  # it is read back, not measured again
     assert search.kept(tmp_path) == found

@@ -28,7 +28,7 @@ BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after 
 
 # the best of hidden states on the same tasks, layers and poolings searched as gradients' layers and tokens were
 # (benchmarks/choose_representation.py): rows whose answers are alike
-SIMILAR = "repsim:layer=0.75,pooling=mean-response,centred=true"
+SIMILAR = f"repsim:layer={UPPER},pooling=mean-response,centred=true"
 
 # an order that never looks at the query, of those tried the one that comes farthest where a behaviour is planted: rows that
 # were new to the model come first

@@ -8,10 +8,18 @@ from typing import ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.representations import Pooling, Representation
+
+
+def cosines(query: Tensor, train: Tensor, *, centred: bool) -> NDArray[np.float64]:
+    """(m, n) cosines of (m, d) with (n, d), with `centred` after the mean of `train` was taken off both."""
+    middle = train.double().mean(0) if centred else 0.0
+    rows, columns = (torch.nn.functional.normalize(each.double() - middle, dim=1) for each in (query, train))
+    return (rows @ columns.T).clamp(-1, 1).numpy()
 
 
 @register("repsim")
@@ -33,9 +41,7 @@ class RepSim(Method):
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) cosines."""
         train, query = problem.representations(Representation(self.layer, self.pooling))
-        middle = train.double().mean(0) if self.centred else 0.0
-        rows, columns = (torch.nn.functional.normalize(each.double() - middle, dim=1) for each in (query, train))
-        return (rows @ columns.T).clamp(-1, 1).numpy()
+        return cosines(query, train, centred=self.centred)
 
     @property
     def unit(self) -> str:

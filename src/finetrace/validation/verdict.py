@@ -11,7 +11,7 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
 
-NEAR = 0.1  # nats that two trainings may part by for no other reason than their rounding
+NEAR = 0.1  # nats; a smaller difference is no reason to doubt the settings
 
 
 def verdict(
