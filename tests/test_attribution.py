@@ -20,6 +20,7 @@ from finetrace.attribution.scores import Scores
 from finetrace.collection.representations import Representation
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.reporting.compose import compose
 from finetrace.tracing import SIMILAR, STANDARD, run_methods, standard
 from finetrace.validation.plan import usual
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
@@ -193,6 +194,8 @@ def test_repsim_looks_where_it_is_told_and_takes_the_mean_off(problem):
     assert make(spec).label == spec
     assert make(spec).title == "repsim layer=0.75 mean-response centred"
     assert make("repsim:centred=false").label == "repsim"
+    page = compose("t", run_methods(problem, [make(spec)]), {})
+    assert page.methods[0].note == "layer 0.75, pooling mean-response, centred true"
     plain = make("repsim:layer=1,pooling=mean-response").score(problem).values
     assert np.abs(plain - wanted.numpy()).max() > 0.01
     for layer in ("1.5", "-0.5"):

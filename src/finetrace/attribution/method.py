@@ -112,7 +112,7 @@ class Method(ABC):
         """The name, and the parameters that differ from the defaults: what `make` reads back."""
         fields = dataclasses.fields(self)  # type: ignore[arg-type]
         values = {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
-        changed = [f"{key}={str(value).lower() if isinstance(value, bool) else value}" for key, value in values.items()]
+        changed = [f"{key}={written(value)}" for key, value in values.items()]
         return f"{self.name}:{','.join(changed)}" if changed else self.name
 
     @property
@@ -212,6 +212,11 @@ def make(spec: str, **overrides: Any) -> Method:
 def _adapter(kind: type[Method]) -> TypeAdapter[Method]:
     """Checks a method's parameters; building one takes longer than everything else that a specification asks for."""
     return TypeAdapter(kind)
+
+
+def written(value: Any) -> str:
+    """A parameter's value as a specification has it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _settings(text: str) -> list[str]:

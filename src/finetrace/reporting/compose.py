@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from finetrace.attribution.method import written
 from finetrace.evaluation.intervals import Estimate
 from finetrace.examples import Example
 from finetrace.reporting.payload import ExampleView, Interval, MethodView, ModelBehaviour, Report
@@ -52,7 +53,7 @@ def interval(estimate: Estimate) -> Interval:
 
 def _method(result: Result) -> MethodView:
     method = result.method
-    parameters = ", ".join(f"{key} {value}" for key, value in result.scores.parameters.items())
+    parameters = ", ".join(f"{key} {written(value)}" for key, value in result.scores.parameters.items())
     return MethodView(
         method=method.title,
         title=method.summary(),
