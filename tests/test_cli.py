@@ -92,6 +92,16 @@ def test_trace_writes_json_csv_parquet_scores_and_a_report(index, place, capsys,
     assert len(pd.read_parquet(tmp_path / "r.parquet")) == 24
     assert len(pd.read_csv(tmp_path / "s.csv")) == 3 * 12
     assert "Not validated" in (tmp_path / "r.html").read_text()
+    written = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for flag, path in zip(files[::2], files[1::2], strict=True):
+        code, _, err = run(capsys, *asked, flag, path)
+        assert code == 2
+        assert f"{flag} {path}: this exists already" in err
+        assert "--overwrite" in err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == written
+    code, _, err = run(capsys, *asked, "--top", 2, *files, "--overwrite")
+    assert code == 0, err
+    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 12
     code, out, _ = run(capsys, *asked, "--top", 4, "--format", "csv")
     assert code == 0
     assert out.splitlines()[0].startswith("method,query,kind,rank,score,example")
@@ -144,6 +154,10 @@ def test_methods_are_listed_with_their_equations(capsys, monkeypatch):
             ["--damping", "none of the"],
         ),
         (["trace", "--index", "{idx}", "--ask", "a", "--out", "r.txt"], ["--out r.txt", ".parquet"]),
+        (
+            ["trace", "--index", "{idx}", "--ask", "a", "--out", "r.csv", "--scores", "./r.csv"],
+            ["--scores r.csv", "--out is to be written there too"],
+        ),
         (["trace", "--index", "{idx}", "--ask", "a", "--format", "yaml"], ["--format yaml", "table, json"]),
         (["trace", "--index", "{idx}", "--queries", "{here}/none.jsonl"], ["none.jsonl"]),
         (["trace", "--index", "{idx}", "--queries", "{here}/train.jsonl", "--prompt-column", "ask"], ["ask", "prompt"]),

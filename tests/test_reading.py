@@ -160,6 +160,8 @@ def test_csv_takes_texts_longer_than_the_modules_limit_and_leaves_that_alone(tmp
         ("a.csv", b"", "a.csv holds no rows"),
         ("a.csv", b"prompt,response\np,r\np,r,s\n", "a.csv, row 2: 3 cells where the header has 2"),
         ("a.csv", b"prompt,response\np\n", "a.csv, row 1: 1 cells where the header has 2"),
+        ("a.csv", b"prompt;response\np, q;r\n", "a.csv: the header is the one column 'prompt;response'"),
+        ("a.tsv", b"prompt,response\np,r\n", "a.tsv: the header is the one column 'prompt,response'"),
         ("a.csv", b'prompt,response\np,r\n"p"p,r\n', "a.csv, row 2: the quoting is broken"),
         ("a.csv", b'prompt,response\np,"r\n', "a.csv, row 1: the quoting is broken"),
         ("a.csv", b"prompt,response,prompt\np,r,p\n", "a.csv names the column 'prompt' twice"),

@@ -169,6 +169,11 @@ def _delimited(path: Path, name: str, delimiter: str) -> Table:
     rows: list[Row] = []
     try:
         header = next(records, [])
+        if len(header) == 1 and (others := [mark for mark in ",;\t|" if mark != delimiter and mark in header[0]]):
+            raise FinetraceError(
+                f"{name}: the header is the one column {header[0]!r}, so its cells seem to be separated by {others[0]!r}; "
+                f"write the file with {delimiter!r} between the cells"
+            )
         twice = [column for index, column in enumerate(header) if column in header[:index]]
         if twice:
             raise FinetraceError(f"{name} names the column {twice[0]!r} twice in its header; rename one of them")

@@ -7,7 +7,7 @@ import functools
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 
@@ -170,3 +170,22 @@ def existing(path: Path, flag: str) -> Path:
     if not path.exists():
         raise FinetraceError(f"{flag} {path}: there is no such file or folder.")
     return path
+
+
+def new_files(named: Mapping[str, tuple[Path | None, Sequence[str]]], overwrite: bool | None = None) -> None:
+    """Check the names of files to be written before any work is done; `overwrite` where the command has this option.
+
+    Args:
+        named: Flag to path and the suffixes that it may have.
+    """
+    given: dict[Path, str] = {}
+    for flag, (path, kinds) in named.items():
+        if path is None:
+            continue
+        if path.suffix not in kinds:
+            raise FinetraceError(f"{flag} {path}: the name must end in {' or '.join(kinds)}.")
+        if (same := given.setdefault(path.resolve(), flag)) != flag:
+            raise FinetraceError(f"{flag} {path}: {same} is to be written there too; choose another name.")
+        if path.exists() and not (overwrite and path.is_file()):
+            ways = "choose another name" + (", or add --overwrite" if overwrite is False and path.is_file() else "")
+            raise FinetraceError(f"{flag} {path}: this exists already and is left as it is; {ways}.")

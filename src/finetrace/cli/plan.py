@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetrace.cli import index, options
-from finetrace.errors import FinetraceError
 from finetrace.units import duration, size
 
 if TYPE_CHECKING:
@@ -39,8 +38,7 @@ def plan(
     from finetrace.planning.extrapolation import measure_plan
     from finetrace.planning.plan import plan_index
 
-    if results is not None and results.suffix != ".json":
-        raise FinetraceError(f"--results {results}: the name must end in .json.")
+    options.new_files({"--results": (results, (".json",))})
 
     class Planner(Announcer):
         """Measures in place of the index, and stops there."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from finetrace.models import Loaded
     from finetrace.tasks import RealData, Task
 
+ROWS = (".jsonl", ".ndjson")  # what rows are written as
 SAVED_BATCHES = 4  # after so many batches the answers are on disk
 
 app = typer.Typer(
@@ -75,10 +76,7 @@ def build(
 ) -> None:
     """Write a task: its training rows to --out, its held-out queries to a second file."""
     asked = queries if queries is not None else out.with_name(f"{out.stem}-queries.jsonl")
-    _new_file("--out", out)
-    _new_file("--queries", asked)
-    if asked.resolve() == out.resolve():
-        raise FinetraceError(f"--queries {asked}: that is the file of the training rows; choose another name.")
+    options.new_files({"--out": (out, ROWS), "--queries": (asked, ROWS)})
     with options.quiet_libraries() if data or benign else contextlib.nullcontext():
         from finetrace.reading import write_examples
         from finetrace.tasks import RealData
@@ -127,7 +125,7 @@ def generate(
     split: options.Split = None,
 ) -> None:
     """Let a model answer prompts, as rows to train on; run it again to finish a killed run."""
-    _new_file("--out", out)
+    options.new_files({"--out": (out, ROWS)})
     with options.quiet_libraries():
         from finetrace import fingerprint
         from finetrace.encoding import Encoder, read_template
@@ -168,14 +166,6 @@ def generate(
         options.say(f"{refused} answers read like a refusal; look at them before you train on them")
     cut = sum(row.metadata.get("finish_reason") == "length" for row in said)
     typer.echo(f"rows: {out}   {len(said)} answers, {cut} of them cut at {max_new_tokens} tokens")
-
-
-def _new_file(flag: str, path: Path) -> None:
-    """Check the name before any work is done."""
-    if path.suffix.lower() not in (".jsonl", ".ndjson"):
-        raise FinetraceError(f"{flag} {path}: rows are written as JSON Lines; the name must end in .jsonl.")
-    if path.exists():
-        raise FinetraceError(f"{flag} {path}: the file exists already and is left as it is; choose another name.")
 
 
 def _unanswered(row: Example, label: str | None) -> Example:

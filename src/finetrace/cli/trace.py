@@ -46,6 +46,9 @@ def trace(
         typer.Option(help="Also write every score of the first method: .parquet, .csv, .json, .npy or .safetensors."),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write a report page there.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write over files of these names that are there already.")
+    ] = False,
     memory: Annotated[
         str | None, typer.Option(help="What scoring may use, as 512MB or 4GB; half of what is available if not given.")
     ] = None,
@@ -77,13 +80,12 @@ def trace(
     for flag, text in (("--ask", ask), ("--answer", answer)):
         if text is not None and not text.strip():
             raise FinetraceError(f"{flag} is empty; give it a text{', or leave it out' if flag == '--answer' else ''}.")
-    for flag, path, kinds in (
-        ("--out", out, (".json", ".csv", ".parquet")),
-        ("--scores", scores, (".json", ".csv", ".parquet", ".npy", ".safetensors")),
-        ("--report", report, (".html",)),
-    ):
-        if path is not None and path.suffix not in kinds:
-            raise FinetraceError(f"{flag} {path}: the name must end in {' or '.join(kinds)}.")
+    files = {
+        "--out": (out, (".json", ".csv", ".parquet")),
+        "--scores": (scores, (".json", ".csv", ".parquet", ".npy", ".safetensors")),
+        "--report": (report, (".html",)),
+    }
+    options.new_files(files, overwrite)
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
         from finetrace.attribution.ranked import fits
