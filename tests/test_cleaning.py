@@ -159,6 +159,8 @@ def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Pa
     ]
     assert all(0 <= r["rate"] <= 1 and r["loss"] > 0 for r in records)
     assert "self-influential removed" in out
+    loss = next(r["loss"] for r in records if r["trained_on"] == "all rows")
+    assert f"and {loss:.2f} after retraining on all rows" in " ".join(out.split())
     index, bad = open_index(place / "idx"), read_examples(place / "bad.jsonl")
     trained = {
         tuple(json.loads(path.read_text())["rows"]) for path in (tmp_path / "again" / "retrainings").glob("*.json")

@@ -23,7 +23,7 @@ from finetrace.reading import read_examples, write_examples
 from finetrace.reporting.validated import kept_verdict
 from finetrace.tracing import BEST_AT_END, BEST_WITHOUT_FACTORS
 from finetrace.validation.plan import METHODS as METHODS_OF_ALL
-from finetrace.validation.plan import QUICK, USUAL, Validation, usual
+from finetrace.validation.plan import QUICK, USUAL, Validation, basis, usual
 from finetrace.validation.run import validate
 from finetrace.validation.verdict import verdict
 from tiny import make_examples
@@ -74,7 +74,7 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
     assert document["config"]["finetuning"]["rank"] == 2
     assert run(capsys, *page, tmp_path / "after.html")[0] == 0
     text = (tmp_path / "after.html").read_text()
-    assert "Validated by retraining" in text
+    assert "Looked at with few retrainings" in text
     assert "Not validated" not in text
     monkeypatch.setattr(retraining, "fit", lambda *_, **__: pytest.fail("trained again"))
     again = run(capsys, *command(place, out, "--subsets", 4, "--remove", 2, "--measure", "lds", "--method", "datainf"))
@@ -284,6 +284,9 @@ def test_how_many_rows_are_removed() -> None:
     assert Validation(counts=(7,)).removed(100) == (7,)
     assert set(QUICK.methods) <= set(Validation().methods)
     assert "drop" not in QUICK.measures  # the most retrainings
+    assert basis(Validation()) == basis(Validation(measures=("drop",), subsets=1)) == "Validated by retraining"
+    assert basis(QUICK) == basis(Validation(seeds=1)) == "Looked at with few retrainings"
+    assert basis(Validation(measures=("tail-patch",))).startswith("Not validated by retraining; ")
     assert PRESETS["default"].epochs == 3
 
 

@@ -100,7 +100,7 @@ class GradientMethod(Method):
         if self.held_bytes(problem) > problem.memory:
             raise FinetraceError(
                 f"{self.label}: this method holds {size(self.held_bytes(problem))} in memory, more than the "
-                f"{size(problem.memory)} allowed; give more with --memory, or take exact, which needs less."
+                f"{size(problem.memory)} allowed; give it more (--memory), or take exact, which needs less."
             )
         return self._matrix(problem)
 

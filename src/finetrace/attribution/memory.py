@@ -74,7 +74,7 @@ def plan(method: StreamedMethod, problem: Problem, share: int = 1, *, forced: bo
     if query + row > memory:
         raise FinetraceError(
             f"{method.label}: one query and one row of {width:,} entries take {size(query + row)}, more than the memory "
-            f"of {size(memory)}; give more with --memory."
+            f"of {size(memory)}; give it more (--memory)."
         )
     queries = max(1, min(problem.m, memory // 2 // query))
     step = problem.step or max(1, min(LARGEST_BLOCK, memory // 4) // row)

@@ -65,7 +65,8 @@ class Problem:
         for query in queries:
             if not query.has_response:
                 raise FinetraceError(
-                    f"query {query.id}: it has no response to trace; give one, or let the model answer with --ask."
+                    f"query {query.id}: it has no response to trace; give one, or let the model answer, as "
+                    "`finetrace trace` does."
                 )
         if kept_queries is not None and kept_queries.rows.ids != tuple(query.id for query in queries):
             raise FinetraceError(f"{kept_queries.folder}: this index does not hold these queries in this order.")

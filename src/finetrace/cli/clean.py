@@ -92,6 +92,7 @@ def clean(
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
+        from finetrace.evaluation.own_loss import own_loss, said_of
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
         from finetrace.reading import Columns, read_examples
@@ -123,8 +124,10 @@ def clean(
         opened.model(None, device, trust_remote_code, device_map)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
         options.say(f"ranking {len(examples)} rows against {many(len(answers), 'bad answer')}")
-        ranked = rank(Problem(opened, answers), cut, method or [default_method(opened)])
+        problem = Problem(opened, answers)
+        ranked = rank(problem, cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
+        settings: str | None = None
         if finetuning is not None:
             outcomes = train_again(
                 opened,
@@ -139,18 +142,22 @@ def clean(
                 device=device,
                 say=options.say,
             )
+            settings = said_of(own_loss(problem), outcomes[0].loss.value)
         write_rows(kept, [rows[i] for i in ranked.kept])
         write_rows(removed, [{**rows[i], **why} for i, why in zip(ranked.gone, reasons(ranked, answers), strict=True)])
         if outcomes:
-            about = {
+            about: dict[str, object] = {
                 "index": str(index),
                 "removed": ranked.removed,
                 "methods": list(ranked.methods),
                 "judge": judged_by.name,
             }
-            write_results(out, [_record(each) for each in outcomes], {**about, "seeds": seeds, "draws": draws})
+            about |= {"seeds": seeds, "draws": draws, "settings": settings}
+            write_results(out, [_record(each) for each in outcomes], about)
     console = Console()
     _print(ranked, examples, outcomes, judged_by, console)
+    if settings is not None:
+        console.print(settings, style="dim", highlight=False, markup=False)
     console.print(
         f"kept: {kept} ({len(ranked.kept)} rows)   removed: {removed} ({ranked.removed})", highlight=False, markup=False
     )

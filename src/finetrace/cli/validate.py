@@ -85,7 +85,7 @@ def validate(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import keep_verdict
-        from finetrace.validation.plan import QUICK, RETRAINED, Validation, usual
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
@@ -125,7 +125,7 @@ def validate(
         found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine)
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
-        keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}")
+        keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}", basis(plan))
     console = Console()
     for sentence in found.verdict:
         console.print(f"- {sentence}", markup=False, highlight=False)

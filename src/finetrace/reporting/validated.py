@@ -13,9 +13,13 @@ from finetrace.index.manifest import write_atomically
 NAME = "validation.json"
 
 
-def keep_verdict(index: Path, verdict: Sequence[str], command: str) -> None:
-    """Leave the sentences in the folder of an index, with the command that found them."""
-    document = {"verdict": list(verdict), "command": command, "data_fingerprint": manifest.read(index).data_fingerprint}
+VALIDATED = "Validated by retraining"
+
+
+def keep_verdict(index: Path, verdict: Sequence[str], command: str, basis: str = VALIDATED) -> None:
+    """Leave the sentences in the folder of an index, with what they rest on and the command that found them."""
+    rows = manifest.read(index).data_fingerprint
+    document = {"verdict": list(verdict), "basis": basis, "command": command, "data_fingerprint": rows}
     write_atomically(index / NAME, json.dumps(document, indent=1).encode())
 
 
@@ -34,4 +38,4 @@ def kept_verdict(index: Path) -> str | None:
     of = document.get("data_fingerprint")
     changed = of is not None and of != manifest.read(index).data_fingerprint
     since = ", before the rows of the index changed" if changed else ""
-    return f"Validated by retraining{since}. {said}"
+    return f"{document.get('basis', VALIDATED)}{since}. {said}"

@@ -71,6 +71,14 @@ QUICK = Validation(
 )
 
 
+def basis(plan: Validation) -> str:
+    """What a validation rests on, in the words that open its verdict on a page."""
+    if not RETRAINED & set(plan.measures):
+        return "Not validated by retraining; single optimizer steps alone were looked at"
+    few = plan.seeds < Validation().seeds or ("lds" in plan.measures and plan.subsets < Validation().subsets)
+    return "Looked at with few retrainings" if few else "Validated by retraining"
+
+
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
     """The methods of a plan, with what stands in for those that the index has no start or no Kronecker factors for, and without
     those whose hidden states it lacks.

@@ -16,6 +16,7 @@ from finetrace.evaluation.intervals import Estimate, bootstrap_mean
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.lds import Comparison, compare, draw_subsets, leave_out
 from finetrace.evaluation.metrics import relevance
+from finetrace.evaluation.own_loss import own_loss
 from finetrace.evaluation.removal import CLASS, Effect, effects, groups, removals
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
 from finetrace.evaluation.tail_patch import tail_patch
@@ -172,7 +173,7 @@ def _retrained(
     whole, removed = done[:seeds_each], done[seeds_each : len(named_rows) * seeds_each]
     before = losses(whole)[0]
     after = losses(done)[len(named_rows) :].transpose(1, 0, 2)
-    found = _Found(losses=(_own_loss(problem), float(before.mean())))
+    found = _Found(losses=(own_loss(problem), float(before.mean())))
     if len(subsets):
         found.lds = compare({**scores, **_labels_alone(problem)}, subsets, after[:, : len(subsets)])
     if len(singly):
@@ -193,13 +194,6 @@ def _labels_alone(problem: Problem) -> dict[str, NDArray[np.float64]]:
     """What class labels predict by themselves, 1 for each row of the query's class; nothing where they tell no rows apart."""
     relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
     return {CLASS: relevant.astype(np.float64)} if relevant.any() and not relevant.all() else {}
-
-
-def _own_loss(problem: Problem) -> float:
-    """Mean loss of the queries by the index's own adapter, NaN where it is of other tokens."""
-    manifest = problem.index.manifest
-    comparable = manifest.encoding.loss_on == RESPONSE and manifest.model.at == "end"
-    return float(problem.features.losses.mean()) if comparable else float("nan")
 
 
 def _verdicts(

@@ -9,9 +9,8 @@ import numpy as np
 from finetrace.attribution import make
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
+from finetrace.evaluation.own_loss import said_of
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
-
-NEAR = 0.1  # nats; a smaller difference is no reason to doubt the settings
 
 
 def verdict(
@@ -74,16 +73,8 @@ def verdict(
             f"the best of {len(loo.lds)} methods, {word}."
         )
     lines += _rates(rates, before, names)
-    if losses is not None and np.isfinite(losses[0]):
-        own, again = losses
-        lines.append(
-            f"The answers' mean loss is {own:.2f} under the adapter and {again:.2f} after retraining on all rows"
-            + (
-                "."
-                if abs(own - again) <= max(0.25 * max(own, again), NEAR)
-                else "; so far apart that the settings may not be those that made the adapter."
-            )
-        )
+    if losses is not None and (compared := said_of(*losses)) is not None:
+        lines.append(compared)
     return lines or ["Tail patches alone were measured; they say nothing of removing rows."]
 
 
