@@ -16,6 +16,7 @@ from finetrace.studies import approximation as study
 from finetrace.studies import write
 from finetrace.studies.approximation import Size, Trained
 from finetrace.studies.approximation_study import APPROXIMATION, DENSE, DUAL, FISHER, FULL, LARGEST, QUICK
+from finetrace.studies.approximation_study import _reading as reading
 from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
 from finetrace.studies.registry import STUDIES
 from finetrace.studies.study import Setting
@@ -224,3 +225,28 @@ def test_a_folder_of_another_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text(json.dumps({"study": "other"}))
     with pytest.raises(FinetraceError, match="other settings"):
         write.run(APPROXIMATION, tmp_path, Setting(quick=True), lambda text: None)
+
+
+def test_times_in_words_are_medians_over_seeds_and_differences_the_largest() -> None:
+    records = []
+    for seed, (dense, dual, apart) in enumerate([(8.0, 0.002, 1e-12), (10.0, 0.001, 3e-12), (30.0, 0.004, 2e-12)]):
+        about = {"points": 20, "parameters": 10_240, "damping": "paper", "truth": "fisher", "seed": seed}
+        records += [
+            {**about, "method": DENSE, "seconds": dense, "bytes": 2**30},
+            {**about, "method": DUAL, "seconds": dual, "relative": apart, "residual": apart, "scores": apart / 2},
+        ]
+        wide = {**about, "parameters": 100_000}
+        records += [
+            {**wide, "method": DENSE, "seconds": None, "bytes": 149 * 2**30},
+            {**wide, "method": DUAL, "seconds": dual / 2, "residual": apart, "scores": apart},
+        ]
+    said = reading(records)
+    assert said[0] == (
+        "20 points, 10,240 parameters, empirical Fisher: the dense solve takes 10 s, the dual one 0.002 s "
+        "(5,000 times less); they differ by 3.0e-12 at most."
+    )
+    assert said[1] == (
+        "At 20 points and 100,000 parameters a dense solve needs 149 GiB; the dual one takes 0.001 s, and the dense one of "
+        "10,240 parameters 10,000 times as long."
+    )
+    assert said[2].endswith("differ from the dual scores by at most 3.0e-12.")
