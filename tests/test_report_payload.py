@@ -167,3 +167,5 @@ def test_the_page_says_over_how_many_queries_its_metrics_are() -> None:
         f"over 2 of {len(report.queries)} queries (of the others none or all of the training examples have the class)"
         in some
     )
+    assert "in brackets; so few queries cannot tell methods apart. Accuracy" in some
+    assert "in brackets. Accuracy" in " ".join(render(large(30)).split())  # 24 queries

@@ -6,9 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from finetrace.attribution import Scores, make
 from finetrace.evaluation.metrics import evaluate, relevance
+from finetrace.reporting.tables import print_methods
 from finetrace.tracing import Result
 from finetrace.verdict import TOP, verdict
 from tiny import make_examples
@@ -129,3 +131,13 @@ def test_without_labels_a_list_that_comes_first_whatever_is_asked_is_told(same: 
     said = " ".join(verdict([Result(make(s), Scores(v, queries, train, s, "none")) for s, v in given.items()]))
     assert "An order that never looks at the answer (gradnorm) names" in said
     assert ("comes first whatever is asked" in said) is (same and rows > TOP)
+
+
+@pytest.mark.parametrize(("asked", "few"), [("a", True), ("a" * 5, True), ("a" * 6, False)])
+def test_a_table_says_over_how_many_queries_its_intervals_are(asked: str, few: bool) -> None:
+    found = judged({"gradcos": [[*range(8)]] * len(asked)}, "aaabbbbb", asked)
+    console = Console(record=True, width=80)
+    print_methods(found, console)
+    said = " ".join(console.export_text().split())
+    assert f"95% interval over {len(asked)} quer" in said
+    assert ("too few to tell methods apart" in said) is few

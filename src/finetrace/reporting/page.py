@@ -24,6 +24,7 @@ from markupsafe import Markup
 from finetrace.errors import FinetraceError
 from finetrace.reporting.island import page_data, to_json
 from finetrace.reporting.payload import FRACTIONS, Interval, MethodView, ModelBehaviour, Report
+from finetrace.verdict import FEW
 
 HEADINGS = {"accuracy": "Accuracy %", "coverage": "Coverage %", "auroc": "AUROC", "auprc": "AUPRC"}
 PERCENT = ("accuracy", "coverage")
@@ -84,6 +85,7 @@ def render(report: Report) -> str:
         probes=_probes(report.behaviour),
         m=len(report.queries),
         n=len(report.train),
+        few=FEW,
     )
 
 

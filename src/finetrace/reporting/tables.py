@@ -14,6 +14,8 @@ from finetrace.attribution import Top
 from finetrace.evaluation.intervals import Estimate
 from finetrace.reporting.payload import ModelBehaviour
 from finetrace.tracing import RankedResult, Result
+from finetrace.units import many
+from finetrace.verdict import FEW
 
 
 def print_methods(results: Sequence[Result | RankedResult], console: Console) -> None:
@@ -35,7 +37,10 @@ def print_methods(results: Sequence[Result | RankedResult], console: Console) ->
             table.add_row(*cells, f"{result.scores.seconds:.1f}", end_section=i == len(group) - 1)
     console.print(table)
     note = "positive score = proponent; below the line: controls"
-    note += "; low-high: 95% interval over queries" if judged else ""
+    if judged:
+        counted = max(estimate.n for result in results for estimate in result.metrics.values())
+        few = ", too few to tell methods apart" if counted < FEW else ""
+        note += f"; low-high: 95% interval over {many(counted, 'query')}{few}"
     console.print(note, style="dim", highlight=False, markup=False)
 
 
