@@ -16,6 +16,7 @@ from finetrace.studies import approximation as study
 from finetrace.studies import write
 from finetrace.studies.approximation import Size, Trained
 from finetrace.studies.approximation_study import APPROXIMATION, DENSE, DUAL, FISHER, FULL, LARGEST, QUICK
+from finetrace.studies.approximation_study import _figure as figure
 from finetrace.studies.approximation_study import _reading as reading
 from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
 from finetrace.studies.registry import STUDIES
@@ -242,11 +243,38 @@ def test_times_in_words_are_medians_over_seeds_and_differences_the_largest() -> 
         ]
     said = reading(records)
     assert said[0] == (
-        "20 points, 10,240 parameters, empirical Fisher: the dense solve takes 10 s, the dual one 0.002 s "
-        "(5,000 times less); they differ by 3.0e-12 at most."
+        "20 points, 10,240 parameters, empirical Fisher: the dense solve takes 10 s and 1 GiB, the dual one "
+        "0.002 s (5,000 times less); they differ by 3.0e-12 at most."
     )
     assert said[1] == (
         "At 20 points and 100,000 parameters a dense solve needs 149 GiB; the dual one takes 0.001 s, and the dense one of "
         "10,240 parameters 10,000 times as long."
     )
     assert said[2].endswith("differ from the dual scores by at most 3.0e-12.")
+
+
+def test_a_seed_without_a_dense_solve_is_left_out_of_what_dense_and_dual_are_compared_by() -> None:
+    about = {"points": 20, "parameters": 23_040, "damping": "paper", "truth": "fisher"}
+    solved = {"residual": 1e-12, "scores": 1e-12}
+    records = [
+        {**about, "seed": 0, "method": DENSE, "seconds": 100.0, "bytes": 8 * 2**30},
+        {**about, "seed": 0, "method": DUAL, "seconds": 0.001, "relative": 2e-12, **solved},
+        {**about, "seed": 1, "method": DENSE, "seconds": None, "bytes": 8 * 2**30},
+        {**about, "seed": 1, "method": DUAL, "seconds": 0.5, **solved},
+    ]
+    assert "100 s and 8 GiB, the dual one 0.001 s (100,000 times less); they differ by 2.0e-12" in reading(records)[0]
+
+
+def test_the_figure_shows_errors_ranks_and_times_of_seeds_that_agree() -> None:
+    size = Size(20, 32)
+    about = {"points": 20, "parameters": size.parameters, "damping": "paper"}
+    values = {"l2": 0.1, "relative": 0.7, "scaled": 0.1, "spearman": 0.1, "seconds": 0.1}  # a mean of three 0.1 is more
+    records = [
+        {**about, "seed": seed, "truth": truth, "method": method, **values}
+        for seed in range(3)
+        for truth in study.TRUTHS
+        for method in ("GradSim", DUAL)
+    ]
+    axes = figure(records, (size,)).axes
+    assert [axis.get_xscale() for axis in axes] == ["log", "log", "log", "linear", "linear", "log"]
+    assert all(len(axis.containers) == 2 for axis in axes)

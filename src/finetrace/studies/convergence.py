@@ -63,7 +63,9 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
         {f"convergence-{name}": _figure(records, name) for name in METRICS}
         | {
             "losses": _state(records, LOSSES, "loss, nats a token"),
-            "gradient-norms": _state(records, {"gradient_norm": "training rows"}, "mean gradient norm, nats a unit"),
+            "gradient-norms": _state(
+                records, {"gradient_norm": "training rows"}, "mean L2 norm of gradients,\nnats per unit of weight"
+            ),
         },
         [*_reading(records), *plan.left_out()],
         {"sizes": plan.sizes, "epochs": plan.epochs},

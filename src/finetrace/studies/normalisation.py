@@ -102,8 +102,10 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
 
 
 def _figure(records: Sequence[dict[str, Any]]) -> Any:
-    """Accuracy against the share of queries that the largest hub takes; a mark a similarity, a shade a curvature."""
-    shades = dict(zip((*CURVATURES, "gradcos", "random"), ("0.0", "0.3", "0.5", "0.65", "0.8", "0.4"), strict=True))
+    """Accuracy against the share of queries that the largest hub takes; a mark a similarity, its filling a curvature."""
+    fillings = dict(
+        zip((*CURVATURES, "gradcos", "random"), ("full", "none", "left", "bottom", "full", "full"), strict=True)
+    )
     alone = {"gradcos": ("cosine of each block", MARKS[3]), "random": ("random", MARKS[6])}
     names = {"none": "product", "relatif": "RelatIF", "cosine": "cosine"}
 
@@ -115,14 +117,19 @@ def _figure(records: Sequence[dict[str, Any]]) -> Any:
             )
             style = {
                 "marker": mark,
-                "color": shades[r["curvature"]],
+                "fillstyle": fillings[r["curvature"]],
+                "color": "black",
+                "ecolor": "0.6",
                 "markersize": 5,
+                "markeredgewidth": 0.7,
                 "linestyle": "none",
                 "elinewidth": 0.5,
             }
             across, up = (reach([r], key, 100) for key in ("hub_share", "accuracy"))
             place = (100 * r["hub_share"], 100 * r["accuracy"])
             axis.errorbar(*place, xerr=across, yerr=up, label=label, **style)
+        axis.set_xlim(0, 105)
+        axis.set_ylim(-5, 105)
 
     return facets(records, draw, "queries for which one example is first, %", "accuracy, %", columns=4)
 

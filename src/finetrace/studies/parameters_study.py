@@ -184,10 +184,10 @@ def _epochs(records: Sequence[dict[str, Any]], start: str) -> Any:
     for axis, (key, head, scale) in zip(
         axes,
         (
-            ("raw", "raw distance from the start", 1),
-            ("effective", "distance of B A from the start", 1),
+            ("raw", "raw distance from the start, L2", 1),
+            ("effective", "distance of B A from the start, L2", 1),
             ("behaviour", "attack success, %", 100),
-            ("loss", "loss of the probe, nats", 1),
+            ("loss", "loss of the probe, nats a token", 1),
         ),
         strict=True,
     ):
