@@ -266,7 +266,7 @@ APPROXIMATION = Study(
     "approximation",
     "Fig. 3, Table 5",
     "error and time of approximate influences against exact ones, digits and one linear layer",
-    12,
+    25,
     1,
     pieces,
     outcome,

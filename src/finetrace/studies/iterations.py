@@ -1,6 +1,6 @@
 """LiSSA's iterations: accuracy, coverage and distance to the exact solve (Fig. 4 of arXiv 2409.19998).
 
-The study reads wandering curves as uncertain convergence. Two recurrences stand here: the series with its own scale, which
+Does LiSSA converge, and to what? Two recurrences stand here: the series with its own scale, which
 converges to the exact influence of the same damping, and the released code's, whose curvature term is divided by 1000.
 """
 
