@@ -18,6 +18,7 @@ from finetrace.studies.approximation import Size, Trained
 from finetrace.studies.approximation_study import APPROXIMATION, DENSE, DUAL, FISHER, FULL, LARGEST, QUICK
 from finetrace.studies.approximation_study import _figure as figure
 from finetrace.studies.approximation_study import _reading as reading
+from finetrace.studies.approximation_study import _short as short
 from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
 from finetrace.studies.registry import STUDIES
 from finetrace.studies.study import Setting
@@ -278,3 +279,8 @@ def test_the_figure_shows_errors_ranks_and_times_of_seeds_that_agree() -> None:
     axes = figure(records, (size,)).axes
     assert [axis.get_xscale() for axis in axes] == ["log", "log", "log", "linear", "linear", "log"]
     assert all(len(axis.containers) == 2 for axis in axes)
+
+
+def test_hundreds_of_seconds_are_written_out() -> None:
+    assert short((156.2, 154.0, 1290.0)) == "156 (154 to 1,290)"
+    assert short((0.00123, 0.00123, 0.00123)) == "0.0012"

@@ -150,7 +150,7 @@ def _short(value: tuple[float, float, float] | None) -> str:
     """The mean, and where seeds differ the least and the most."""
     if value is None:
         return "-"
-    mean, low, high = (f"{each:.2g}" for each in value)
+    mean, low, high = (f"{each:,.0f}" if 100 <= each < 10_000 else f"{each:.2g}" for each in value)
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
