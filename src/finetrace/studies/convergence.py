@@ -18,6 +18,7 @@ from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
+from finetrace.studies.controls import control_line, controls, table
 from finetrace.studies.pieces import Piece, Say
 from finetrace.studies.plots import facets, line, logarithmic, whole
 from finetrace.studies.records import percent, settings, where
@@ -56,11 +57,13 @@ def _cell(cell: Cell, place: Path, say: Say) -> pd.DataFrame | None:
 def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
     """Of each cell's epochs."""
     plan = QUICK if setting.quick else PLAN
-    records = summary(pd.concat(found), ("task", "protocol", "spec", "epoch"), METRICS, STATE)
+    frame = pd.concat(found)
+    words = controls(plan.cells(setting), frame)
+    records = summary(frame, ("task", "protocol", "spec", "epoch"), METRICS, STATE)
     return Outcome(
-        records,
-        {f"convergence-{name}": _table(records, name) for name in METRICS},
-        {f"convergence-{name}": _figure(records, name) for name in METRICS}
+        [*records, *words],
+        {f"convergence-{name}": _table(records, name) for name in METRICS} | {"controls": table(words)},
+        {f"convergence-{name}": _figure(records, name, words) for name in METRICS}
         | {
             "losses": _state(records, LOSSES, "loss, nats a token"),
             "gradient-norms": _state(
@@ -118,7 +121,7 @@ def _table(records: Sequence[dict[str, Any]], metric: str) -> tuple[list[str], l
     return heads, lines
 
 
-def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
+def _figure(records: Sequence[dict[str, Any]], metric: str, words: Sequence[dict[str, Any]]) -> Any:
     """A metric over epochs, a panel a task and protocol; a method looks the same in all of them."""
     places = {spec: place for place, spec in enumerate(dict.fromkeys(r["spec"] for r in records))}
 
@@ -126,6 +129,7 @@ def _figure(records: Sequence[dict[str, Any]], metric: str) -> Any:
         for spec in dict.fromkeys(r["spec"] for r in here):
             found = sorted(where(here, spec=spec), key=lambda r: r["epoch"])
             line(axis, places[spec], [r["epoch"] for r in found], found, metric, name_of(spec), 100)
+        control_line(axis, words, here[0]["task"], here[0]["protocol"], metric)
         whole(axis)
 
     return facets(records, draw, "epoch", f"{metric if metric != 'auprc' else 'AUPRC'}, %")

@@ -19,6 +19,7 @@ from scipy.stats import spearmanr
 from finetrace.attribution import make
 from finetrace.attribution.gradient import DEFAULT_DAMPING
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.controls import control_line, controls, table
 from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
@@ -58,11 +59,13 @@ def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcom
     """Of the two frames of each cell."""
     plan = QUICK if setting.quick else PLAN
     frame, spectra = (pd.concat(frames) for frames in zip(*found, strict=True))
+    words = controls(plan.cells(setting), frame)
     records = summary(frame, ("task", "protocol", "curve", "multiple"), METRICS, PAPER)
     return Outcome(
-        records,
-        {"damping": _table(records)},
-        {f"damping-{name}": _figure(records, *of) for name, of in FIGURES.items()} | {"spectrum": _spectra(spectra)},
+        [*records, *words],
+        {"damping": _table(records), "controls": table(words)},
+        {f"damping-{name}": _figure(records, *of, words) for name, of in FIGURES.items()}
+        | {"spectrum": _spectra(spectra)},
         [*_reading(records), *plan.left_out()],
         {"multiples": MULTIPLES, "sizes": plan.sizes},
     )
@@ -132,7 +135,9 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return heads, lines
 
 
-def _figure(records: Sequence[dict[str, Any]], metric: str, head: str, scale: float) -> Any:
+def _figure(
+    records: Sequence[dict[str, Any]], metric: str, head: str, scale: float, words: Sequence[dict[str, Any]]
+) -> Any:
     """A metric over lambda, a panel a task and protocol; a wide band is the default, a dark one the study's rule."""
 
     def draw(axis: Any, here: list[dict[str, Any]]) -> None:
@@ -143,6 +148,7 @@ def _figure(records: Sequence[dict[str, Any]], metric: str, head: str, scale: fl
             level = where(here, curve=name)[0].get(metric)
             if level is not None:
                 axis.axhline(scale * level, color="0.75", linestyle=style, linewidth=1, label=name)
+        control_line(axis, words, here[0]["task"], here[0]["protocol"], metric)
         axis.axvline(DEFAULT_DAMPING, color="0.9", linewidth=4, zorder=0, label="default")
         low, high, joint = (here[0][key] for key in PAPER)
         axis.axvspan(low, high, color="0.8", linewidth=0, zorder=0, label="paper's rule, by block")

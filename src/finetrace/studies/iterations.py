@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 
 from finetrace.attribution import make
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.controls import control_line, controls, table
 from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
@@ -40,11 +41,12 @@ def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcom
     """Of the frame of each cell."""
     plan = QUICK if setting.quick else PLAN
     frame = pd.concat(frame for (frame,) in found)
+    words = controls(plan.cells(setting), frame)
     records = summary(frame, ("task", "protocol", "damping", "recurrence", "iterations"), METRICS)
     return Outcome(
-        records,
-        {"iterations": _table(records)},
-        _figures(records),
+        [*records, *words],
+        {"iterations": _table(records), "controls": table(words)},
+        _figures(records, words),
         [*_reading(records), *plan.left_out()],
         {"counts": COUNTS, "sizes": plan.sizes},
     )
@@ -115,7 +117,7 @@ def _interval(record: dict[str, Any], metric: str) -> str:
     return f"{mean:.2g}" + (f" {low:.2g} to {high:.2g}" if low is not None else "")
 
 
-def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _figures(records: Sequence[dict[str, Any]], words: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy, coverage, rank correlation with the exact scores and distance to them, over iterations."""
     figures = {}
     for name, metric, head, scale in (
@@ -132,6 +134,7 @@ def _figures(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
                 kind = "series" if recurrence == "neumann" else "released"
                 x = [r["iterations"] for r in found]
                 line(axis, place, x, found, metric, f"{kind}, {damping} damping", scale)
+            control_line(axis, words, here[0]["task"], here[0]["protocol"], metric)
             if metric in ("accuracy", "coverage"):
                 for damping, style in zip(DAMPINGS, ("--", "-"), strict=True):
                     level = scale * where(here, damping=damping, iterations=-1)[0][metric]

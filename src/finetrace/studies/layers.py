@@ -25,6 +25,7 @@ from finetrace.index.factors import FORMAT
 from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
+from finetrace.studies.controls import control_line, controls, table
 from finetrace.studies.pieces import Piece, Say
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
@@ -79,13 +80,16 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
     """Of the choices on each cell."""
     plan = QUICK if setting.quick else PLAN
     frame = pd.concat(found)
+    words = controls(plan.cells(setting), frame)
     records = summary(frame, ("task", "protocol", "what", "trained", "layer", "spec"), METRICS)
     trained = [r for r in records if r["what"] == "trained"]
     looks = [r for r in records if r["what"] != "trained"]
     return Outcome(
-        records,
-        {f"layers-{name}": _table(trained, name) for name in METRICS} | {"layers-looked-at": _best(looks)},
-        {f"layers-{name}": _trained(trained, name) for name in METRICS[:2]} | {"layers-looked-at": _looked(looks)},
+        [*records, *({"what": "control", **each} for each in words)],
+        {f"layers-{name}": _table(trained, name) for name in METRICS}
+        | {"layers-looked-at": _best(looks), "controls": table(words)},
+        {f"layers-{name}": _trained(trained, name, words) for name in METRICS[:2]}
+        | {"layers-looked-at": _looked(looks)},
         [*_reading(trained, looks), *plan.left_out()],
         {"sizes": plan.sizes},
     )
@@ -165,7 +169,7 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     return heads, lines
 
 
-def _trained(records: Sequence[dict[str, Any]], metric: str) -> Any:
+def _trained(records: Sequence[dict[str, Any]], metric: str, words: Sequence[dict[str, Any]]) -> Any:
     """A metric over the choice of trained layers, a panel a task and protocol."""
     names = in_order(r["trained"] for r in records)
     places = {spec: place for place, spec in enumerate(dict.fromkeys(r["spec"] for r in records))}
@@ -176,6 +180,7 @@ def _trained(records: Sequence[dict[str, Any]], metric: str) -> Any:
             for place in dict.fromkeys(name.split()[0] for name in names):  # no line from one place to the next
                 x = [k for k, name in enumerate(names) if name.split()[0] == place and k in found]
                 line(axis, places[spec], x, [found[k] for k in x], metric, name_of(spec), 100)
+        control_line(axis, words, here[0]["task"], here[0]["protocol"], metric)
         axis.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
 
     return facets(records, draw, "layers with an adapter", f"{metric}, %", height=2.6)

@@ -18,6 +18,7 @@ from finetrace.attribution import make
 from finetrace.evaluation.seeds import over_seeds
 from finetrace.index.factors import FORMAT
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
+from finetrace.studies.controls import controls, table
 from finetrace.studies.pieces import Piece
 from finetrace.studies.plots import MARKS, facets
 from finetrace.studies.records import percent, reach, settings, where
@@ -53,6 +54,7 @@ def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcom
     """Of the frame of each cell."""
     plan = QUICK if setting.quick else PLAN
     frame = pd.concat(frame for (frame,) in found)
+    words = controls(plan.cells(setting), frame)
     records = summary(frame, ("task", "protocol", "spec"), METRICS, ("norm_ratio",))
     hubs = {key: _hub(group) for key, group in frame.groupby(["task", "protocol", "spec"], sort=False)}
     for record in records:
@@ -60,8 +62,8 @@ def outcome(setting: Setting, found: Sequence[Sequence[pd.DataFrame]]) -> Outcom
         record |= {"curvature": method.name, "normalise": method.normalisation, "title": method.title}
         record |= hubs[record["task"], record["protocol"], record["spec"]]
     return Outcome(
-        records,
-        {"normalisation": _table(records)},
+        [*records, *words],
+        {"normalisation": _table(records), "controls": table(words)},
         {"normalisation": _figure(records)},
         [*_reading(records), *plan.left_out()],
         {"sizes": plan.sizes},
