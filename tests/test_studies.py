@@ -15,6 +15,7 @@ from finetrace.attribution import make
 from finetrace.evaluation.metrics import relevance
 from finetrace.studies import capacity, cells, convergence, damping, iterations, layers, normalisation, plots
 from finetrace.studies.capacity import CAPACITY
+from finetrace.studies.controls import BOTH, PROMPTS
 from finetrace.studies.convergence import CONVERGENCE
 from finetrace.studies.damping import DAMPING, MULTIPLES
 from finetrace.studies.iterations import COUNTS, ITERATIONS
@@ -38,7 +39,11 @@ def quiet(text: str) -> None:
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
-    return json.loads((folder / "results.json").read_text())["records"]
+    """What a study found; its controls, which have no parameter of the study, are the same whatever was asked."""
+    records = json.loads((folder / "results.json").read_text())["records"]
+    assert {r["spec"] for r in records if r.get("control")} == {make(spec).label for spec in (*PROMPTS, *BOTH)}
+    assert (folder / "controls.md").exists()
+    return [r for r in records if not r.get("control")]
 
 
 def test_damping_goes_from_one_limit_to_the_other(setting: Setting, tmp_path: Path) -> None:
@@ -252,7 +257,7 @@ def test_a_method_looks_the_same_in_every_panel() -> None:
         for spec in specs:
             about = {"task": "mathqa", "protocol": protocol, "n_train": 5, "n_queries": 4, "epoch": 1}
             found.append({**about, "spec": make(spec).label, "coverage": 0.5})
-    figure = convergence._figure(found, "coverage")
+    figure = convergence._figure(found, "coverage", [])
     drawn = [{each.get_label(): each.lines[0].get_marker() for each in axis.containers} for axis in figure.axes]
     shared = drawn[0].keys() & drawn[1].keys()
     assert {"repsim", "gradsim", "gradcos"} <= shared
@@ -287,6 +292,7 @@ def test_correlations_along_a_run() -> None:
 def test_the_quick_capacity_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(capacity, "QUICK_WIDTHS", (4, 8))
     outcome = run(CAPACITY, tmp_path / "c", Setting(True, 1), quiet)
-    assert len(results(tmp_path / "c")) == len(capacity.STARTS) * 2
+    kept = json.loads((tmp_path / "c" / "results.json").read_text())["records"]
+    assert len(kept) == len(capacity.STARTS) * 2
     assert "move by 0" in outcome.reading[0]
     assert "undefined" in (tmp_path / "c" / "capacity.md").read_text()

@@ -55,7 +55,7 @@ class _Texts:
 
 
 def controls(cells: Iterable[Cell], frame: pd.DataFrame) -> list[dict[str, Any]]:
-    """Means over seeds and queries of each control on each task and protocol, as `cells.summary` has them.
+    """Means over seeds and queries of each control on each task and protocol, as `cells.summary` has them, marked `control`.
 
     Args:
         cells: Of the study.
@@ -77,7 +77,9 @@ def controls(cells: Iterable[Cell], frame: pd.DataFrame) -> list[dict[str, Any]]
         asked_of = Prepared(cell, Path(), problem, relevant)
         frames = [values_of(asked_of, method.label, method.matrix(problem)) for method in map(make, specs)]
         found.append(of_cell(pd.concat(frames), cell))
-    return summary(pd.concat(found), ("task", "protocol", "spec"), METRICS) if found else []
+    if not found:
+        return []
+    return [{"control": True, **each} for each in summary(pd.concat(found), ("task", "protocol", "spec"), METRICS)]
 
 
 def table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

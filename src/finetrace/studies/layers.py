@@ -85,7 +85,7 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
     trained = [r for r in records if r["what"] == "trained"]
     looks = [r for r in records if r["what"] != "trained"]
     return Outcome(
-        [*records, *({"what": "control", **each} for each in words)],
+        [*records, *words],
         {f"layers-{name}": _table(trained, name) for name in METRICS}
         | {"layers-looked-at": _best(looks), "controls": table(words)},
         {f"layers-{name}": _trained(trained, name, words) for name in METRICS[:2]}
