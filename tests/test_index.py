@@ -508,7 +508,10 @@ def nudged(loaded: Loaded) -> Loaded:
         (lambda loaded: (loaded, {"rows_per_shard": 5}), r"rows_per_shard \(4, not 5\)"),
         (lambda loaded: (loaded, {"batch_tokens": 100}), r"batch_tokens \(\d+, not 100\)"),
         (lambda loaded: (loaded, {"modules": ["q_proj"]}), r"blocks|modules"),
-        (lambda loaded: (loaded, {"representations": [Representation()]}), "representations"),
+        (
+            lambda loaded: (loaded, {"representations": [Representation()]}),
+            r"set of hidden states \(.+, not last-prompt@-1\)",
+        ),
     ],
 )
 def test_another_index_is_there(tiny_loaded: Loaded, built: Path, copied: Path, change: Any, what: str) -> None:

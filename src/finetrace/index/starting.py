@@ -111,7 +111,11 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     for key in now:
         if key not in ("shards", "left_out", "appended", "finetrace") and was.get(key) != now[key]:
-            what = names.get(key, f"{key} ({was.get(key)}, not {now[key]})")
+            if key == "representations":
+                old, new = (", ".join(each.get(key) or ["none"]) for each in (was, now))
+                what = f"set of hidden states ({old}, not {new})"
+            else:
+                what = names.get(key, f"{key} ({was.get(key)}, not {now[key]})")
             raise FinetraceError(
                 f"{folder}: an index of another {what} is there; choose another --out or remove the folder."
             )
