@@ -12,6 +12,7 @@ from torch import Tensor
 from finetrace.attribution.exact import Exact
 from finetrace.curvature.conjugate_gradients import IterativeStream
 from finetrace.curvature.dual import DualStream
+from finetrace.curvature.fisher import FisherDual
 from finetrace.curvature.lissa import SeriesStream, largest_eigenvalues
 from finetrace.curvature.nystroem import nystroem
 from finetrace.curvature.primal import PrimalStream
@@ -169,3 +170,16 @@ def test_in_memory_the_rounding_of_products_is_named_beside_the_residual(n: int,
     [said] = computed.values()
     assert said["residual"] < 1e-6 < left
     assert left <= said["residual"] + said["rounding"] < 0.1
+
+
+@pytest.mark.parametrize("n", [2, 5, 10, 11])
+def test_products_of_few_rows_are_symmetric(n: int) -> None:
+    """A product of so few rows is summed in one order above its diagonal and in another below, and a factor is of one half."""
+    drawn = torch.Generator().manual_seed(0)
+    common = 10 * torch.randn(1, 3072, generator=drawn)
+    train, query = (common + torch.randn(rows, 3072, generator=drawn) for rows in (n, 4))
+    products = Products.of(train, query)
+    assert torch.equal(products.gram, products.gram.T)
+    solved = FisherDual(products, 1e-4 * float(products.train_sq.mean()))
+    solved.products()
+    assert solved.residual() < 1e-9

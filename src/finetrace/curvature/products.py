@@ -109,7 +109,8 @@ class Products:
 
         def make() -> Tensor:
             train = self._known.train
-            return train @ train.T
+            product = train @ train.T
+            return (product + product.T) / 2  # of few rows the two halves are summed in different orders
 
         return self.kept.fetch("gram", make)
 

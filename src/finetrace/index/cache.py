@@ -28,7 +28,7 @@ from finetrace.collection import Block
 from finetrace.index.manifest import Manifest
 
 FOLDER = "cache"
-FORMAT = "1"
+FORMAT = "2"
 LIMIT = 2 << 30  # bytes
 STALE = 3600.0  # seconds after which a file that was never finished is removed
 
