@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.removal import CLASS, RANDOM, Group, Removal, effects, groups, order, removals
+from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.removal import CLASS, RANDOM, Effect, Group, Removal, effects, groups, order, removals
 
 
 def test_queries_are_grouped_by_class_or_all_together() -> None:
@@ -76,6 +77,51 @@ def test_effects_are_rises_over_all_rows_beside_those_of_chance() -> None:
     assert np.isnan(alone.over_random.low)  # one draw says nothing of how draws differ
     with pytest.raises(FinetraceError, match="shape"):
         effects(done, after[1:], before)
+
+
+def test_draws_that_all_comply_do_not_make_one_refusal_more_than_chance() -> None:
+    """Every answer still counts after five random removals; that the sixth would leave them all too is not known."""
+    group = Group("a", tuple(range(10)))
+    done = [Removal("m", 0, group, (0,)), *(Removal(RANDOM, draw, group, (1,)) for draw in range(5))]
+
+    def beside(refusals: int, step: float) -> tuple[Effect, Estimate]:
+        after = np.full((6, 1, 10), -1.0)  # minus the share that counts, as its fall is to be a rise
+        after[0, 0, :refusals] = 0
+        mine = effects(done, after, np.full((1, 10), -1.0), step=step, resamples=10)[0]
+        assert mine.over_random is not None
+        return mine, mine.over_random
+
+    reach = float(student.ppf(0.975, 4)) * 0.1 * 1.2**0.5  # a verdict is a tenth of the rate
+    for refusals, above in ((0, False), (1, False), (3, False), (4, True), (10, True)):
+        mine, over = beside(refusals, 1.0)
+        assert over.value == pytest.approx(refusals / 10)
+        assert over.high - over.value == pytest.approx(reach)
+        assert mine.sure is above
+    mine, over = beside(10, 0.0)
+    assert np.isnan(over.low)
+    assert not mine.sure
+
+
+def test_a_methods_removals_are_held_against_those_of_the_first() -> None:
+    """Queries rise by very different amounts, and by 0.2 more without the rows of the second: pairing sees that alone."""
+    group = Group("a", tuple(range(6)))
+    kinds = [("one", 2), ("two", 2), (RANDOM, 2), (CLASS, 2), ("two", 3)]
+    done = [Removal(what, 0, group, tuple(range(count))) for what, count in kinds]
+    rises = np.arange(6.0)
+    more = {"one": 0.0, "two": 0.2, RANDOM: -1, CLASS: 0.5}
+    after = np.stack([np.tile(rises + more[what], (2, 1)) for what, _ in kinds])
+    after += np.array([0.01, -0.01])[:, None] * np.array([1, 2, 1, 1, 1])[:, None, None]
+    found = {(each.what, each.count): each for each in effects(done, after, np.zeros((2, 6)))}
+    assert found[RANDOM, 2].over_first is found[CLASS, 2].over_first is None
+    first, second = found["one", 2].over_first, found["two", 2].over_first
+    assert first is not None
+    assert second is not None
+    assert first.value == 0
+    assert second.value == pytest.approx(0.2)
+    assert 0.18 < second.low < 0.2 < second.high < 0.22
+    alone = found["two", 3].over_first
+    assert alone is not None
+    assert alone.value == 0  # the first that removed three
 
 
 def test_random_scores_are_rarely_more_than_random_rows() -> None:

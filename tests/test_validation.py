@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
         (r["spec"], r["removed"]) for r in records if r["measure"] == "drop" and r["spec"] != "rows of the class"
     } == {(spec, count) for spec in ("gradcos", "repsim", RANDOM) for count in (2, 4)}
     assert all(r["ceiling"] is not None for r in records if r["measure"] == "lds")
+    for name, spec in (("tail-patch", "repsim"), ("drop", "repsim"), ("lds", "repsim")):  # all beside the first
+        first, mine = (
+            next(r for r in records if r["measure"] == name and r["spec"] == each) for each in ("gradcos", spec)
+        )
+        assert first["difference"] == 0
+        assert mine["difference"] == pytest.approx(mine["value"] - first["value"], abs=2e-6)
+    for name in ("drop", "tail-patch"):
+        assert "minus the first" in (out / f"{name}.md").read_text()
     for name in ("lds", "drop"):
         assert {path.suffix for path in out.glob(f"{name}.*")} == {".md", ".tex", ".png", ".svg"}
     assert document["config"]["finetuning"]["rank"] == 2
@@ -103,6 +112,8 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
         (("--measure", "bias"), ("--measure bias", "lds, drop, tail-patch, loo")),
         (("--remove", 12, "--measure", "drop"), ("removing 12 of 12",)),
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
+        (("--share", "nan", "--measure", "lds"), ("a share of nan", "between 0 and 1")),
+        (("--share", 2), ("a share of 2", "between 0 and 1")),
         (("--config", "nowhere.yaml"), ("--config nowhere.yaml", "no such file")),
         (("--adapter", "nowhere"), ("--adapter nowhere",)),
         (("--judge", "refusal-prefix", "--measure", "lds"), ("--judge refusal-prefix", "--measure drop")),
@@ -115,6 +126,8 @@ def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path:
     assert code == 2
     assert "Traceback" not in err
     assert all(word in err for word in words), err
+    if any(word in ("--share", "--remove") for word in more):
+        assert "scoring" not in err  # said before anything is computed
 
 
 def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
@@ -126,6 +139,12 @@ def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_p
     code, _, err = run(capsys, *other)
     assert code == 2
     assert "a validation with other settings" in err
+    same_ids = [
+        replace(each, id=mine.id) for each, mine in zip(make_examples(3, seed=8), make_examples(3, seed=5), strict=True)
+    ]
+    write_examples(tmp_path / "same-ids.jsonl", same_ids)
+    other[4] = tmp_path / "same-ids.jsonl"
+    assert "a validation with other settings" in run(capsys, *other)[2]
 
 
 def test_how_an_adapter_was_trained_is_found_in_what_the_trainer_leaves(place: Path, tmp_path: Path) -> None:
@@ -344,10 +363,12 @@ def test_in_a_known_world_every_measure_has_its_known_value(
 ) -> None:
     """Losses fall by exactly the scores of the rows that were trained on, and models comply if they saw row 0."""
     index, queries = open_index(place / "idx"), read_examples(place / "queries.jsonl")
+    index.model(trust_remote_code=True)
     problem = Problem(index, queries)
     scores = make("gradcos").score(problem).values
 
     def run_known(self: Retraining, subsets: Any, **_: Any) -> list[Retrained]:
+        assert self.base.trust_remote_code  # as the index's own model was loaded
         return [
             Retrained(
                 {RESPONSE: 5 - scores[:, list(each.rows)].sum(1)}, ("Sure." if 0 in each.rows else "I cannot.",) * 3, 0

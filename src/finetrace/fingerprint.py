@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.encoding import Encoded
+from finetrace.examples import Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,6 +57,11 @@ def of_data(ids: Sequence[str], encoded: Sequence[Encoded]) -> str:
         if item.padding:
             digest.update(item.padding.to_bytes(8, "little"))
     return digest.hexdigest()[:16]
+
+
+def of_examples(examples: Sequence[Example]) -> str:
+    """Of ids and messages, as they stand before any encoding."""
+    return of_text(json.dumps([[each.id, [[turn.role, turn.content] for turn in each.messages]] for each in examples]))
 
 
 def of_text(text: str) -> str:

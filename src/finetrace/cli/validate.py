@@ -80,6 +80,7 @@ def validate(
     with options.quiet_libraries():
         from finetrace.benchmark.stages import claim
         from finetrace.evaluation.judging import make_judge
+        from finetrace.fingerprint import of_examples
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
         from finetrace.reading import read_examples
@@ -117,6 +118,7 @@ def validate(
         about: dict[str, object] = {
             "finetuning": finetuning.model_dump(mode="json"),
             "queries": [each.id for each in asked],
+            "texts": of_examples(asked),
         }
         judging = {"judge": judged_by.name if judge is not None else None, "judge_label": judge_label}
         about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}

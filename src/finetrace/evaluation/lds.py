@@ -29,8 +29,10 @@ def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> ND
     Raises:
         FinetraceError: The share leaves no row, or no row out.
     """
-    size = round(share * rows)
+    size = round(share * rows) if 0 < share < 1 else 0  # a share need not be a number
     if not 0 < size < rows:
+        if not 0 < share < 1:
+            raise FinetraceError(f"a share of {share:g} of the rows: give one between 0 and 1, such as 0.5.")
         raise FinetraceError(
             f"a share of {share} of {rows} rows leaves {size} in; some rows have to be in and some out."
         )

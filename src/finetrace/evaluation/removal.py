@@ -17,7 +17,7 @@ from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
-from finetrace.evaluation.seeds import bootstrap_crossed
+from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
 
 RANDOM, CLASS = "random rows", "rows of the class"
 
@@ -70,6 +70,17 @@ def order(scores: NDArray[Any], group: Group) -> NDArray[np.intp]:
     return np.argsort(-np.asarray(scores, dtype=np.float64)[list(group.queries)].mean(axis=0), kind="stable")
 
 
+def refuse_counts(counts: Sequence[int], n: int) -> None:
+    """Stop where one of the numbers of rows leaves nothing of n to train on.
+
+    Raises:
+        FinetraceError: It does.
+    """
+    for count in counts:
+        if not 0 < count < n:
+            raise FinetraceError(f"removing {count} of {n} rows cannot be tried; give a number from 1 to {n - 1}.")
+
+
 def removals(
     scores: Mapping[str, NDArray[Any]],
     asked: Sequence[Group],
@@ -93,9 +104,7 @@ def removals(
         FinetraceError: A count leaves nothing to train on.
     """
     n = len(train_labels)
-    for count in counts:
-        if not 0 < count < n:
-            raise FinetraceError(f"removing {count} of {n} rows cannot be tried; give a number from 1 to {n - 1}.")
+    refuse_counts(counts, n)
     found = []
     for place, group in enumerate(asked):
         own = np.flatnonzero([label is not None and label == group.name for label in train_labels])
@@ -121,6 +130,8 @@ class Effect:
             interval is for these queries: it says how far other random rows would have differed (`_over_random`).
         sure: Whether it is above random rows with all the methods that removed as many taken into account (Bonferroni, at the
             same level), so that the best of them may be said to be.
+        over_first: The change minus that of the first method that removed as many, for the same queries under the same seeds;
+            `None` for random rows and rows of the class. Its interval is over seeds and queries.
     """
 
     what: str
@@ -128,17 +139,24 @@ class Effect:
     change: Estimate
     over_random: Estimate | None
     sure: bool = False
+    over_first: Estimate | None = None
 
 
 def effects(
-    done: Sequence[Removal], after: NDArray[np.float64], before: NDArray[np.float64], *, resamples: int = 2000
+    done: Sequence[Removal],
+    after: NDArray[np.float64],
+    before: NDArray[np.float64],
+    *,
+    step: float = 0.0,
+    resamples: int = 2000,
 ) -> list[Effect]:
-    """Each kind and number of removed rows, over all groups.
+    """Each kind and number of removed rows, over all groups; methods are compared with the first one on the same queries.
 
     Args:
         done: The removals.
         after: (r, k, m) loss of every query after each removal, under k seeds.
         before: (k, m) after training on all rows, under the same seeds.
+        step: The smallest difference that one query can make: 1 for verdicts, which are 0 or 1; 0 for losses.
         resamples: Of the bootstrap.
     """
     after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
@@ -147,6 +165,7 @@ def effects(
             f"losses of shape {after.shape} and {before.shape} are not those of {len(done)} removals before and after."
         )
     kinds = list(dict.fromkeys((each.what, len(each.rows)) for each in done))
+    firsts: dict[int, NDArray[np.float64]] = {}
     found = []
     for what, count in kinds:
         changes = _changes((what, count), done, after, before)
@@ -154,10 +173,13 @@ def effects(
         if what == RANDOM:
             found.append(Effect(what, count, change, None))
             continue
-        over = _over_random(what, count, done, after, before)
+        over = _over_random(what, count, done, after, before, step=step)
         tried = sum(other not in (RANDOM, CLASS) and k == count for other, k in kinds)
-        strict = _over_random(what, count, done, after, before, 1 - 0.05 / max(1, tried))
-        found.append(Effect(what, count, change, over, strict is not None and strict.low > 0))
+        strict = _over_random(what, count, done, after, before, 1 - 0.05 / max(1, tried), step)
+        over_first = None
+        if what != CLASS:
+            over_first = paired_crossed(changes, firsts.setdefault(count, changes), resamples=resamples)
+        found.append(Effect(what, count, change, over, strict is not None and strict.low > 0, over_first))
     return found
 
 
@@ -168,6 +190,7 @@ def _over_random(
     after: NDArray[np.float64],
     before: NDArray[np.float64],
     level: float = 0.95,
+    step: float = 0.0,
 ) -> Estimate | None:
     """Mean over groups of the change minus that of chance, with Student's t interval of one more random removal.
 
@@ -184,17 +207,20 @@ def _over_random(
     asked = [group for name, group in means if name == what and (RANDOM, group) in means]
     if not asked:
         return None
-    differences, squares, freedom, variances = [], 0.0, 0, []
+    differences, squares, freedom = [], 0.0, 0
+    shares, steps = [], []
     for group in asked:
         chance = np.array(means[RANDOM, group])
         differences.append(float(np.mean(means[what, group])) - float(chance.mean()))
         squares += float(((chance - chance.mean()) ** 2).sum())
         freedom += len(chance) - 1
-        variances.append(1 + 1 / len(chance))
+        shares.append(1 + 1 / len(chance))
+        steps.append(step / (len(before) * len(group.queries)))
     value, queries = float(np.mean(differences)), sum(len(group.queries) for group in asked)
-    if freedom == 0:
+    if freedom == 0 or (squares == 0 and step == 0):
         return Estimate(value, float("nan"), float("nan"), queries)
-    error = float(np.sqrt(squares / freedom * sum(variances))) / len(asked)
+    variances = np.maximum(squares / freedom, np.square(steps))  # (groups,)
+    error = float(np.sqrt(np.dot(variances, shares))) / len(asked)
     reach = float(student.ppf(0.5 + level / 2, freedom)) * error
     return Estimate(value, value - reach, value + reach, queries)
 

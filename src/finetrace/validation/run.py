@@ -12,12 +12,12 @@ from numpy.typing import NDArray
 
 from finetrace.attribution import Problem, make
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import Estimate, bootstrap_mean
+from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.lds import Comparison, compare, draw_subsets, leave_out
 from finetrace.evaluation.metrics import relevance
 from finetrace.evaluation.own_loss import own_loss
-from finetrace.evaluation.removal import CLASS, Effect, effects, groups, removals
+from finetrace.evaluation.removal import CLASS, Effect, effects, groups, refuse_counts, removals
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
 from finetrace.evaluation.tail_patch import tail_patch
 from finetrace.examples import Example
@@ -79,7 +79,7 @@ def validate(
         engine: Where retrainings are done, in place of `config.workers`.
 
     Raises:
-        FinetraceError: A measure is not known, or the index is not of an adapter.
+        FinetraceError: A measure is not known, the index is not of an adapter, or a subset or removal leaves too few rows.
     """
     unknown = [each for each in config.measures if each not in MEASURES]
     if unknown or not config.measures:
@@ -88,24 +88,30 @@ def validate(
         raise FinetraceError(
             f"{index.folder}: retraining needs a LoRA fine-tuning, and this index is of a model without one."
         )
+    if "lds" in config.measures:
+        draw_subsets(len(index), 1, config.share)
+    if "drop" in config.measures:
+        refuse_counts(config.removed(len(index)), len(index))
     problem = Problem(index, queries)
     chosen = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in config.methods)]
     say(f"scoring {problem.n} rows for {problem.m} queries by {len(chosen)} methods")
     prepare(problem, chosen)
     scores = {method.label: method.score(problem).values for method in chosen}
-    patches = {}
+    patches, beside = {}, {}
     if "tail-patch" in config.measures:
         count = min(config.patched, problem.n)
         falls = tail_patch(index, queries, scores, count, finetuning.learning_rate / 10)
         patches = {name: bootstrap_mean(values) for name, values in falls.items()}
+        first = next(iter(falls.values()))
+        beside = {name: paired_difference(values, first) for name, values in falls.items()}
     found = _Found()
     if RETRAINED & set(config.measures):
         dtype: DType = index.manifest.model.dtype  # type: ignore[assignment]
-        base = ModelSpec(index.manifest.model.name, None, dtype, device)
+        base = ModelSpec(index.manifest.model.name, None, dtype, device, index.model().spec.trust_remote_code)
         again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(queries), folder)
         found = _retrained(again, problem, scores, config, finetuning.seed, say, judge, engine or config.workers)
     names = {method.label: method.title for method in chosen}
-    records = _records(found, patches, names)
+    records = _records(found, patches, beside, names)
     extent = f"{many(problem.m, 'answer')}, {many(config.subsets, 'subset')} and {many(config.seeds, 'seed')}"
     said = verdict(
         found.lds,
@@ -182,7 +188,7 @@ def _retrained(
         found.drops = effects(gone, losses(removed), before)
     if judge is not None and answering:
         silent = -_verdicts(judge, again.queries, whole, config.seeds)[0]  # a fall of the rate counts as a rise
-        found.rates = effects(gone, -_verdicts(judge, again.queries, removed, config.seeds), silent)
+        found.rates = effects(gone, -_verdicts(judge, again.queries, removed, config.seeds), silent, step=1)
         asked_about = sorted(
             {query for each in gone for query in each.group.queries}
         )  # not those of classes beyond --groups
@@ -204,7 +210,9 @@ def _verdicts(
     return np.array(said, dtype=np.float64).reshape(-1, seeds, len(queries))
 
 
-def _records(found: _Found, patches: Mapping[str, Estimate], names: Mapping[str, str]) -> list[dict[str, Any]]:
+def _records(
+    found: _Found, patches: Mapping[str, Estimate], beside: Mapping[str, Estimate], names: Mapping[str, str]
+) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
 
     def add(measure: str, name: str, value: Estimate, **more: Any) -> None:
@@ -224,9 +232,11 @@ def _records(found: _Found, patches: Mapping[str, Estimate], names: Mapping[str,
     for measure, changed in (("drop", found.drops), ("drop-rate", found.rates)):
         for each in changed:
             over = _numbers("over_random", each.over_random) if each.over_random is not None else {}
+            if each.over_first is not None:
+                over |= _numbers("difference", each.over_first)
             add(measure, each.what, each.change, removed=each.count, **over)
     for name, value in patches.items():
-        add("tail-patch", name, value)
+        add("tail-patch", name, value, **_numbers("difference", beside[name]))
     return records
 
 
