@@ -19,8 +19,11 @@ from finetrace.cleaning.files import write_rows
 from finetrace.cleaning.rank import Cut, Outcome, rank
 from finetrace.cli.clean import _interval, _record
 from finetrace.errors import FinetraceError
+from finetrace.evaluation import retraining
 from finetrace.evaluation.intervals import Estimate
+from finetrace.generation import answer
 from finetrace.index import open_index
+from finetrace.index.store import Index
 from finetrace.reading import read_examples, write_examples
 from finetrace.tracing import unasked_method
 from tiny import make_examples
@@ -145,11 +148,35 @@ def test_a_threshold_takes_out_what_chance_rarely_does(place: Path, monkeypatch:
         rank(Problem(index, bad), Cut(), ["gradcos"])
 
 
-def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Path, capsys: Any) -> None:
-    more = ("--top", 5, "--retrain", "--out", tmp_path / "again", "--draws", 2)
-    code, out, err = run(capsys, *command(place, tmp_path, *more))
+def test_retraining_shows_the_answers_before_and_after(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = (
+        "--top",
+        5,
+        "--retrain",
+        "--out",
+        tmp_path / "again",
+        "--draws",
+        2,
+        "--max-new-tokens",
+        3,
+        "--trust-remote-code",
+    )
+    asked: list[int] = []
+    monkeypatch.setattr(retraining, "answer", lambda *a, **k: asked.append(k["max_new_tokens"]) or answer(*a, **k))
+    code, out, err = run(capsys, *command(place, tmp_path, *more, "--ranking", tmp_path / "ranking.csv"))
     assert code == 0, err
+    assert set(asked) == {3}
+    assert all(spec.trust_remote_code for spec in retraining._bases)
     assert "asked again" in out
+    order = pd.read_csv(tmp_path / "ranking.csv")
+    assert order["finetrace_rank"].tolist() == list(range(1, 13))
+    assert order["finetrace_value"].is_monotonic_decreasing
+    assert order["removed"].tolist() == [True] * 5 + [False] * 7
+    removed = pd.read_json(tmp_path / "removed.jsonl", lines=True)
+    assert order["id"][:5].tolist() == removed["id"].tolist()
+    assert set(order["id"]) == {each.id for each in open_index(place / "idx").rows.examples}
     records = json.loads((tmp_path / "again" / "results.json").read_text())["records"]
     assert [(r["trained_on"], r["rows"]) for r in records] == [
         ("all rows", 12),
@@ -172,6 +199,12 @@ def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Pa
     assert {tuple(range(12)), cleaned, unlike} <= trained
     assert all(len(rows) == 7 for rows in trained - {tuple(range(12))})
     assert len(trained) <= 5  # the two random draws may be of rows that are there
+    for name in ("kept.csv", "removed.jsonl"):
+        (tmp_path / name).unlink()
+    write_examples(tmp_path / "bad.jsonl", make_examples(3, seed=6))
+    code, _, err = run(capsys, *command(place, tmp_path, *more, "--bad", tmp_path / "bad.jsonl"))
+    assert code == 2
+    assert "a cleaning with other settings is there" in err
 
 
 @pytest.mark.parametrize(
@@ -186,11 +219,25 @@ def test_retraining_shows_the_answers_before_and_after(place: Path, tmp_path: Pa
         (("--top", 2, "--removed", "removed.txt"), ("removed.txt: rows are written as .jsonl",)),
         (("--top", 2, "--removed", "kept"), ("give them different names",)),
         (("--top", 2, "--data", "bad"), ("holds 3 rows and the index 12",)),
+        (("--top", 2, "--method", "nosuch"), ("nosuch: no such method",)),
+        (("--top", 2, "--removed", "under a file"), ("is a file, so no rows can be written there",)),
+        (("--top", 2, "--ranking", "kept"), ("--kept and --ranking", "give them different names")),
+        (("--top", 2, "--retrain", "--out", "a file"), ("there is something else already; choose another --out",)),
+        (("--top", 2, "--retrain", "--out", "index"), ("there is something else already; choose another --out",)),
     ],
 )
-def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any) -> None:
-    more = [{"bad": place / "bad.jsonl", "kept": tmp_path / "kept.csv"}.get(each, each) for each in more]
-    code, _, err = run(capsys, *command(place, tmp_path, *more))
+def test_mistakes_are_one_sentence(
+    more: Any, words: Any, place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words_for = {
+        "bad": place / "bad.jsonl",
+        "kept": tmp_path / "kept.csv",
+        "a file": place / "bad.jsonl",
+        "index": place / "idx",
+        "under a file": place / "bad.jsonl" / "rows.jsonl",
+    }
+    monkeypatch.setattr(Index, "model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    code, _, err = run(capsys, *command(place, tmp_path, *[words_for.get(each, each) for each in more]))
     assert code == 2
     assert "Traceback" not in err
     assert all(word in err for word in words), err

@@ -37,6 +37,20 @@ def reasons(ranked: Ranked, bad: Sequence[Example]) -> list[dict[str, Any]]:
     return found
 
 
+def ranking_rows(ranked: Ranked, examples: Sequence[Example], bad: Sequence[Example]) -> list[dict[str, Any]]:
+    """Of every row, the most responsible first: id, rank and value, whether it goes, and the bad answer it is most behind."""
+    return [
+        {
+            "id": examples[row].id,
+            "finetrace_rank": place,
+            "finetrace_value": round(float(ranked.values[row]), 4),
+            "removed": place <= ranked.removed,
+            "most_behind": bad[int(ranked.nearest[row])].id,
+        }
+        for place, row in enumerate(ranked.order.tolist(), 1)
+    ]
+
+
 def plain_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
     """Rows of an index, where the training set itself is not at hand."""
     rows = []
@@ -71,12 +85,15 @@ def refuse_path(path: Path) -> None:
     """Stop where rows cannot go to `path`.
 
     Raises:
-        FinetraceError: The suffix is not known, or the file exists.
+        FinetraceError: The suffix is not known, the file exists, or its folder is a file.
     """
     if path.suffix.lower() not in FORMATS:
         raise FinetraceError(f"{path}: rows are written as {', '.join(FORMATS)}; choose one of these.")
     if path.exists():
         raise FinetraceError(f"{path} exists already and is left as it is; choose another name or remove it.")
+    blocked = next((folder for folder in path.parents if folder.exists()), None)
+    if blocked is not None and not blocked.is_dir():
+        raise FinetraceError(f"{path}: {blocked} is a file, so no rows can be written there; choose another folder.")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

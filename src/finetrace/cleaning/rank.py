@@ -45,6 +45,16 @@ class Cut:
     share: float | None = None
     expected: float = 1.0
 
+    def removed(self, n: int) -> int | None:
+        """How many of n rows go; `None` where the threshold says.
+
+        Raises:
+            FinetraceError: Nothing or everything would go.
+        """
+        if self.top is None and self.share is None:
+            return None
+        return _some(self.top if self.top is not None else round((self.share or 0) * n), n)
+
     def __post_init__(self) -> None:
         if self.top is not None and self.share is not None:
             raise FinetraceError("--top and --share both say how many rows go; give one of them.")
@@ -110,6 +120,7 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
             calibrated threshold.
     """
     methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
+    removed = cut.removed(problem.n)
     scores = _standard(problem, methods)  # (m, n)
     values = scores.mean(axis=0)
     n, threshold = len(values), None
@@ -118,7 +129,7 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
             f"no row stands out: all {n} have the same value by {' and '.join(method.title for method in methods)}; choose "
             "another --method."
         )
-    if cut.top is None and cut.share is None:
+    if removed is None:
         threshold = _threshold(problem.index, methods, problem.m, cut.expected, seed)
         removed = int((values > threshold).sum())
         if removed == 0:
@@ -126,15 +137,18 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
                 f"no row stands out: none of {n} has a value above {threshold:.2f}, which chance gives {cut.expected:g} of "
                 "them; give --top or --share to remove the first ones all the same."
             )
-    else:
-        removed = cut.top if cut.top is not None else round((cut.share or 0) * n)
+        _some(removed, n)
+    order = np.argsort(-values, kind="stable")
+    titles = tuple(method.title for method in methods)
+    return Ranked(values, order, removed, threshold, scores.argmax(axis=0), titles)
+
+
+def _some(removed: int, n: int) -> int:
     if not 0 < removed < n:
         raise FinetraceError(
             f"removing {removed} of {n} rows leaves nothing to do or nothing to train on; choose another cut."
         )
-    order = np.argsort(-values, kind="stable")
-    titles = tuple(method.title for method in methods)
-    return Ranked(values, order, removed, threshold, scores.argmax(axis=0), titles)
+    return removed
 
 
 def _standard(problem: Problem, methods: Sequence[Method]) -> NDArray[np.float64]:
@@ -199,6 +213,7 @@ def retrain(
     *,
     seeds: int = 1,
     draws: int = 1,
+    answer_tokens: int = ANSWER_TOKENS,
     workers: int | Engine = 1,
     device: str = "auto",
     say: Callable[[str], None] = lambda text: None,
@@ -217,13 +232,15 @@ def retrain(
         judge: Says which of the new answers are bad.
         seeds: Fine-tunings of each.
         draws: Random removals.
+        answer_tokens: Tokens that each model answers at most.
         workers: Processes, or an engine.
         device: For retraining.
         say: Hears what is done.
     """
     record, n = index.manifest.model, len(index)
-    base = ModelSpec(record.name, None, record.dtype, device)  # type: ignore[arg-type]
-    again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(bad), folder, answer_tokens=ANSWER_TOKENS)
+    trusted = index.model().spec.trust_remote_code
+    base = ModelSpec(record.name, None, record.dtype, device, trusted)  # type: ignore[arg-type]
+    again = Retraining(base, finetuning, tuple(index.rows.examples), tuple(bad), folder, answer_tokens=answer_tokens)
     rng = np.random.default_rng([finetuning.seed, n, ranked.removed])
     chance = [tuple(sorted(rng.choice(n, n - ranked.removed, replace=False).tolist())) for _ in range(draws)]
     unasked = np.argsort(-make(unasked_method(index)).score(index, bad).values[0], kind="stable")

@@ -38,6 +38,10 @@ def clean(
     removed: Annotated[Path, typer.Option(help="File of the removed rows, with rank, value and reason.")] = Path(
         "removed.jsonl"
     ),
+    ranking: Annotated[
+        Path | None,
+        typer.Option(help="File of all rows by rank, the kept ones too, with id and value; none if not given."),
+    ] = None,
     method: Annotated[
         list[str] | None, typer.Option(help=f"Method; may repeat, then they vote; default {TRACED}.")
     ] = None,
@@ -87,12 +91,14 @@ def clean(
     from rich.console import Console
 
     with options.quiet_libraries():
-        from finetrace.attribution import Problem
-        from finetrace.cleaning.files import plain_rows, raw_rows, reasons, refuse_path, write_rows
+        from finetrace.attribution import Problem, make
+        from finetrace.benchmark.stages import claim
+        from finetrace.cleaning.files import plain_rows, ranking_rows, raw_rows, reasons, refuse_path, write_rows
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
         from finetrace.evaluation.own_loss import own_loss, said_of
+        from finetrace.fingerprint import of_examples
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
         from finetrace.reading import Columns, read_examples
@@ -100,15 +106,19 @@ def clean(
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
-        for path in (kept, removed):
+        files = {"--kept": kept, "--removed": removed} | ({} if ranking is None else {"--ranking": ranking})
+        for option, path in files.items():
             refuse_path(path)
-        if kept == removed:
-            raise FinetraceError(f"--kept and --removed are both {kept}; give them different names.")
+            if same := [other for other, there in files.items() if there == path and other != option]:
+                raise FinetraceError(f"{option} and {same[0]} are both {path}; give them different names.")
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         if retrain:
             refuse_retraining(device_map)
         cut = Cut(top, share, expected)
+        for spec in method or []:
+            make(spec)  # refused before the model is loaded
         opened = open_index(index)
+        cut.removed(len(opened))
         finetuning = finetuning_of(opened, config, adapter) if retrain else None
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = list(opened.rows.examples)
@@ -121,6 +131,12 @@ def clean(
             options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
         asked = read_examples(bad, columns if data is None else Columns(), responses=False)
         judged_by = make_judge(judge, judge_label)
+        if finetuning is not None:
+            told: dict[str, object] = {"finetuning": finetuning.model_dump(mode="json")}
+            told |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
+            told |= {"bad": [each.id for each in asked], "texts": of_examples(asked)}
+            # other methods and cuts may join: what was retrained is found again
+            claim(out / "cleaning.json", told, "a cleaning")
         opened.model(None, device, trust_remote_code, device_map)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
         options.say(f"ranking {len(examples)} rows against {many(len(answers), 'bad answer')}")
@@ -138,6 +154,7 @@ def clean(
                 judged_by,
                 seeds=seeds,
                 draws=draws,
+                answer_tokens=max_new_tokens,
                 workers=chosen_engine,
                 device=device,
                 say=options.say,
@@ -145,6 +162,8 @@ def clean(
             settings = said_of(own_loss(problem), outcomes[0].loss.value)
         write_rows(kept, [rows[i] for i in ranked.kept])
         write_rows(removed, [{**rows[i], **why} for i, why in zip(ranked.gone, reasons(ranked, answers), strict=True)])
+        if ranking is not None:
+            write_rows(ranking, ranking_rows(ranked, examples, answers))
         if outcomes:
             about: dict[str, object] = {
                 "index": str(index),
