@@ -9,9 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import get_scheduler
 
 from commands import run, tuned_index
 from finetrace.attribution import Problem, make
+from finetrace.cli.validate import finetuning_of
+from finetrace.errors import FinetraceError
 from finetrace.evaluation import retraining
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import RefusalPrefixJudge
@@ -166,9 +170,56 @@ def test_how_an_adapter_was_trained_is_found_in_what_the_trainer_leaves(place: P
     assert found is not None
     assert (found.epochs, found.batch_size, found.learning_rate, found.rank) == (4, 16, 1e-4, 2)
     assert found.target_modules == mine.target_modules
-    (folder / "checkpoint-9" / "trainer_state.json").write_text("{}")
-    with pytest.raises(Exception, match=r"give a finetune\.yaml with --config"):
-        found_config(folder)
+    for said in (
+        "{}",
+        json.dumps({**state, "log_history": [{"loss": 1.0}]}),
+    ):  # a run that ended before it logged a rate
+        (folder / "checkpoint-9" / "trainer_state.json").write_text(said)
+        with pytest.raises(Exception, match=r"give a finetune\.yaml with --config"):
+            found_config(folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "wanted"),
+    [
+        ("linear", [10, 20, 30], 4e-4),  # never logged at its peak
+        ("linear", [15], 4e-4),
+        ("linear", [30], 4e-4),
+        ("linear", [], None),
+        ("constant", [10, 20], 4e-4),
+        ("cosine", [10, 20, 30], "largest"),
+    ],
+)
+def test_the_peak_is_where_the_schedule_started_and_not_what_was_logged_first(
+    schedule: str, steps: list[int], wanted: Any, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """The rates are those of the schedules that the Trainer takes, of before each step, as it logs them."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=4e-4)
+    scheduler, rates = get_scheduler(schedule, optimizer, num_warmup_steps=0, num_training_steps=30), []
+    for _ in range(30):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    history = [{"step": step, "learning_rate": rates[step - 1]} for step in steps]
+    state = {"num_train_epochs": 3, "train_batch_size": 4, "max_steps": 30, "log_history": history}
+    (tmp_path / "adapter_config.json").write_text((place / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    if wanted is None:
+        with pytest.raises(FinetraceError, match="no learning rate was logged"):
+            found_config(tmp_path)
+        return
+    found = found_config(tmp_path)
+    assert found is not None
+    assert found.learning_rate == pytest.approx(
+        max(r["learning_rate"] for r in history) if wanted == "largest" else wanted
+    )
+    assert found.schedule == ("constant" if schedule == "constant" else "linear")
+    assert finetuning_of(open_index(place / "idx"), None, tmp_path) == found
+    said = f"3 epochs in batches of 4 with a {found.schedule} learning rate from {found.learning_rate:.3g}"
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert finetuning_of(open_index(place / "idx"), None, None).epochs == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_verdicts_say_what_the_intervals_say() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -130,11 +131,12 @@ def found_config(folder: Path) -> FinetuneConfig | None:
 
     Read from `finetune.yaml`, or from what PEFT and the Hugging Face Trainer (TRL's too) leave: `adapter_config.json`, and
     the last `trainer_state.json` in the folder or in its checkpoints. The Trainer's state does not name every setting: its
-    schedule is taken to be linear and its warm-up none, as its defaults are, and its learning rate is the largest that it
-    logged. The pickled `training_args.bin` is never read.
+    schedule is taken to be linear and its warm-up none, as its defaults are, unless every learning rate that it logged is the
+    same; the peak is what a linear schedule started from (`_peak`). Steps over which gradients were accumulated are not in it,
+    nor is the weight decay. The pickled `training_args.bin` is never read.
 
     Raises:
-        FinetraceError: A file is there and cannot be read.
+        FinetraceError: A file is there and cannot be read, or no learning rate was logged.
     """
     if (folder / SAVED).exists():
         return configure("default", folder / SAVED, {})
@@ -145,12 +147,15 @@ def found_config(folder: Path) -> FinetuneConfig | None:
     try:
         state = json.loads(newest.read_text(encoding="utf-8"))
         lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        rates = [entry["learning_rate"] for entry in state["log_history"] if entry.get("learning_rate")]
+        rates = [(e.get("step", 0), e["learning_rate"]) for e in state["log_history"] if e.get("learning_rate")]
         targets = lora["target_modules"]
         found = {
             "epochs": round(state["num_train_epochs"]),
             "batch_size": state["train_batch_size"],
-            "learning_rate": max(rates, default=None),
+            "learning_rate": _peak(rates, state.get("max_steps", 0)) if rates else None,
+            "schedule": "constant"
+            if len({step for step, _ in rates}) > 1 and len({r for _, r in rates}) == 1
+            else None,
             "rank": lora["r"],
             "alpha": lora["lora_alpha"],
             "dropout": lora["lora_dropout"],
@@ -161,4 +166,30 @@ def found_config(folder: Path) -> FinetuneConfig | None:
         raise FinetraceError(
             f"{newest}: how the adapter was trained cannot be read there ({error}); give a finetune.yaml with --config."
         ) from error
+    if not rates:
+        raise FinetraceError(
+            f"{newest}: no learning rate was logged there, as in runs shorter than the Trainer's logging_steps; give a "
+            "finetune.yaml with --config."
+        )
     return configure("default", None, found)
+
+
+def _peak(logged: Sequence[tuple[int, float]], steps: int) -> float:
+    """The learning rate that a linear schedule without warm-up started from, of (step, rate) logged on its way to 0 at `steps`.
+
+    It falls by peak / steps a step, so the first and the last entry give it, whether they were logged before or after their
+    step; a single one is taken to be of before, as the Trainer logs. Where they do not lie on such a line (another schedule, or
+    warm-up), the largest entry is the best guess.
+    """
+    largest = max(rate for _, rate in logged)
+    (first, high), (last, low) = logged[0], logged[-1]
+    if not 0 < first <= last <= steps:
+        return largest
+    if first == last:
+        return high * steps / (steps - first + 1)
+    peak = steps * (high - low) / (last - first)
+    if peak <= 0:
+        return largest
+    # how many steps ahead of the line to 0 each entry is: 1 where it was logged before its step, 0 after
+    ahead = [step - steps * (1 - rate / peak) for step, rate in logged]
+    return peak if max(ahead) - min(ahead) < 0.1 and min(abs(ahead[0]), abs(ahead[0] - 1)) < 0.1 else largest

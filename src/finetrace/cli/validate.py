@@ -138,19 +138,26 @@ def validate(
 
 def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
     """How the index's adapter was fine-tuned: as told, or as found beside it."""
-    from finetrace.finetune_config import configure, found_config
+    from finetrace.finetune_config import SAVED, configure, found_config
 
     if config is not None:
         return configure("default", options.existing(config, "--config"), {})
     if adapter is not None:
-        found = found_config(options.existing(adapter, "--adapter"))
+        folder = options.existing(adapter, "--adapter")
         where = str(adapter)
     else:
-        found = found_config(index.folder / (index.manifest.model.adapter or "adapter"))
+        folder = index.folder / (index.manifest.model.adapter or "adapter")
         where = f"{index.folder} (indexes built before fine-tunings were kept have none)"
+    found = found_config(folder)
     if found is None:
         raise FinetraceError(
             f"{where}: nothing says how the adapter was fine-tuned; give its finetune.yaml with --config, or the folder that "
             "the Trainer wrote with --adapter."
+        )
+    if not (folder / SAVED).exists():
+        options.say(
+            f"by what the Trainer left, the adapter was fine-tuned for {found.epochs} epochs in batches of {found.batch_size} "
+            f"with a {found.schedule} learning rate from {found.learning_rate:.3g}; if that is not so, give a finetune.yaml "
+            "with --config"
         )
     return found
