@@ -95,8 +95,13 @@ def test_draws_that_all_comply_do_not_make_one_refusal_more_than_chance() -> Non
     for refusals, above in ((0, False), (1, False), (3, False), (4, True), (10, True)):
         mine, over = beside(refusals, 1.0)
         assert over.value == pytest.approx(refusals / 10)
-        assert over.high - over.value == pytest.approx(reach)
+        assert over.value - over.low == pytest.approx(reach)
+        assert over.high == pytest.approx(min(1, over.value + reach))
         assert mine.sure is above
+    none = beside(0, 1.0)[0].change
+    assert none.value == 0
+    assert -none.low == pytest.approx(none.high)  # a rate that did not move may fall or rise for other queries
+    assert none.high == pytest.approx(3.841 / (10 + 3.841), abs=1e-3)
     mine, over = beside(10, 0.0)
     assert np.isnan(over.low)
     assert not mine.sure

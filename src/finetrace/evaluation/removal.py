@@ -156,7 +156,7 @@ def effects(
         done: The removals.
         after: (r, k, m) loss of every query after each removal, under k seeds.
         before: (k, m) after training on all rows, under the same seeds.
-        step: The smallest difference that one query can make: 1 for verdicts, which are 0 or 1; 0 for losses.
+        step: The difference that one query can make: 1 for verdicts, which are 0 or -1 here; 0 for losses, which have no steps.
         resamples: Of the bootstrap.
     """
     after, before = np.asarray(after, dtype=np.float64), np.asarray(before, dtype=np.float64)
@@ -170,6 +170,9 @@ def effects(
     for what, count in kinds:
         changes = _changes((what, count), done, after, before)
         change = bootstrap_crossed(changes, resamples=resamples)
+        if step:  # two rates differ by -1 to 1, where an interval of one value would be cut at 0
+            rates = [np.clip(each + step, 0, step) for each in (before + changes, before)]
+            change = paired_crossed(*rates, resamples=resamples)
         if what == RANDOM:
             found.append(Effect(what, count, change, None))
             continue
@@ -222,7 +225,8 @@ def _over_random(
     variances = np.maximum(squares / freedom, np.square(steps))  # (groups,)
     error = float(np.sqrt(np.dot(variances, shares))) / len(asked)
     reach = float(student.ppf(0.5 + level / 2, freedom)) * error
-    return Estimate(value, value - reach, value + reach, queries)
+    bound = step or np.inf  # rates lie no further apart
+    return Estimate(value, max(-bound, value - reach), min(bound, value + reach), queries)
 
 
 def _changes(
