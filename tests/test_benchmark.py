@@ -724,6 +724,9 @@ def test_the_list_names_every_task(capsys):
         (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),
+        (["--data", "rows.jsonl", "--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),
+        (["--data", "rows.jsonl", "--share", "0.1"], ["--benign and --share", "name of a task"]),
+        (["--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),
         (["attack-success", "--chat-template", "plain", "--label-column", "x"], ["--chat-template --label-column"]),
     ],
 )

@@ -105,10 +105,12 @@ def bench(
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
     if data is None and (label_column or prompt_column or response_column or split):
         raise FinetraceError("--label-column, --prompt-column, --response-column and --split go with --data.")
+    if not tasks and (benign is not None or share is not None):
+        raise FinetraceError("--benign and --share go with the name of a task.")
     given = data is not None or benign is not None or share is not None
-    if given and len(tasks or ()) != 1 and not (data is not None and not tasks):
+    if given and tasks and len(tasks) > 1:
         raise FinetraceError(
-            f"{' '.join(tasks or ['no task'])}: --data, --benign and --share bring the rows of one task; name that one."
+            f"{' '.join(tasks)}: --data, --benign and --share bring the rows of one task; name that one."
         )
     chosen_engine = options.engine(engine, workers, address, gpus_per_task)
     folder = out or Path("bench")
