@@ -29,7 +29,7 @@ from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, s
 from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
 from finetrace.benchmark.report import METRICS, Row, report, summarise
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
-from finetrace.benchmark.tables import latex, print_summary, write_table
+from finetrace.benchmark.tables import STUDY, latex, print_summary, write_table, write_tables
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import RefusalPrefixJudge
@@ -279,6 +279,51 @@ def test_the_summary_fits_the_terminal(finished, capsys):
     out = capsys.readouterr().out
     assert "emotion, corrected: 15 rows, 5 queries, 2 seeds" in out
     assert max(map(len, out.splitlines())) <= 80
+
+
+def test_a_summary_of_many_methods_says_so_and_keeps_the_controls(finished, capsys):
+    row = finished[2][0]
+    value = {name: Estimate(0.5, 0.4, 0.6, 5) for name in METRICS}
+    many = [
+        replace(
+            row, spec=f"m{i}", title=f"m{i:02d}", control=False, metrics={**value, "auprc": Estimate(i / 99, 0, 1, 5)}
+        )
+        for i in range(61)
+    ]
+    low = replace(row, spec="length", title="length", control=True, metrics={**value, "auprc": Estimate(0, 0, 0, 5)})
+    print_summary([low, *many], Console(width=80))
+    out = capsys.readouterr().out
+    titles = [line.split()[0] for line in out.splitlines() if re.match(r" (m\d\d|length)\b", line)]
+    assert titles == [*(f"m{i:02d}" for i in range(60, 20, -1)), "length"]
+    assert "the 40 best by AUPRC of 62 methods, and the controls" in " ".join(out.split())
+    print_summary(many[:60], Console(width=80))
+    assert "best by AUPRC" not in capsys.readouterr().out
+
+
+def test_tasks_stand_in_the_tables_that_the_study_has(finished, tmp_path):
+    row = finished[2][0]
+
+    def of(task: str, spec: str, accuracy: float, coverage: float) -> Row:
+        values = {"accuracy": Estimate(accuracy, 0, 1, 5), "coverage": Estimate(coverage, 0, 1, 5)}
+        return replace(row, task=task, spec=spec, title=spec, control=spec == "random", metrics=values)
+
+    rows = [
+        of("backdoor-1", "repsim", 1, 0.994),
+        of("backdoor-5", "repsim", 0.903, 0.405),
+        of("emotion", "repsim", 1, 1),
+    ]
+    write_tables(tmp_path, [*rows, of("backdoor-5", "random", 0.2, 0.15), of("emotion", "tfidf", 1, 1)])
+    assert {path.stem for path in tmp_path.glob("table*")} == {"table4-corrected"}
+    assert (tmp_path / "table4-corrected.md").read_text().splitlines() == [
+        "| method | backdoor-1 Acc % | backdoor-1 Cover % | backdoor-5 Acc % | backdoor-5 Cover % |",
+        "|---|---|---|---|---|",
+        "| repsim | 100.0 | 99.4 | 90.3 | 40.5 |",
+        "| random (control) | - | - | 20.0 | 15.0 |",
+    ]
+    assert r"repsim & 100.0 & 99.4 & 90.3 & 40.5 \\" in (tmp_path / "table4-corrected.tex").read_text()
+    assert "| repsim | 100.0 / 99.4 | 90.3 / 40.5 | 100.0 / 100.0 |" in (tmp_path / "summary-corrected.md").read_text()
+    reported = {task for tasks in STUDY.values() for task in tasks}
+    assert reported == {*TASKS} - {"emotion", "mislabelled"}  # which the study does not report
 
 
 def test_a_finished_cell_is_not_touched(finished, monkeypatch):

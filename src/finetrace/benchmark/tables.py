@@ -29,10 +29,20 @@ HEADS = {
     "mrr": "MRR",
 }
 PERCENT = ("accuracy", "coverage")
+MOST, SHOWN = 60, 40  # more methods than the first do not fit a screen, which then has the best and the controls
+
+# the study's tables of attribution; its first, of attack success rates, is a run of its own
+STUDY = {
+    "table2": ("mixed-small", "mixed-large"),
+    "table3": ("grammars", "grammars-apply", "mathqa", "harmfulcheck"),
+    "table4": ("backdoor-1", "backdoor-3", "backdoor-5"),
+}
 
 
 def write_tables(folder: Path, rows: Sequence[Row]) -> None:
-    """`summary-PROTOCOL` over tasks, `inputs-PROTOCOL` by what methods see, `TASK-PROTOCOL` with every metric; .md and .tex."""
+    """`summary-PROTOCOL` over tasks, `table2-PROTOCOL` to `table4-PROTOCOL` as the study has them, `inputs-PROTOCOL` by what
+    methods see, `TASK-PROTOCOL` with every metric; .md and .tex.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -41,6 +51,11 @@ def write_tables(folder: Path, rows: Sequence[Row]) -> None:
         here = [row for row in rows if row.protocol == protocol]
         tasks = list(dict.fromkeys(row.task for row in here))
         write_table(folder / f"summary-{protocol}", ["method", *tasks], _summary(here, tasks))
+        for name, wanted in STUDY.items():
+            if there := [task for task in wanted if task in tasks]:
+                heads = [f"{task} {HEADS[metric]}" for task in there for metric in PERCENT]
+                of_these = [row for row in here if row.task in there]
+                write_table(folder / f"{name}-{protocol}", ["method", *heads], _apart(of_these, there))
         alike = [[seen, *line] for seen, specs in INPUTS.items() for line in _summary(_of(here, specs), tasks)]
         if alike:
             write_table(folder / f"inputs-{protocol}", ["input", "method", *tasks], alike)
@@ -54,11 +69,15 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
     """Each task's methods in 80 columns: accuracy, coverage, AUROC, AUPRC, and the gap to lexical search."""
     for task, protocol in dict.fromkeys((row.task, row.protocol) for row in rows):
         mine = [row for row in rows if (row.task, row.protocol) == (task, protocol)]
-        if len(mine) > 60:
-            mine = sorted((r for r in mine if r.metrics), key=lambda r: -r.metrics["auprc"].value)[:40]
+        count = len(mine)
+        if count > MOST:
+            ranked = sorted((r for r in mine if r.metrics and not r.control), key=lambda r: -r.metrics["auprc"].value)
+            mine = [*ranked[:SHOWN], *(row for row in mine if row.control)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
         seeds = f"{mine[0].seeds} seed{'s' * (mine[0].seeds != 1)}"
         table.title = f"{task}, {protocol}: {mine[0].n_train} rows, {mine[0].n_queries} queries, {seeds}"
+        if len(mine) < count:
+            table.title += f"; the {SHOWN} best by AUPRC of {count} methods, and the controls"
         table.add_column("method", overflow="fold")
         for head in ("acc %", "cover %", "AUROC", "AUPRC", "over lexical"):
             table.add_column(head, justify="right", no_wrap=True)
@@ -77,21 +96,31 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
 
 
 def _summary(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
-    """Accuracy / coverage of every method on every task, as in the study's Tables 2 to 4."""
-    found = {(row.spec, row.task): row for row in rows}
-    lines = []
-    for spec, title in dict.fromkeys((row.spec, row.title + (" (control)" if row.control else "")) for row in rows):
-        cells = []
-        for task in tasks:
-            row = found.get((spec, task))
-            good = row is not None and row.metrics
-            cells.append(
-                f"{100 * row.metrics['accuracy'].value:.1f} / {100 * row.metrics['coverage'].value:.1f}"  # type: ignore[union-attr]
-                if good
-                else "-"
-            )
-        lines.append([title, *cells])
-    return lines
+    """Accuracy / coverage of every method on every task, in one cell."""
+    return [[name, *(" / ".join(each) if each else "-" for each in found)] for name, found in _means(rows, tasks)]
+
+
+def _apart(rows: Sequence[Row], tasks: Sequence[str]) -> list[list[str]]:
+    """Accuracy and coverage of every method on every task, in a cell each, as in the study's Tables 2 to 4."""
+    return [[name, *(cell for each in found for cell in each or ("-", "-"))] for name, found in _means(rows, tasks)]
+
+
+def _means(rows: Sequence[Row], tasks: Sequence[str]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """Every method with its accuracy and coverage in % on each task; empty where it has none."""
+    found = {(row.spec, row.task): row.metrics for row in rows}
+    named = dict.fromkeys((row.spec, row.title + (" (control)" if row.control else "")) for row in rows)
+    return [
+        (
+            name,
+            [
+                tuple(f"{100 * metrics[each].value:.1f}" for each in PERCENT)
+                if (metrics := found.get((spec, task)))
+                else ()
+                for task in tasks
+            ],
+        )
+        for spec, name in named
+    ]
 
 
 def _of(rows: Sequence[Row], specs: Sequence[str]) -> list[Row]:
