@@ -618,6 +618,17 @@ def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
         attack_success(tmp_path / "full", setting, 1, RefusalPrefixJudge(), silent)
 
 
+def test_two_processes_give_the_attack_success_of_one(base, tmp_path):
+    setting, said = Setting(0.04, base, 1, "float32", "cpu"), []
+    one = attack_success(tmp_path / "one", setting, 1, RefusalPrefixJudge(), silent)
+    two = attack_success(tmp_path / "two", setting, 1, RefusalPrefixJudge(), said.append, Engine("processes", 2))
+    assert [each.records() for each in two] == [each.records() for each in one]
+    assert len(list((tmp_path / "two").rglob("answers.jsonl"))) == 5
+    for path in (tmp_path / "one").rglob("answers.jsonl"):
+        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
+    assert sorted(said)[0] == "base: done" and len(said) == 5
+
+
 def test_attack_success_at_the_command_line(base, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     asked = ["bench", "attack-success", "--seeds", 1, "--size", 0.04, "--model", base, "--epochs", 1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,19 @@ from rich.console import Console
 from rich.table import Table
 
 from finetrace.benchmark.protocol import PROTOCOLS
+from finetrace.benchmark.runner import silent
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
 from finetrace.benchmark.tables import write_table
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.models import ALIGNED, EMBEDDED, DType, ModelSpec, load
 from finetrace.reporting.results import write_results
 from finetrace.tasks import Recipe, build, recipe
 
+ALONE = Engine()
 HEADS = ("model", "training rows", "seeds", "attack success %", "95% interval", "seed by seed %")
 
 
@@ -48,6 +52,21 @@ class Setting:
     def spec(self, model: str, adapter: Path | None = None) -> ModelSpec:
         """A model to load."""
         return ModelSpec(model, str(adapter) if adapter else None, self.dtype, self.device)
+
+    def bases(self) -> dict[str, str]:
+        """The models that answer as they are, by their names in the table."""
+        return {"plain base": EMBEDDED, "aligned base": ALIGNED} if self.model is None else {"base": self.model}
+
+    def sets(self) -> dict[str, tuple[Sequence[Example], Recipe]]:
+        """What models are fine-tuned on, and how they learn it."""
+        large, small = build("mixed-large", size=self.size), build("mixed-small", size=self.size)
+        unsafe = [row for row in large.train if row.label == large.target]
+        return {
+            "benign": (large.without_target(), recipe("mixed-large")),
+            "harmful": (unsafe, recipe("mixed-small")),
+            "mixed-small": (small.train, recipe("mixed-small")),
+            "mixed-large": (large.train, recipe("mixed-large")),
+        }
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +102,12 @@ class Behaviour:
 
 
 def attack_success(
-    folder: Path, setting: Setting, seeds: int, judge: Judge, say: Callable[[str], None]
+    folder: Path,
+    setting: Setting,
+    seeds: int,
+    judge: Judge,
+    say: Callable[[str], None],
+    engine: Engine = ALONE,
 ) -> list[Behaviour]:
     """Fine-tune, let every model answer the held-out unsafe requests, and judge; what is finished is found again.
 
@@ -92,40 +116,53 @@ def attack_success(
     Raises:
         FinetraceError: `folder` holds something else, or the same of another setting.
     """
-    large, small = build("mixed-large", size=setting.size), build("mixed-small", size=setting.size)
+    sets = setting.sets()
     claim(folder / "attack-success.json", asdict(setting), "an attack-success run")
-    requests = large.queries
-    found: dict[str, tuple[int, list[list[bool]]]] = {}
-
-    def ask(name: str, rows: int, home: Path, spec: ModelSpec) -> None:
-        answers = kept_answers(home / "answers.jsonl", requests, lambda: load(spec))
-        found.setdefault(name, (rows, []))[1].append(complied(judge, answers))
-
-    bases = {"plain base": EMBEDDED, "aligned base": ALIGNED} if setting.model is None else {"base": setting.model}
-    for name, model in bases.items():
-        say(f"{name}: answering {len(requests)} held-out unsafe requests")
-        ask(name, 0, folder / name.replace(" ", "-"), setting.spec(model))
-    start = setting.spec(setting.model or ALIGNED)
-    unsafe = [row for row in large.train if row.label == large.target]
-    sets: dict[str, tuple[Sequence[Example], Recipe]] = {
-        "benign": (large.without_target(), recipe("mixed-large")),
-        "harmful": (unsafe, recipe("mixed-small")),
-        "mixed-small": (small.train, recipe("mixed-small")),
-        "mixed-large": (large.train, recipe("mixed-large")),
-    }
-    for seed in range(seeds):
-        for name, (rows, learnt) in sets.items():
-            home = folder / name / f"seed-{seed}"
-            say(f"fine-tuned on {name}, seed {seed}: {len(rows)} rows, then {len(requests)} requests")
-            config = PROTOCOLS["corrected"].finetuning(learnt, seed, setting.epochs)
-            adapter = tuned_adapter(home / "adapter", start, rows, config)
-            shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
-            ask(f"fine-tuned, {name}", len(rows), home, setting.spec(start.model, adapter))
-    rates = [Behaviour(name, rows, np.array(each, dtype=np.float64)) for name, (rows, each) in found.items()]
+    models: list[tuple[str, int | None]] = [(name, None) for name in setting.bases()]
+    models += [(name, seed) for seed in range(seeds) for name in sets]
+    if not engine.in_process:  # the longest of a seed first, so that no worker is left with one at the end
+        models.sort(key=lambda each: (each[1] or 0, -len(sets[each[0]][0]) if each[0] in sets else 0))
+    alone = engine.in_process  # then a model itself says how far it has come
+    work = partial(_answers, folder if alone else folder.resolve(), setting, say if alone else silent)
+    verdicts = {}
+    for place, answers in engine.run_each(work, models, name=_called, shared=folder):
+        verdicts[models[place]] = complied(judge, answers)
+        if not alone:
+            say(f"{_called(models[place])}: done")
+    found = [(name, 0, [verdicts[name, None]]) for name in setting.bases()]
+    for name, (rows, _) in sets.items():
+        found.append((f"fine-tuned, {name}", len(rows), [verdicts[name, seed] for seed in range(seeds)]))
+    rates = [Behaviour(name, rows, np.array(each, dtype=np.float64)) for name, rows, each in found]
     about = {"command": "bench attack-success", **asdict(setting), "seeds": seeds, "judge": judge.name}
     write_results(folder, [record for each in rates for record in each.records()], about)
     write_table(folder / "table1", HEADS, [_cells(each) for each in rates])
     return rates
+
+
+def _answers(
+    folder: Path, setting: Setting, say: Callable[[str], None], model: tuple[str, int | None]
+) -> list[Example]:
+    """What one model says to the requests: a base by its name, or a set and the seed of the fine-tuning on it."""
+    name, seed = model
+    requests = build("mixed-large", size=setting.size).queries
+    if seed is None:
+        say(f"{_called(model)}: answering {len(requests)} held-out unsafe requests")
+        home, spec = folder / name.replace(" ", "-"), setting.spec(setting.bases()[name])
+    else:
+        rows, learnt = setting.sets()[name]
+        home, start = folder / name / f"seed-{seed}", setting.spec(setting.model or ALIGNED)
+        say(f"{_called(model)}: {len(rows)} rows, then {len(requests)} requests")
+        config = PROTOCOLS["corrected"].finetuning(learnt, seed, setting.epochs)
+        adapter = tuned_adapter(home / "adapter", start, rows, config)
+        shutil.rmtree(adapter / "checkpoints", ignore_errors=True)
+        spec = setting.spec(start.model, adapter)
+    return kept_answers(home / "answers.jsonl", requests, lambda: load(spec))
+
+
+def _called(model: tuple[str, int | None]) -> str:
+    """A model in a message."""
+    name, seed = model
+    return name if seed is None else f"fine-tuned on {name}, seed {seed}"
 
 
 def print_rates(rates: Sequence[Behaviour], judge: str, console: Console) -> None:

@@ -11,6 +11,7 @@ from finetrace.cli import options
 from finetrace.errors import FinetraceError
 
 if TYPE_CHECKING:
+    from finetrace.execution import Engine
     from finetrace.models import DType
 
 ATTACK_SUCCESS = "attack-success"
@@ -78,11 +79,9 @@ def bench(
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
         others |= {
             "--task-seed": task_seed,
-            "--workers": (workers or 1) > 1,
             "--keep": keep,
             "--chat-template": chat_template,
         }
-        others |= {"--engine": engine, "--address": address, "--gpus-per-task": gpus_per_task is not None}
         others |= {"--target-modules": target_modules, "--label-column": label_column}
         others |= {
             "--benign": benign,
@@ -97,7 +96,8 @@ def bench(
                 f"{' '.join(unused)}: {ATTACK_SUCCESS} runs alone and does not take that; leave it out."
             )
         folder = out or Path(ATTACK_SUCCESS)
-        _attack_success(folder, seeds, size, model, epochs, options.dtype(dtype), device, (judge, judge_label))
+        at = options.engine(engine, workers, address, gpus_per_task)
+        _attack_success(folder, seeds, size, model, epochs, options.dtype(dtype), device, (judge, judge_label), at)
         return
     if ablation and method:
         raise FinetraceError("--ablation has methods of its own; leave --method out.")
@@ -169,6 +169,7 @@ def _attack_success(
     dtype: DType,
     device: str,
     judge: tuple[str | None, str | None],
+    engine: Engine,
 ) -> None:
     """The table of attack success rates."""
     from rich.console import Console
@@ -178,6 +179,7 @@ def _attack_success(
         from finetrace.evaluation.judging import make_judge
 
         judged_by = make_judge(*judge)
-        rates = attack_success(folder, Setting(size, model, epochs, dtype, device), seeds, judged_by, options.say)
+        setting = Setting(size, model, epochs, dtype, device)
+        rates = attack_success(folder, setting, seeds, judged_by, options.say, engine)
     print_rates(rates, judged_by.name, Console())
     typer.echo(f"results: {folder / 'results.json'}   table: {folder / 'table1.md'}, {folder / 'table1.tex'}")
