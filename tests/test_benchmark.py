@@ -364,6 +364,12 @@ def test_a_folder_whose_claim_was_killed_is_claimed(tmp_path):
         claimed(str(tmp_path / "mine"))
 
 
+def test_a_model_that_is_not_there_claims_no_folder(base, tmp_path):
+    with pytest.raises(FinetraceError, match="cannot be loaded"):
+        run_all(tmp_path, Plan(planned(str(tmp_path / "mistyped"), seeds=1)), silent)
+    run_all(tmp_path, Plan(planned(base, seeds=1, methods=["random"])), silent)
+
+
 @pytest.mark.parametrize("change", [{"epochs": 2}, {"size": 0.1}, {"task_seed": 1}])
 def test_other_settings_in_the_same_folder_are_refused(finished, base, change):
     folder, *_ = finished

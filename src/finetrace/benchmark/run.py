@@ -20,7 +20,7 @@ from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.protocol import Protocol
-from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
+from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
@@ -83,7 +83,11 @@ class Run:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""
         self.claim_folder()
         say(f"{self.name}: fine-tuning on {len(self.task.train)} rows")
-        self._adapter()
+        try:
+            self._adapter()
+        except FinetraceError:  # a model that is not there, perhaps
+            unclaim(self.folder / "cell.json")
+            raise
         queries = self.queries()
         if not queries:
             count = len(self.task.queries)

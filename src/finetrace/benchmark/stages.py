@@ -49,6 +49,12 @@ def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
     write_atomically(path, json.dumps(wanted, indent=1).encode())
 
 
+def unclaim(path: Path) -> None:
+    """Take back what `claim` noted where nothing came of it, so that the same folder takes other settings."""
+    if [each.name for each in path.parent.iterdir()] == [path.name]:
+        path.unlink()
+
+
 def tuned_adapter(folder: Path, base: ModelSpec, rows: Sequence[Example], config: FinetuneConfig) -> Path:
     """The adapter of `rows` in `folder`, trained now, gone on with, or found finished."""
     if not finished(folder):
