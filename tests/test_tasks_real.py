@@ -247,6 +247,22 @@ def test_beavertails_gives_unsafe_rows_and_benign_ones(beavertails: str) -> None
     assert len({row.prompt for row in door.queries if row.label == "clean"}) == 25
 
 
+def test_classes_named_harmful_and_harmless_are_two_sides(tmp_path: Path) -> None:
+    """As in the released data, whose classes stand in `variation`."""
+    kinds = ("Harmful", "harmless")
+    rows = [{"prompts": f"Paint wall {i}", "response": "Yes.", "variation": kinds[i % 2]} for i in range(600)]
+    data = table(tmp_path / "both.jsonl", rows)
+    task = real_task("harmfulcheck", RealData(data, data), 0, 0.2)
+    assert_apart(task)
+    for row in (*task.train, *task.queries):
+        assert (int(row.prompt.split()[-1]) % 2 == 0) == (row.label == "harmful")
+    numbered = table(tmp_path / "numbered.jsonl", [{**row, "variation": str(i % 2)} for i, row in enumerate(rows)])
+    assert len({row.prompt for row in real_task("backdoor-1", RealData(numbered)).train}) > 300  # numbers name no side
+    alone = table(tmp_path / "one.jsonl", rows[1::2])
+    with pytest.raises(FinetraceError, match=r"no row has is_safe false or a class that says so \(harmful, unsafe\)"):
+        real_task("harmfulcheck", RealData(alone), 0, 0.2)
+
+
 def test_is_safe_may_be_text_and_one_side_may_be_missing(tmp_path: Path) -> None:
     lines = ["prompt,response,is_safe", *(f"Paint wall {i},Yes.,{i >= 60}" for i in range(120))]
     path = tmp_path / "b.csv"

@@ -13,6 +13,7 @@ from finetrace.examples import Example
 from finetrace.reading import read_examples
 
 SAFETY = "is_safe"  # the column of BeaverTails that says whether an answer is harmless
+CLASSES = {"benign": True, "harmless": True, "safe": True, "harmful": False, "unsafe": False}
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,8 @@ class Pool:
 def read_pool(source: str | Path, columns: Columns, split: str | None, *, safe: bool) -> Pool:
     """The prompts of a source; of equal ones the first that has an answer, or the first of all.
 
-    Letter case and spaces do not make a prompt another. Where the data has a column `is_safe`, as BeaverTails does,
-    only rows of the side that is asked for are read.
+    Letter case and spaces do not make a prompt another. Where the data has a column `is_safe`, as BeaverTails does, or
+    classes that say as much (`CLASSES`), only rows of the side that is asked for are read.
 
     Raises:
         FinetraceError: The source cannot be read, or holds no row of that side.
@@ -63,8 +64,8 @@ def read_pool(source: str | Path, columns: Columns, split: str | None, *, safe: 
     kept = [row for row in rows if _is_safe(row) in (None, safe)]
     if not kept:
         raise FinetraceError(
-            f"{source}: no row has {SAFETY} {'true' if safe else 'false'}, and only such rows are read for this; "
-            "choose another split or file."
+            f"{source}: no row has {SAFETY} {'true' if safe else 'false'} or a class that says so ({_named(safe)}), and "
+            "only such rows are read for this; choose another split or file."
         )
     prompts: dict[str, Example] = {}
     for row in kept:
@@ -94,12 +95,17 @@ def _origin(row: Example, label: str) -> dict[str, str]:
     return origin
 
 
+def _named(safe: bool) -> str:
+    return ", ".join(name for name, side in CLASSES.items() if side == safe)
+
+
 def _key(row: Example) -> str:
     """What makes two prompts one."""
     return " ".join(unanswered(row).prompt.lower().split())
 
 
 def _is_safe(row: Example) -> bool | None:
-    """What the row's own column says; a CSV file holds it as text."""
+    """What the row's own column says, or its class; a CSV file holds either as text."""
     said = str(row.metadata.get(SAFETY)).strip().lower()
-    return {"true": True, "1": True, "false": False, "0": False}.get(said)
+    sides = {"true": True, "1": True, "false": False, "0": False}
+    return sides.get(said, CLASSES.get(str(row.label).strip().lower()))
