@@ -236,6 +236,8 @@ def test_the_command(tmp_path: Path, capsys: Any) -> None:
     for wrong, words in (
         (["--projection", "gauss:4"], "--projection gauss:4: not known"),
         (["--disk", "much"], "--disk much: not a size"),
+        (["--projection", "none", "--disk", "1GB"], "--disk and --memory are limits of --projection auto"),
+        (["--modules", "q_proj", "--memory", "1GB"], "and the projection is none; use auto, or leave them out"),
         (["--projection", "rademacher:4", "--kronecker", "data"], "no two sides"),
     ):
         code, _, err = run(capsys, "index", *base, "--out", tmp_path / "j", *wrong)

@@ -98,6 +98,11 @@ def build_index(
         say("the model has no adapter, so all of its linear layers are tracked")
     every = modules is not None and ALL_LINEAR in modules
     projection = projection or (sizing.AUTO if every else "none")
+    if projection != sizing.AUTO and (disk, memory) != (None, None):
+        raise FinetraceError(
+            f"--disk and --memory are limits of --projection auto, and the projection is {projection}; "
+            "use auto, or leave them out."
+        )
     by = Projection.parse(projection if projection != sizing.AUTO else "none", projection_seed)
     if kronecker is not None:
         factors.refuse_flat(folder, by)
