@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from commands import run, tuned_index
 from finetrace.encoding import Encoder
@@ -99,6 +100,21 @@ def test_a_broken_view_goes_and_broken_examples_are_left_with_what_to_do(idx: Pa
     assert "with the data and the adapter" in out
     (idx / "adapter" / "adapter_model.safetensors").write_bytes(b"nothing")
     assert {each.kind for each in verify(idx)} == {"examples", "shard", "adapter"}
+
+
+def test_an_adapter_that_another_one_replaced_is_named(idx: Path, capsys: Any) -> None:
+    path = idx / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = min(tensors)
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] += 0.5
+    save_file(tensors, path, {"format": "pt"})
+    code, out, _ = run(capsys, "index", "verify", idx)
+    assert code == 1
+    assert f"{path}: not the adapter that the index was built with." in out
+    tensors[f"{name.removesuffix('.lora_A.weight')}.lora_magnitude_vector"] = tensors[name].clone()
+    save_file(tensors, path, {"format": "pt"})
+    assert verify(idx) == []  # of a kind whose names the model has otherwise; the model's loading compares it
 
 
 def test_what_is_missing_is_damage_and_several_kinds_in_one_view_are_mended_together(idx: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,14 @@ def of_adapter(model: nn.Module) -> str | None:
         if (found := _LORA.search(name)) and found[2] in active
     ]
     return _hash_tensors(adapter, None) if adapter else None
+
+
+def of_adapter_file(tensors: Mapping[str, Tensor]) -> str | None:
+    """`of_adapter` of an adapter as PEFT writes it, by the file's names; `None` where a name is not of plain LoRA."""
+    adapter = {_plain(name): tensor for name, tensor in tensors.items() if "lora_" in name}
+    if not adapter or not all(name.endswith(("lora_A.weight", "lora_B.weight")) for name in adapter):
+        return None  # of other kinds, the model has other names than the file
+    return _hash_tensors(adapter.items(), None)
 
 
 def of_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None) -> str:
@@ -80,7 +88,12 @@ def of_file(path: Path) -> str:
 
 def _parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
-        yield name.removeprefix("base_model.model.").replace(".base_layer.", "."), parameter.detach()
+        yield _plain(name), parameter.detach()
+
+
+def _plain(name: str) -> str:
+    """A weight's name without what PEFT wraps around the model and its layers."""
+    return name.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def _hash_tensors(tensors: Iterable[tuple[str, Tensor]], sample: int | None) -> str:

@@ -251,7 +251,7 @@ Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 def verify(folder: Folder) -> None:
     """Look whether every file of an index is whole, and name what is broken; exit code 1 if anything is.
 
-    Shards and factors are compared with their checksums, examples with their fingerprint; the adapter is read.
+    Shards and factors are compared with their checksums, examples and adapter with their fingerprints.
     """
     with options.quiet_libraries():
         from finetrace.index.checking import verify as check

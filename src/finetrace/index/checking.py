@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from safetensors import SafetensorError, safe_open
 
+from finetrace import fingerprint
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
@@ -47,9 +48,9 @@ class Damage:
 def verify(folder: Path) -> list[Damage]:
     """Look at every file of an index and of its views; an empty list where nothing is broken or missing.
 
-    Shards and factors are compared with their checksums, examples with their fingerprint. The adapter is read: that it is the
-    index's own is checked whenever its model is loaded. A view that is not finished is no damage, since it goes on when a
-    method asks for it.
+    Shards and factors are compared with their checksums, examples and adapter with their fingerprints; an adapter of another
+    kind than plain LoRA is read, and compared whenever its model is loaded. A view that is not finished is no damage, since
+    it goes on when a method asks for it.
 
     Raises:
         FinetraceError: There is no index, or its manifest cannot be read.
@@ -61,7 +62,7 @@ def verify(folder: Path) -> list[Damage]:
         what = f"{folder}: unfinished, {done} of {about.examples} rows are there."
         found.append(Damage(folder, folder / manifest.NAME, "unfinished", what))
     if about.model.adapter is not None:
-        found += _verify_adapter(folder, folder / about.model.adapter)
+        found += _verify_adapter(folder, about.model.adapter, about.model.adapter_fingerprint)
     for view in sorted(path for path in (folder / VIEWS).glob("*") if path.is_dir()):
         try:
             found += _verify_one(view, manifest.read(view))
@@ -94,16 +95,17 @@ def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
     return found
 
 
-def _verify_adapter(folder: Path, adapter: Path) -> list[Damage]:
-    path = adapter / "adapter_config.json"
+def _verify_adapter(folder: Path, adapter: str, expected: str | None) -> list[Damage]:
+    path = folder / adapter / "adapter_config.json"
     try:
         json.loads(path.read_text(encoding="utf-8"))
-        path = adapter / "adapter_model.safetensors"
+        path = folder / adapter / "adapter_model.safetensors"
         with safe_open(str(path), framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                file.get_tensor(name)
+            found = fingerprint.of_adapter_file({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         return [Damage(folder, path, "adapter", f"{path}: cannot be read ({error}).")]
+    if found not in (None, expected):
+        return [Damage(folder, path, "adapter", f"{path}: not the adapter that the index was built with.")]
     return []
 
 
