@@ -205,7 +205,7 @@ def exact(widths: Sequence[int], n: int, m: int, memory: float, *, cosine: bool 
     room = int(memory) // 4
     rounds = -(-m // max(1, int(memory) // 2 // (Exact.query_bytes * width)))  # so many queries go through together
     score = 4.0 * m * n * width
-    solver = choose(n, m, widths, room, own=cosine)
+    solver = choose(n, m, widths, room, own=cosine, itemsize=2)  # gradients in bfloat16
     if solver == "dual":
         return Solved(solver, DUAL_BYTES * n**2, (1 + cosine) * direct[solver] + score, 1 + cosine + 5 * rounds)
     if solver == "primal":
