@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from finetrace.collection import precision
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
+from finetrace.evaluation import forecast as forecast_module
 from finetrace.evaluation import retraining
 from finetrace.evaluation.retraining import FOLDER, Retraining, Subset
 from finetrace.execution import Engine
@@ -92,6 +95,35 @@ def test_what_was_done_is_read_and_a_run_that_died_goes_on(
     monkeypatch.undo()
     about.run([Subset((0, 1)), Subset((4, 5))], say=said.append)
     assert said[0] == "1 retrainings, 1 more are there already"
+
+
+def test_their_time_is_said_before_them_and_changes_nothing(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subsets, said = [Subset((0, 2, 3, 5)), Subset((0, 1)), Subset((0, 1, 2, 3))], []
+    timed = make(base_folder, tmp_path / "timed").run(subsets, say=said.append)
+    words = re.fullmatch(r"they will take about ([0-9.]+) s by a few steps timed now", said[1])
+    assert words is not None
+    took = sum(each.seconds for each in timed)
+    assert 0.1 * took < float(words[1]) < 10 * took  # a Trainer that starts is most of it here
+    monkeypatch.setattr(retraining, "FORECAST", 4)
+    plain = make(base_folder, tmp_path / "plain").run(subsets, say=said.append)
+    assert all(np.array_equal(a.losses["response"], b.losses["response"]) for a, b in zip(timed, plain, strict=True))
+    assert sum("steps timed" in each for each in said) == 1
+
+
+def test_a_forecast_grows_with_rows_and_epochs(base_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(100))  # every look at the clock is a second after the one before
+    monkeypatch.setattr(forecast_module, "time", SimpleNamespace(perf_counter=lambda: float(next(clock))))
+    monkeypatch.setattr(forecast_module, "fit", lambda *_, **__: [])
+    loaded = load(ModelSpec(str(base_folder), None, "float32", "cpu"))
+    rows, _ = Encoder(loaded.tokenizer).encode_all(make_examples(20))
+    measured = {"response": rows[:2]}
+    config = CONFIG.model_copy(update={"epochs": 5})
+    before = [name for name, _ in loaded.model.named_parameters()]
+    # 6 rows took one second and the queries another: 30 rows x 5 epochs / 6, and three times the queries
+    assert forecast_module.forecast(loaded, rows, measured, config, [10, 12, 8]) == pytest.approx(25 + 3)
+    assert [name for name, _ in loaded.model.named_parameters()] == before
 
 
 def test_other_rows_queries_or_settings_are_other_retrainings(base_folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from finetrace import fingerprint
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
+from finetrace.evaluation.forecast import forecast
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
@@ -32,8 +33,10 @@ from finetrace.finetuning import new_adapter
 from finetrace.generation import answer
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.training import fit
+from finetrace.units import duration
 
 FOLDER = "retrainings"
+FORECAST = 3  # retrainings whose time is estimated before the first of them
 RESPONSE = "response"  # the name of the queries' own answers among what is measured
 
 
@@ -95,7 +98,7 @@ class Retraining:
         Args:
             subsets: What to train on.
             workers: Processes side by side, or an engine.
-            say: Hears how many there are and, after the first, how long they will take.
+            say: Hears how many there are and how long they will take, before `FORECAST` or more and after the first.
 
         Raises:
             FinetraceError: A subset is empty or names a row that is not there, or a training diverged.
@@ -105,10 +108,12 @@ class Retraining:
         missing = [subset for subset in wanted if not self._path(subset).exists()]
         if missing:
             say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
-        started = time.perf_counter()
         engine = Engine.of(workers)
         if len(missing) == 1 and not isinstance(workers, Engine):
             engine = Engine()
+        if len(missing) >= FORECAST:
+            say(self._forecast(missing, engine))
+        started = time.perf_counter()
         work = partial(_retrain, self)
         if not engine.in_process:
             work = partial(_retrain, replace(self, folder=self.folder.resolve()), expected=self._about)
@@ -122,6 +127,15 @@ class Retraining:
                 say(f"{done} retrainings in {(time.perf_counter() - started) / 60:.1f} minutes")
         found = {subset: self._read(subset) for subset in wanted}
         return [found[subset] for subset in subsets]
+
+    def _forecast(self, subsets: Sequence[Subset], engine: Engine) -> str:
+        trainer = _trainer(self)
+        sizes = [len(subset.rows) for subset in subsets]
+        seconds = forecast(trainer.loaded, trainer.train, trainer.measured, self.config, sizes)
+        if engine.name == "ray" or trainer.loaded.model.device.type != "cpu":  # workers on one CPU share its cores
+            seconds /= min(engine.workers, len(subsets))
+        beside = ", and the models' answers come on top" if self.answer_tokens else ""
+        return f"they will take about {duration(seconds)} by a few steps timed now{beside}"
 
     @property
     def everything(self) -> tuple[int, ...]:
@@ -236,6 +250,15 @@ def _base(spec: ModelSpec) -> Loaded:
     return _bases[spec]
 
 
+def _trainer(about: Retraining) -> _Trainer:
+    """Of a retraining, made once a process."""
+    name = f"{about.base} {about._about} {fingerprint.of_text(' '.join(about._rows))}"
+    if name not in _trainers:
+        _trainers.clear()  # one base at a time
+        _trainers[name] = _Trainer(about)
+    return _trainers[name]
+
+
 def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> float:
     """Train on a subset, measure the queries, keep what was found; the seconds that took.
 
@@ -247,12 +270,9 @@ def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> 
             "a worker has another base model, precision, kind of device or version of torch, transformers or peft than this "
             "process; install the same everywhere, and give --dtype and --device."
         )
-    name = f"{about.base} {about._about} {fingerprint.of_text(' '.join(about._rows))}"
-    if name not in _trainers:
-        _trainers.clear()  # one base at a time
-        _trainers[name] = _Trainer(about)
+    trainer = _trainer(about)
     started = time.perf_counter()
-    losses, answers = _trainers[name](subset)
+    losses, answers = trainer(subset)
     seconds = time.perf_counter() - started
     found = {"seed": subset.seed, "rows": list(subset.rows), "losses": losses, "answers": answers, "seconds": seconds}
     path = about._path(subset)
