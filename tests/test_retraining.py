@@ -94,7 +94,7 @@ def test_what_was_done_is_read_and_a_run_that_died_goes_on(
     assert np.array_equal(again[1].losses["response"], first[0].losses["response"])
     monkeypatch.undo()
     about.run([Subset((0, 1)), Subset((4, 5))], say=said.append)
-    assert said[0] == "1 retrainings, 1 more are there already"
+    assert said[0] == "1 retraining, 1 more are there already"
 
 
 def test_their_time_is_said_before_them_and_changes_nothing(

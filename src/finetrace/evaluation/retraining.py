@@ -33,7 +33,7 @@ from finetrace.finetuning import new_adapter
 from finetrace.generation import answer
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.training import fit
-from finetrace.units import duration
+from finetrace.units import duration, many
 
 FOLDER = "retrainings"
 FORECAST = 3  # retrainings whose time is estimated before the first of them
@@ -107,7 +107,7 @@ class Retraining:
         wanted = list(dict.fromkeys(subsets))
         missing = [subset for subset in wanted if not self._path(subset).exists()]
         if missing:
-            say(f"{len(missing)} retrainings, {len(wanted) - len(missing)} more are there already")
+            say(f"{many(len(missing), 'retraining')}, {len(wanted) - len(missing)} more are there already")
         engine = Engine.of(workers)
         if len(missing) == 1 and not isinstance(workers, Engine):
             engine = Engine()
