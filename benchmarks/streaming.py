@@ -1,8 +1,7 @@
-"""Queries against a large index: python benchmarks/streaming.py dot|exact|stream|loops|growth [--rounds 5].
+"""Queries against a large index: python benchmarks/streaming.py dot|exact|stream|growth [--rounds 5].
 
 dot: one dot-product query batch against one matmul on the same arrays. exact: `exact` by block against the matrix products
-that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. loops: DataInf
-and LiSSA against loops of their definitions. growth: seconds over 1x, 4x and 16x rows. Everything is random numbers; ratios are
+that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. growth: seconds over 1x, 4x and 16x rows. Everything is random numbers; ratios are
 of times within one run, and medians of all rounds.
 """
 
@@ -19,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from finetrace.attribution import Problem, make
 from finetrace.attribution.ranked import Strongest
@@ -27,7 +25,6 @@ from finetrace.attribution.stored_rows import StoredRows
 from finetrace.attribution.streamed_gradient import StreamedMethod
 from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
-from finetrace.curvature import DataInf, LiSSA, Products
 from finetrace.examples import Example
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, Manifest, ShardRecord
@@ -204,67 +201,6 @@ def stream(folder: Path, rounds: int, n: int = 1_000_000, d: int = 1024, m: int 
     print(f"  largest error of a score against float64: {error:.1e} of the largest score ({len(piece)} rows looked at)")
 
 
-def loop_datainf(train: Tensor, query: Tensor, damping: float, rows: range) -> Tensor:
-    """The definition, one entry after another: v^T (1/n) sum_j (lambda I + g_j g_j^T)^{-1} g_i, by Sherman and Morrison."""
-    n = len(train)
-    values = torch.zeros(len(query), len(rows), dtype=torch.float64)
-    for q, v in enumerate(query):
-        for k, i in enumerate(rows):
-            total = 0.0
-            for g in train:
-                share = float(g @ train[i]) / (damping + float(g @ g))
-                total += float(v @ (train[i] - share * g)) / damping
-            values[q, k] = total / n
-    return values
-
-
-def loop_lissa(train: Tensor, query: Tensor, damping: float, iterations: int, sigma: float, rows: range) -> Tensor:
-    """The recurrence on whole gradients, one query and one training row after another."""
-    n = len(train)
-    values = torch.zeros(len(query), len(rows), dtype=torch.float64)
-    for q, v in enumerate(query):
-        current = v.clone()
-        for _ in range(iterations):
-            image = damping * current
-            for g in train:
-                image = image + g * (float(g @ current) / n)
-            current = v + current - image / sigma
-        for k, i in enumerate(rows):
-            values[q, k] = float(current @ train[i]) / sigma
-    return values
-
-
-def loops(folder: Path, rounds: int, n: int = 900, d: int = 2304, m: int = 100) -> None:
-    """One block of 900 rows; the loops are timed on one query (and for DataInf ten rows) and scaled up to all."""
-    generator = torch.Generator().manual_seed(0)
-    train = torch.randn(n, d, generator=generator, dtype=torch.float64) + torch.randn(d, generator=generator).double()
-    query = torch.randn(m, d, generator=generator, dtype=torch.float64)
-    damping = 0.01 * float(train.square().sum(1).mean())
-    few = range(10)
-    for name in ("datainf", "lissa"):
-        ratios, errors = [], []
-        for _ in range(rounds):
-            products = Products.of(train, query)
-            operator = DataInf(products, damping) if name == "datainf" else LiSSA(products, damping, 10)
-            started = time.perf_counter()
-            found = operator.products()
-            fast = time.perf_counter() - started
-            started = time.perf_counter()
-            if isinstance(operator, LiSSA):
-                wanted = loop_lissa(train, query[:1], damping, 10, operator.scale, few)
-                slow = (time.perf_counter() - started) * m
-            else:
-                wanted = loop_datainf(train, query[:1], damping, few)
-                slow = (time.perf_counter() - started) * m * n / len(few)
-            errors.append(float((found[:1, :10] - wanted).abs().max() / wanted.abs().max()))
-            ratios.append(slow / fast)
-        print(
-            f"{name}: {statistics.median(ratios):,.0f} times faster than its loop ({m} queries x {n} rows x {d} entries; "
-            f"the loop extrapolated from a part), largest difference {max(errors):.0e}",
-            flush=True,
-        )
-
-
 def growth(folder: Path, rounds: int, base: int = 250, m: int = 16) -> None:
     """Seconds of 16 queries streamed within 512 MB."""
     found: dict[str, list[float]] = {}
@@ -286,7 +222,7 @@ def growth(folder: Path, rounds: int, base: int = 250, m: int = 16) -> None:
         print(f"{spec}: {base}, {4 * base}, {16 * base} rows: {shown}", flush=True)
 
 
-PARTS = {"dot": dot, "exact": exact, "stream": stream, "loops": loops, "growth": growth}
+PARTS = {"dot": dot, "exact": exact, "stream": stream, "growth": growth}
 
 
 def main() -> None:
