@@ -1,8 +1,8 @@
 """Queries against a large index: python benchmarks/streaming.py dot|exact|stream|growth [--rounds 5].
 
 dot: one dot-product query batch against one matmul on the same arrays. exact: `exact` by block against the matrix products
-that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. growth: seconds over 1x, 4x and 16x rows. Everything is random numbers; ratios are
-of times within one run, and medians of all rounds.
+that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. growth:
+seconds over 1x, 4x and 16x rows. Everything is random numbers; ratios are of times within one run, and medians of all rounds.
 """
 
 from __future__ import annotations
