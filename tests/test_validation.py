@@ -222,6 +222,13 @@ def test_the_peak_is_where_the_schedule_started_and_not_what_was_logged_first(
     assert capsys.readouterr().err == ""
 
 
+def test_a_fine_tuning_that_could_stop_early_is_pointed_out(place: Path, tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "finetune.yaml").write_text("epochs: 25\nvalidation: 0.1\n")
+    assert finetuning_of(open_index(place / "idx"), None, tmp_path).epochs == 25
+    said = " ".join(capsys.readouterr().err.split())
+    assert "held out 10% of its rows" in said and "through all 25 epochs" in said
+
+
 def test_verdicts_say_what_the_intervals_say() -> None:
     def estimate(value: float, half: float) -> Estimate:
         return Estimate(value, value - half, value + half, 5)

@@ -160,4 +160,10 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> Fi
             f"with a {found.schedule} learning rate from {found.learning_rate:.3g}; if that is not so, give a finetune.yaml "
             "with --config"
         )
+    if found.validation:
+        options.say(
+            f"the fine-tuning held out {found.validation:.0%} of its rows and could stop early by their loss; retrainings take "
+            f"all of their rows through all {found.epochs} epochs; if it stopped before, give a finetune.yaml of fewer epochs "
+            "without validation with --config"
+        )
     return found
