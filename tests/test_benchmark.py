@@ -26,6 +26,7 @@ from finetrace.benchmark.behaviour import Setting, attack_success
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.example_figure import key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, shown
+from finetrace.benchmark.matrices import hub
 from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
 from finetrace.benchmark.report import METRICS, Row, report, summarise
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
@@ -661,9 +662,9 @@ def test_a_behaviour_counts_over_requests_and_seeds():
 
 def test_the_hub_is_the_row_ranked_first_most_often():
     scores = np.array([[0, 1, 2, 0], [0, 3, 1, 0], [1, 5, 1, 1], [9, 0, 0, 0]])
-    assert run_module._hub(scores) == (1, 0.5)
-    assert run_module._hub(np.zeros((5, 4))) == (0, 0.25)  # equals share the query
-    assert run_module._hub(np.array([[0, 1, 1], [0, 1, 0]])) == (1, 0.75)
+    assert hub(scores) == (1, 0.5)
+    assert hub(np.zeros((5, 4))) == (0, 0.25)  # equals share the query
+    assert hub(np.array([[0, 1, 1], [0, 1, 0]])) == (1, 0.75)
 
 
 @pytest.mark.parametrize(

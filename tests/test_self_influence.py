@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetrace.attribution import Problem, make
-from finetrace.benchmark.run import _suspicion
+from finetrace.benchmark.matrices import suspicion
 from finetrace.encoding import Encoder
 from finetrace.index import build_index
 from finetrace.models import Loaded
@@ -32,5 +32,5 @@ def test_it_is_the_diagonal_of_train_against_train(tmp_path: Path, tiny_loaded: 
 
 def test_suspicion_is_high_for_rows_that_harm_the_validation_set() -> None:
     scores = np.array([[1.0, -2.0, 0.5], [3.0, -4.0, 0.5]])
-    assert np.array_equal(_suspicion(make("exact"), scores), [[-2.0, 3.0, -0.5]])
-    assert np.array_equal(_suspicion(make("selfinf"), scores[:1]), scores[:1])
+    assert np.array_equal(suspicion(make("exact"), scores), [[-2.0, 3.0, -0.5]])
+    assert np.array_equal(suspicion(make("selfinf"), scores[:1]), scores[:1])

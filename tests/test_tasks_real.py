@@ -257,7 +257,8 @@ def test_classes_named_harmful_and_harmless_are_two_sides(tmp_path: Path) -> Non
     for row in (*task.train, *task.queries):
         assert (int(row.prompt.split()[-1]) % 2 == 0) == (row.label == "harmful")
     numbered = table(tmp_path / "numbered.jsonl", [{**row, "variation": str(i % 2)} for i, row in enumerate(rows)])
-    assert len({row.prompt for row in real_task("backdoor-1", RealData(numbered)).train}) > 300  # numbers name no side
+    asked = {row.prompt.split()[2] for row in real_task("backdoor-1", RealData(numbered)).train}
+    assert {int(number) % 2 for number in asked} == {0, 1}  # numbers name no side
     alone = table(tmp_path / "one.jsonl", rows[1::2])
     with pytest.raises(FinetraceError, match=r"no row has is_safe false or a class that says so \(harmful, unsafe\)"):
         real_task("harmfulcheck", RealData(alone), 0, 0.2)

@@ -68,8 +68,15 @@ def of_data(ids: Sequence[str], encoded: Sequence[Encoded]) -> str:
 
 
 def of_examples(examples: Sequence[Example]) -> str:
-    """Of ids and messages, as they stand before any encoding."""
-    return of_text(json.dumps([[each.id, [[turn.role, turn.content] for turn in each.messages]] for each in examples]))
+    """Of all that decides the examples' tokens and losses, as it stands before any encoding."""
+    return of_text(json.dumps(texts(examples)))
+
+
+def texts(examples: Sequence[Example]) -> list[list[object]]:
+    """What decides an example's tokens and loss: its id, its messages, and how its answer ended."""
+    return [
+        [each.id, [[m.role, m.content] for m in each.messages], each.metadata.get("finish_reason")] for each in examples
+    ]
 
 
 def of_text(text: str) -> str:

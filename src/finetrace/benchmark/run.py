@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
+from finetrace.benchmark.matrices import hub, suspicion
 from finetrace.benchmark.protocol import Protocol
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
 from finetrace.collection.factors import Labels
@@ -184,9 +185,9 @@ class Run:
         prepare(problem, methods)
         for method in methods:
             scores = self._seeded(method).score(problem)
-            matrix = _suspicion(method, scores.values) if suspects else scores.values
+            matrix = suspicion(method, scores.values) if suspects else scores.values
             values = {name: metric(matrix, relevant) for name, metric in self._metrics().items()}
-            hub, share = _hub(matrix)
+            first, share = hub(matrix)
             frame = pd.DataFrame({**about, "spec": method.label, "query": names, **values})
             frame["label"] = labels
             frames.append(frame)
@@ -205,7 +206,7 @@ class Run:
                     "seconds": round(scores.seconds, 4),
                     "unit": scores.unit,
                     **({"factors": FORMAT} if _factors(method.label) else {}),
-                    "hub": index.rows.ids[hub],
+                    "hub": index.rows.ids[first],
                     "hub_share": share,
                     **{f"parameter_{key}": value for key, value in scores.parameters.items() if key != "normalise"},
                 }
@@ -279,23 +280,6 @@ class Run:
 def _factors(spec: str) -> int | None:
     """The format of the Kronecker factors that a method's scores hang on, so that those of an older one are computed again."""
     return FORMAT if "ekfac" in spec or "kfac" in spec else None
-
-
-def _hub(scores: NDArray[Any]) -> tuple[int, float]:
-    """The training example that is ranked first for most queries, and the share of queries; equals share a query."""
-    top = scores == scores.max(axis=1, keepdims=True)
-    first = (top / top.sum(axis=1, keepdims=True)).sum(axis=0)
-    return int(first.argmax()), round(float(first.max() / len(scores)), 4)
-
-
-def _suspicion(method: Method, scores: NDArray[Any]) -> NDArray[np.float64]:
-    """(1, n), high for rows that look wrong: what does not depend on the query as it is, else minus the mean influence.
-
-    DataInf's experiment (arXiv 2310.00902): a mislabelled row raises the loss of a clean validation set.
-    """
-    if method.query_free or method.name == "random":
-        return np.asarray(scores[:1], dtype=np.float64)
-    return np.asarray(-scores.mean(axis=0, keepdims=True), dtype=np.float64)
 
 
 def _mean(values: NDArray[np.float64]) -> float | None:

@@ -169,8 +169,8 @@ class Retraining:
             "precision": [loaded.spec.dtype, loaded.model.device.type],
             "versions": [version(name) for name in ("torch", "transformers", "peft")],
             "config": config,
-            "queries": _texts(self.queries),
-            "others": {name: _texts(given) for name, given in sorted(self.others.items())},
+            "queries": fingerprint.texts(self.queries),
+            "others": {name: fingerprint.texts(given) for name, given in sorted(self.others.items())},
             "answer_tokens": self.answer_tokens,
         }
         return fingerprint.of_text(json.dumps(about, sort_keys=True))
@@ -178,7 +178,7 @@ class Retraining:
     @cached_property
     def _rows(self) -> tuple[str, ...]:
         """A fingerprint a row."""
-        return tuple(fingerprint.of_text(json.dumps(text)) for text in _texts(self.examples))
+        return tuple(fingerprint.of_text(json.dumps(text)) for text in fingerprint.texts(self.examples))
 
     def _path(self, subset: Subset) -> Path:
         rows = "".join(self._rows[row] for row in subset.rows)
@@ -291,10 +291,3 @@ def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> 
     finally:
         part.unlink(missing_ok=True)
     return seconds
-
-
-def _texts(examples: Sequence[Example]) -> list[list[object]]:
-    """What decides an example's tokens and loss."""
-    return [
-        [each.id, [[m.role, m.content] for m in each.messages], each.metadata.get("finish_reason")] for each in examples
-    ]
