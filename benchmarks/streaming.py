@@ -1,8 +1,8 @@
-"""Queries against a large index: python benchmarks/streaming.py dot|exact|stream|growth [--rounds 5].
+"""Queries against a large index: python benchmarks/streaming.py dot|exact|stream [--rounds 5].
 
 dot: one dot-product query batch against one matmul on the same arrays. exact: `exact` by block against the matrix products
-that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. growth:
-seconds over 1x, 4x and 16x rows. Everything is random numbers; ratios are of times within one run, and medians of all rounds.
+that it needs. stream: 10^6 rows of 1,024 bfloat16 entries within 512 MB, against numpy reading the same bytes. Everything is
+random numbers; ratios are of times within one run, and medians of all rounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetrace.collection import Features
 from finetrace.examples import Example
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, Manifest, ShardRecord
-from scoring import block_records, random_features, write_factors, write_index
+from scoring import block_records, random_features, write_index
 
 
 def queries(count: int) -> list[Example]:
@@ -201,28 +201,7 @@ def stream(folder: Path, rounds: int, n: int = 1_000_000, d: int = 1024, m: int 
     print(f"  largest error of a score against float64: {error:.1e} of the largest score ({len(piece)} rows looked at)")
 
 
-def growth(folder: Path, rounds: int, base: int = 250, m: int = 16) -> None:
-    """Seconds of 16 queries streamed within 512 MB."""
-    found: dict[str, list[float]] = {}
-    for times in (1, 4, 16):
-        place = folder / str(times)
-        write_index(place, base * times)
-        index = Index(place)
-        write_factors(index)
-        features = random_features(m, width(), 10**6)
-        for spec in ("gradsim", "datainf", "ekfac", "exact"):
-            each = []
-            for _ in range(rounds):
-                # the step is given so that few rows, which would fit, stream as many do
-                problem = Problem(index, queries(m), features, memory=2 << 30, step=64)
-                each.append(make(spec).score(problem).seconds)
-            found.setdefault(spec, []).append(statistics.median(each))
-    for spec, taken in found.items():
-        shown = ", ".join(f"{each:.2f} s ({each / taken[0]:.1f}x)" for each in taken)
-        print(f"{spec}: {base}, {4 * base}, {16 * base} rows: {shown}", flush=True)
-
-
-PARTS = {"dot": dot, "exact": exact, "stream": stream, "growth": growth}
+PARTS = {"dot": dot, "exact": exact, "stream": stream}
 
 
 def main() -> None:
