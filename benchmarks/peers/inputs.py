@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from common import Row
 
@@ -35,19 +37,25 @@ def make(folder: Path, rows: int, queries: int) -> None:
     adapter = folder / f"adapter-{rows}"
     if not finished(adapter):
         finetune(loaded, train, adapter, FinetuneConfig(epochs=1, learning_rate=1e-3))
+    about = place(folder, Encoder(loaded.tokenizer), train, asked, adapter)
+    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def place(
+    folder: Path, encoder: Encoder, train: Sequence[Example], queries: Sequence[Example], adapter: Path
+) -> dict[str, Any]:
+    """Rows and queries as token ids in `folder`, the adapter's base by its folder; where they are, and how many tokens."""
     _name_base(adapter, embedded_folder())
-    encoder = Encoder(loaded.tokenizer)
     encoded = [_row(encoder, example) for example in train]
     _write(folder / "rows.jsonl", encoded)
-    _write(folder / "queries.jsonl", [_row(encoder, example) for example in asked])
-    about = {
+    _write(folder / "queries.jsonl", [_row(encoder, example) for example in queries])
+    return {
         "model": str(embedded_folder()),
         "adapter": str(adapter),
         "rows": str(folder / "rows.jsonl"),
         "queries": str(folder / "queries.jsonl"),
         "tokens": sum(len(row.input_ids) for row in encoded),
     }
-    (folder / ABOUT).write_text(json.dumps(about, indent=1), encoding="utf-8")
 
 
 def _row(encoder: Encoder, example: Example) -> Row:
