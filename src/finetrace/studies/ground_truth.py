@@ -65,7 +65,7 @@ PLAN = {
     "grammars": Ground(6, 2, 10, (6, 15), groups=2),
     "mathqa": Ground(4, 1, 6, (4, 10), groups=2),
     "mixed-small": Ground(20, 30, 16, (4, 10)),
-    "mixed-large": Ground(40, 30, 8, (6, 15), subsets=10),
+    "mixed-large": Ground(40, 30, 8, (6, 15)),
     "backdoor-3": Ground(10, 3, 6, (4, 10), groups=2),
 }
 QUICK = {"emotion": Ground(3, 1, 2, (3,), 4, 1, 2)}
