@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from finetrace.attribution import make
 from finetrace.evaluation.removal import CLASS, RANDOM
 from finetrace.studies.plots import legend, line, panels, whole
 from finetrace.studies.records import Records, reach, where
@@ -14,6 +16,7 @@ DRAWN = (
     "exact",
     "exact:normalise=cosine",
     "exact:scope=joint",
+    "exact:normalise=cosine,at=start",
     "ekfac",
     "ekfac:normalise=cosine,layers=last-half,at=start",
     "ekfac:at=start",
@@ -21,6 +24,7 @@ DRAWN = (
     "gradcos",
     "gradsim",
     "gradsim:at=start",
+    "gradcos:at=start",
     "repsim",
     "repsim:pooling=mean-response",
     SIMILAR,
@@ -29,9 +33,13 @@ DRAWN = (
     "random",
 )
 PLAIN = ("gradsim", "gradcos", "gradsim:at=start", "gradcos:at=start")  # first order: no curvature
-RIVALS = ("repsim", "bm25", "random")
+FAMILIES: dict[str, Callable[[str], bool]] = {
+    "first-order": lambda spec: spec in PLAIN,
+    "gradient": lambda spec: _gradient(spec),
+}
+RIVALS: tuple[str, ...] = ("repsim", "bm25", "random")
 # and what sees the response: words and hidden states of the same text that the gradients are of
-STRONGER = (
+STRONGER: tuple[str, ...] = (
     *RIVALS,
     "repsim:pooling=mean-response",
     SIMILAR,
@@ -141,7 +149,9 @@ def curves(records: Records) -> Any:
 def reading(records: Records) -> list[str]:
     """What is seen, task by task and over all."""
     lines: list[str] = []
-    ahead: dict[tuple[str, ...], list[str]] = {RIVALS: [], STRONGER: []}
+    ahead: dict[tuple[str, tuple[str, ...]], list[str]] = {
+        (family, names): [] for names in (RIVALS, STRONGER) for family in FAMILIES
+    }
     for task in tasks(records):
         mine = [r for r in where(records, measure="lds", task=task) if r["value"] is not None and r["spec"] != CLASS]
         if not mine:
@@ -156,16 +166,18 @@ def reading(records: Records) -> list[str]:
             lines.append(
                 f"{task}: labels alone, 1 for each row of the query's class, have an LDS of {_cell(labels[0])}."
             )
-        for names, there in ahead.items():
+        for names in (RIVALS, STRONGER):
             rivals = [r for r in mine if r["spec"] in names]
             above = [
                 r["spec"]
                 for r in mine
-                if r["spec"] in PLAIN and rivals and all(r["value_low"] > other["value_high"] for other in rivals)
+                if _gradient(r["spec"]) and rivals and all(r["value_low"] > other["value_high"] for other in rivals)
             ]
             if above:
-                there.append(task)
                 lines.append(f"{task}: above {', '.join(names)} with intervals apart: {', '.join(above)}.")
+            for family, belongs in FAMILIES.items():
+                if any(belongs(spec) for spec in above):
+                    ahead[family, names].append(task)
         for count in dict.fromkeys(r["removed"] for r in where(records, measure="drop", task=task)):
             here = where(records, measure="drop", task=task, removed=count)
             told = [
@@ -180,9 +192,15 @@ def reading(records: Records) -> list[str]:
                 f"{task}, {count} rows removed: loss rises by more than without {count} random ones for "
                 f"{', '.join(told) or 'no method'}" + (f"; not told apart: {', '.join(idle)}." if idle else ".")
             )
-    for names, there in ahead.items():
+    for (family, names), there in ahead.items():
         lines.append(
-            f"A first-order method is above {', '.join(names)} with intervals apart on {len(there)} of {len(tasks(records))} "
+            f"A {family} method is above {', '.join(names)} with intervals apart on {len(there)} of {len(tasks(records))} "
             "tasks" + (f": {', '.join(there)}." if there else ".")
         )
     return lines
+
+
+def _gradient(spec: str) -> bool:
+    """Whether a method compares gradients, with a curvature or without, and is no control."""
+    method = make(spec)
+    return "gradients" in method.needs and not method.control
