@@ -123,7 +123,7 @@ def forest(records: Records) -> Any:
         axis.set_yticks(range(len(shown)), shown, fontsize=5.5)
         axis.set_xlim(-0.7, 1.05)
         axis.set_xticks([-0.5, 0, 0.5, 1])
-        axis.set_title(f"{task}: {mine[0]['n_train']} rows, {mine[0]['n_queries']} queries", fontsize=7)
+        axis.set_title(f"{task}\n{mine[0]['n_train']} rows, {mine[0]['n_queries']} queries", fontsize=7)
         axis.set_xlabel("LDS", fontsize=7)
     return figure
 
