@@ -13,6 +13,8 @@ RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step f
 USUAL = MEASURES[:3]  # a row left out alone is lost in the noise of training, unless the set is tiny
 METHODS = (
     BEST,
+    "exact:normalise=cosine,at=start",
+    "gradcos:at=start",
     "ekfac:normalise=cosine",
     "exact:normalise=cosine",
     "exact",
@@ -64,7 +66,16 @@ class Validation:
 
 
 QUICK = Validation(
-    methods=(BEST, "exact:normalise=cosine", "gradcos", "repsim", "bm25", UNASKED, "random"),
+    methods=(
+        BEST,
+        "exact:normalise=cosine,at=start",
+        "exact:normalise=cosine",
+        "gradcos",
+        "repsim",
+        "bm25",
+        UNASKED,
+        "random",
+    ),
     measures=("lds", "tail-patch"),
     subsets=6,
     seeds=1,
@@ -85,4 +96,6 @@ def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
     """
     instead = {BEST: default_method(index), UNASKED: unasked_method(index)}
     found = [instead.get(name, name) for name in methods if name != SIMILAR or has_similar(index)]
-    return tuple(dict.fromkeys(name for name in found if index.has_factors() or "kfac" not in name))
+    start, factors = index.has_start(), index.has_factors()
+    here = (name for name in found if (start or "at=start" not in name) and (factors or "kfac" not in name))
+    return tuple(dict.fromkeys(here))
