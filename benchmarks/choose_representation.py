@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from choose_method import BEHAVIOUR, CLASSES, mean_of, not_solved
+from finetrace.atomic import write_atomically
 from finetrace.attribution.similarity import cosines
 from finetrace.batching import batches
 from finetrace.collection.representations import POOLINGS, UPPER, pool
@@ -28,7 +29,6 @@ from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED, saved_model
 from finetrace.forward import Batch, token_logits
-from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.moments import at_moment
 from finetrace.reading import read_examples

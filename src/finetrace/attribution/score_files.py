@@ -14,8 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from finetrace.atomic import replacing
 from finetrace.errors import FinetraceError
-from finetrace.index.manifest import replacing
 
 MATRIX = (".npy", ".safetensors")
 KINDS = (".parquet", *MATRIX)

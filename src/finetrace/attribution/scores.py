@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from finetrace.atomic import write_atomically
 from finetrace.attribution.score_files import MATRIX, writing_scores
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.index.manifest import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd

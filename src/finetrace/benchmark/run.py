@@ -16,6 +16,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
+from finetrace.atomic import replacing, write_atomically
 from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
@@ -31,7 +32,6 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
 from finetrace.index.factors import FORMAT
-from finetrace.index.manifest import replacing, write_atomically
 from finetrace.models import ALIGNED, EMBEDDED, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
 from finetrace.reading import write_examples

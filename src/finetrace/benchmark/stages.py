@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetrace.atomic import part_of, write_atomically
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune, finished
 from finetrace.generation import ANSWER_TOKENS, answer
-from finetrace.index.manifest import part_of, write_atomically
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from finetrace.atomic import write_atomically
 from finetrace.attribution import make
 from finetrace.benchmark.protocol import INPUTS
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
-from finetrace.index.manifest import write_atomically
 
 if TYPE_CHECKING:
     from finetrace.benchmark.report import Row

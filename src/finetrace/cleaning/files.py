@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetrace.atomic import write_atomically
 from finetrace.cleaning.rank import Ranked
 from finetrace.columns import json_value
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.formats import Table
-from finetrace.index.manifest import write_atomically
 from finetrace.units import many
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")

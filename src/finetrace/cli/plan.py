@@ -61,7 +61,7 @@ def plan(
         made = stopped.plan
     text = json.dumps(made.record(), indent=1)
     if results is not None:
-        from finetrace.index.manifest import write_atomically
+        from finetrace.atomic import write_atomically
 
         write_atomically(results, (text + "\n").encode())
     if json_:

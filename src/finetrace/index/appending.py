@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import get_args
 
 from finetrace import fingerprint
+from finetrace.atomic import replacing
 from finetrace.collection import Representation
 from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded, LengthReport
@@ -22,7 +23,7 @@ from finetrace.execution import Engine
 from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.build import build_index, refuse_duplicates
 from finetrace.index.lock import writing
-from finetrace.index.manifest import AppendRecord, Manifest, replacing
+from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.index.views import FOLDER as VIEWS

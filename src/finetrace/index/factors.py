@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetrace import fingerprint
+from finetrace.atomic import replacing, write_atomically
 from finetrace.collection import Block
 from finetrace.collection.factors import Labels
 from finetrace.collection.projection import Projection
 from finetrace.curvature.kronecker import KroneckerBasis, eigen
 from finetrace.errors import FinetraceError
 from finetrace.index import shards, sums
-from finetrace.index.manifest import Manifest, replacing, write_atomically
+from finetrace.index.manifest import Manifest
 from finetrace.index.sums import FOLDER
 
 FORMAT = 2  # 1 had the tokens of the loss alone in its sums; such factors are fitted again

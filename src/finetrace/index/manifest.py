@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
 from torch import nn
 
+from finetrace.atomic import part_of, write_atomically
 from finetrace.collection.modules import Block, Tracking, track
 from finetrace.collection.projection import Projection
 from finetrace.errors import FinetraceError
@@ -21,7 +18,7 @@ from finetrace.moments import Moment
 
 FORMAT = 1
 NAME = "manifest.json"
-PART = f".{NAME}.part"
+PART = part_of(NAME)
 
 
 class _Strict(BaseModel):
@@ -190,31 +187,3 @@ def read(folder: Path) -> Manifest:
 def write(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step."""
     write_atomically(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is whole or not there."""
-    with replacing(path) as part:
-        part.write_bytes(content)
-
-
-def part_of(name: str, writer: str = "") -> str:
-    """The temporary name of a file; `writer` tells apart those who may be at the same one."""
-    return f".{name}.{writer}.part" if writer else f".{name}.part"
-
-
-@contextmanager
-def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed."""
-    part = path.with_name(part_of(path.name, writer))
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise FinetraceError(
-            f"{path}: cannot be written ({error}); free some space or choose another folder."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)

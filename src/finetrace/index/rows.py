@@ -13,10 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from finetrace import fingerprint
+from finetrace.atomic import write_atomically
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
-from finetrace.index.manifest import Manifest, write_atomically
+from finetrace.index.manifest import Manifest
 
 NAME = "examples.parquet"
 REMEDY = "run finetrace index again on this folder to write it anew."

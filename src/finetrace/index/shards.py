@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finetrace import fingerprint
+from finetrace.atomic import replacing
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
-from finetrace.index.manifest import Manifest, ShardRecord, replacing
+from finetrace.index.manifest import Manifest, ShardRecord
 from finetrace.index.stored import Narrowed, narrow, widen
 
 FOLDER = "shards"

@@ -21,11 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from finetrace.atomic import replacing
 from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import shards
-from finetrace.index.manifest import Manifest, ShardRecord, replacing
+from finetrace.index.manifest import Manifest, ShardRecord
 
 FOLDER = "factors"
 FORMAT = 3  # 1 and 2 kept the sums of every shard to the end

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+from finetrace.atomic import part_of
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import SEEN
 from finetrace.index import rows, shards, sums
-from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord, part_of
+from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord
 from finetrace.index.store import refuse_other_model
 from finetrace.models import ModelSpec, load
 from finetrace.moments import at_moment

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetrace.atomic import write_atomically
 from finetrace.errors import FinetraceError
-from finetrace.index.manifest import write_atomically
 
 
 def write_results(folder: Path, records: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> Path:

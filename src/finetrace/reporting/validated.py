@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetrace.atomic import write_atomically
 from finetrace.errors import FinetraceError
 from finetrace.index import manifest
-from finetrace.index.manifest import write_atomically
 
 NAME = "validation.json"
 

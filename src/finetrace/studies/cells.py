@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from finetrace.atomic import write_atomically
 from finetrace.attribution import Problem, make
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
@@ -28,7 +29,6 @@ from finetrace.evaluation.seeds import bootstrap_crossed, over_seeds
 from finetrace.examples import Example
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
-from finetrace.index.manifest import write_atomically
 from finetrace.models import Loaded
 from finetrace.moments import Moment
 from finetrace.studies.pieces import Piece, Say

@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from finetrace.atomic import write_atomically
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.run import Run
 from finetrace.benchmark.runner import length
@@ -22,7 +23,6 @@ from finetrace.benchmark.stages import tuned_adapter
 from finetrace.collection import Representation
 from finetrace.fingerprint import of_text
 from finetrace.index.factors import FORMAT
-from finetrace.index.manifest import write_atomically
 from finetrace.models import ModelSpec, load
 from finetrace.studies.cells import SPECS, Plan, indexed, name_of, of_cell, run_of, scored, summary
 from finetrace.studies.controls import control_line, controls, table

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
+from finetrace.atomic import replacing
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.stages import complied, kept_answers, tuned_adapter
 from finetrace.collection import Block, Collector, track
@@ -34,7 +35,6 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
 from finetrace.fingerprint import of_text
-from finetrace.index.manifest import replacing
 from finetrace.models import ALIGNED, Loaded, ModelSpec, load
 from finetrace.positions import PROBE
 from finetrace.studies.pieces import Say

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetrace.index.manifest import write_atomically
+from finetrace.atomic import write_atomically
 
 Say = Callable[[str], None]
 Measure = Callable[[Say], list[dict[str, Any]]]
