@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+
 from finetrace.encoding import Encoder
 from finetrace.index import build_index
 from finetrace.models import ModelSpec, load
@@ -25,6 +27,22 @@ def build(base: str, adapter: str, folder: str, rows: int, **options: Any) -> No
     """What `finetrace index` does, on the examples of the tests."""
     loaded = load(ModelSpec(base, adapter, dtype="float64", device="cpu"))
     build_index(loaded, make_examples(rows), Path(folder), Encoder(loaded.tokenizer), **options)
+
+
+def build_dying_in_the_library(at: int, **given: Any) -> None:
+    """`build`, killed in the `at`-th writing of tensors, after safetensors began a temporary file of its own beside it."""
+    begun, save = 0, safetensors.torch.save_file
+
+    def dying(tensors: Any, filename: str, metadata: Any = None) -> None:
+        nonlocal begun
+        if begun == at:
+            Path(filename).with_name(".tmpAb12Cd").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        begun += 1
+        save(tensors, filename, metadata)
+
+    safetensors.torch.save_file = dying
+    build(**given)
 
 
 def _changes(event: str, args: tuple[Any, ...], watched: str) -> bool:

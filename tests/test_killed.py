@@ -71,6 +71,18 @@ def test_killed_at_random_moments(base_folder: Path, adapter_folder: Path, tmp_p
     assert files(folder) == expected
 
 
+@pytest.mark.parametrize("at", [0, 1, 2, 6])
+def test_killed_while_safetensors_writes(base_folder: Path, adapter_folder: Path, tmp_path: Path, at: int) -> None:
+    """Its own temporary file is nobody's at the next start; first a shard or its sums, last the factors."""
+    given = {"base": str(base_folder), "adapter": str(adapter_folder), "rows": 5, "rows_per_shard": 3}
+    given |= {"kronecker": "model"}
+    assert killed.run(killed.build, tmp_path / "whole", **given)[0]
+    assert not killed.run(killed.build_dying_in_the_library, tmp_path / "i", at=at, **given)[0]
+    assert list((tmp_path / "i").rglob(".tmp*"))
+    assert killed.run(killed.build, tmp_path / "i", **given)[0]
+    assert files(tmp_path / "i") == files(tmp_path / "whole")
+
+
 def assert_unfinished_or_whole(folder: Path, expected: dict[str, bytes]) -> None:
     """What a kill left is said to be unfinished, or has all its rows."""
     try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import killed
-from finetrace.atomic import part_of
+from finetrace.atomic import part_of, remove_part
 from finetrace.collection import Block, Collector, track
 from finetrace.collection.factors import FactorSums, Labels
 from finetrace.collection.modules import Tracking
@@ -150,7 +150,7 @@ def test_killed_at_every_step_of_a_fold_every_shard_counts_once(tmp_path: Path) 
         assert not killed.run(folding, folder, die_at=step, count=5)[0]
         assert_all_once(folder, about)
         for left in sums.place(folder, "data").glob(part_of("*", "*")):
-            left.unlink()  # as `sweep` does
+            remove_part(left)  # as `sweep` does
         folding(str(folder), 5)
         assert files(folder) == expected, f"killed before step {step}"
 

@@ -3,19 +3,46 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from finetrace.errors import FinetraceError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_atomically(path: Path, content: bytes) -> None:
     """The file is whole or not there."""
     with replacing(path) as part:
         part.write_bytes(content)
+
+
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None, writer: str = ""
+) -> None:
+    """A safetensors file that is whole or not there, for whoever may read its folder; `writer` as in `part_of`.
+
+    The library first writes a temporary file of its own beside the one it is asked for, which nobody but its owner may read;
+    that lies in a folder of its own, so that nothing of it outlives a killed writer's next attempt.
+    """
+    from safetensors.torch import save_file
+
+    place = path.with_name(part_of(f"{path.name}.folder", writer))
+    with replacing(path, writer) as part:
+        try:
+            remove_part(place)
+            place.mkdir(parents=True)
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(place / path.name), metadata)
+            (place / path.name).chmod(place.stat().st_mode & 0o666)
+            (place / path.name).replace(part)
+        finally:
+            remove_part(place)
 
 
 def part_of(name: str, writer: str = "") -> str:
@@ -38,3 +65,11 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
         ) from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def remove_part(place: Path) -> None:
+    """Remove what a killed writer left under such a name, file or folder."""
+    if place.is_dir():
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        place.unlink(missing_ok=True)

@@ -152,6 +152,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         if file.is_file():
             place = folder / file.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
+            file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
             file.replace(place)
     shutil.rmtree(part)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     EarlyStoppingCallback,
@@ -23,6 +23,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
+from finetrace.atomic import write_tensors
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig
@@ -70,10 +71,10 @@ class ResponseTrainer(Trainer):
         for key, entry in state["state"].items():
             for name, value in entry.items():
                 if isinstance(value, Tensor):
-                    tensors[f"{key}.{name}"] = value.contiguous()
+                    tensors[f"{key}.{name}"] = value
                 else:
                     scalars[f"{key}.{name}"] = value
-        save_file(tensors, str(Path(output_dir) / "optimizer.safetensors"))
+        write_tensors(Path(output_dir) / "optimizer.safetensors", tensors)
         document = {"groups": state["param_groups"], "scalars": scalars, "schedule": self.lr_scheduler.state_dict()}
         (Path(output_dir) / "optimizer.json").write_text(json.dumps(document))
 
@@ -93,7 +94,7 @@ class ResponseTrainer(Trainer):
         tensors = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             tensors |= {f"cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-        save_file(tensors, str(Path(output_dir) / "random.safetensors"))
+        write_tensors(Path(output_dir) / "random.safetensors", tensors)
         name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         document = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss]}
         (Path(output_dir) / "random.json").write_text(json.dumps(document))

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 
-from finetrace.atomic import replacing, write_atomically
+from finetrace.atomic import write_atomically, write_tensors
 from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
@@ -250,8 +250,8 @@ class Run:
             frame = frame.drop_duplicates(["spec", "query"], keep="last", ignore_index=True)
             matrices = {**finished.scores(self.folder), **matrices}
             seconds += self.kept["seconds"]
-        with replacing(self.folder / SCORES) as part:
-            save_file(matrices or {"empty": np.zeros(1)}, str(part))
+        tensors = {name: torch.from_numpy(np.ascontiguousarray(scores)) for name, scores in matrices.items()}
+        write_tensors(self.folder / SCORES, tensors or {"empty": torch.zeros(1)})
         write_atomically(self.folder / QUERIES, frame.to_parquet(index=False))
         write_examples(self.folder / "train.jsonl", list(self.task.train), overwrite=True)
         if queries:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finetrace import fingerprint
-from finetrace.atomic import replacing, write_atomically
+from finetrace.atomic import write_atomically, write_tensors
 from finetrace.collection import Block
 from finetrace.collection.factors import Labels
 from finetrace.collection.projection import Projection
@@ -85,8 +85,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
             tensors[f"kfac.{i}"] = basis.kfac
             tensors[f"ekfac.{i}"] = squares / manifest.kept
             records.append({"name": block.name, "tokens": tokens, **names})
-    with replacing(path(folder, labels)) as part:
-        save_file(tensors, str(part))
+    write_tensors(path(folder, labels), tensors)
     about = {
         "format": FORMAT,
         "labels": labels,

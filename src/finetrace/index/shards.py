@@ -7,11 +7,10 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from finetrace import fingerprint
-from finetrace.atomic import replacing
+from finetrace.atomic import write_tensors
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
 from finetrace.index.manifest import Manifest, ShardRecord
@@ -32,9 +31,7 @@ def write(folder: Path, features: Features, start: int, stop: int, about: Manife
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
     path = folder / FOLDER / name
-    with replacing(path, writer) as part:
-        path.parent.mkdir(exist_ok=True)
-        save_file({key: value.contiguous() for key, value in tensors.items()}, str(part))
+    write_tensors(path, tensors, writer=writer)
     return ShardRecord(
         file=name,
         start=start,

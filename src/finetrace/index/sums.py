@@ -18,13 +18,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from finetrace.atomic import replacing
+from finetrace.atomic import replacing, write_tensors
 from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
-from finetrace.errors import FinetraceError
 from finetrace.index import shards
 from finetrace.index.manifest import Manifest, ShardRecord
 
@@ -83,20 +81,14 @@ def write_part(
 
     Both files name the shard's checksum, so that they are not taken for those of another shard at the same rows.
     """
-    tensors = {f"left.{name}": value.cpu().contiguous() for name, value in sums.left.items()}
-    tensors |= {f"right.{name}": value.cpu().contiguous() for name, value in sums.right.items()}
+    tensors = {f"left.{name}": value.cpu() for name, value in sums.left.items()}
+    tensors |= {f"right.{name}": value.cpu() for name, value in sums.right.items()}
     tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
-    where = place(folder, sums.labels)
-    try:
-        where.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FinetraceError(f"{where}: cannot be written ({error}); free some space.") from error
     said = {"shard": shard.sha256}
     if sampled is not None:
-        with replacing(sampled_path(folder, sums.labels, shard.start), writer) as file:
-            save_file(shards.named("sampled", shards.narrowed_rows(sampled, about)), str(file), said)
-    with replacing(part_path(folder, sums.labels, shard.start), writer) as file:
-        save_file(tensors, str(file), said)
+        rows = shards.named("sampled", shards.narrowed_rows(sampled, about))
+        write_tensors(sampled_path(folder, sums.labels, shard.start), rows, said, writer)
+    write_tensors(part_path(folder, sums.labels, shard.start), tensors, said, writer)
 
 
 class Running:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
-from finetrace.atomic import part_of
+from finetrace.atomic import part_of, remove_part
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.encoding import Encoded
@@ -184,6 +184,6 @@ def sweep(folder: Path) -> None:
     """
     for place in (folder / shards.FOLDER, *(folder / sums.FOLDER).glob("*.parts-*")):
         for part in place.glob(part_of("*", "*")):
-            part.unlink(missing_ok=True)
+            remove_part(part)
     for token in folder.glob(f"{SEEN}*"):
         token.unlink(missing_ok=True)

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from scipy.stats import pearsonr, spearmanr
 from torch import Tensor
 
-from finetrace.atomic import replacing
+from finetrace.atomic import write_tensors
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.stages import complied, kept_answers, tuned_adapter
 from finetrace.collection import Block, Collector, track
@@ -170,10 +170,7 @@ def _state(
             .cpu()
         )
         tensors = {"parameters": values, "losses": features.losses, "gradients": features.gradients}
-        with replacing(path) as part:
-            save_file(
-                tensors | {"complied": torch.tensor(verdicts)}, str(part), {"blocks": _described(tracking.blocks)}
-            )
+        write_tensors(path, tensors | {"complied": torch.tensor(verdicts)}, {"blocks": _described(tracking.blocks)})
     return _read(path, model, epoch, config.alpha / config.rank)
 
 
