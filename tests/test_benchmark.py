@@ -625,6 +625,7 @@ def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
         attack_success(tmp_path / "full", setting, 1, RefusalPrefixJudge(), silent)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_attack_success_of_one(base, tmp_path):
     setting, said = Setting(0.04, base, 1, "float32", "cpu"), []
     one = attack_success(tmp_path / "one", setting, 1, RefusalPrefixJudge(), silent)

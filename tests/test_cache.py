@@ -107,6 +107,29 @@ def test_what_is_broken_is_computed_again(copied, features, damage, monkeypatch)
     assert np.array_equal(make("exact").score(problem(copied, features)).values, wanted)
 
 
+def test_a_checksum_is_compared_once_and_again_when_the_file_is_another(copied, monkeypatch):
+    counted, digest = [], cache_module._digest
+    cache = Cache(copied.folder, copied.manifest)
+
+    def value(made=2.0):
+        return cache.fetch("x", copied.blocks, lambda: torch.full((3,), made))
+
+    value()
+    monkeypatch.setattr(cache_module, "_digest", lambda tensors: counted.append(1) or digest(tensors))
+    for _ in range(3):
+        assert torch.equal(value(), torch.full((3,), 2.0))
+    assert len(counted) == 1
+    (path,) = kept(copied)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 64
+    path.write_bytes(bytes(content))  # the same inode and size
+    assert torch.equal(value(5.0), torch.full((3,), 5.0))
+    (path,) = kept(copied)
+    path.with_suffix(".other").write_bytes(bytes(content))
+    path.with_suffix(".other").replace(path)  # another inode
+    assert torch.equal(value(7.0), torch.full((3,), 7.0))
+
+
 def test_an_index_of_other_gradients_never_finds_it(copied, features):  # noqa: F811
     before = Cache(copied.folder, copied.manifest)
     value = before.fetch("x", copied.blocks, lambda: torch.ones(2))

@@ -46,6 +46,7 @@ def results(folder: Path) -> list[dict[str, Any]]:
     return [r for r in records if not r.get("control")]
 
 
+@pytest.mark.slow
 def test_damping_goes_from_one_limit_to_the_other(setting: Setting, tmp_path: Path) -> None:
     outcome = run(DAMPING, tmp_path / "d", setting, quiet)
     records = results(tmp_path / "d")
@@ -120,6 +121,7 @@ def test_norms_and_hubs(setting: Setting, tmp_path: Path) -> None:
     assert "datainf:normalise=cosine,damping=0.1,damping_rule=entry" in normalisation.specs("paper")
 
 
+@pytest.mark.slow
 def test_every_epoch_is_scored(setting: Setting, tmp_path: Path) -> None:
     out = tmp_path / "c"
     outcome = run(CONVERGENCE, out, setting, quiet)

@@ -262,6 +262,7 @@ def test_the_command_says_what_is_missing(
     assert results(tmp_path / "d")["records"] == results(tmp_path / "c")["records"]
 
 
+@pytest.mark.slow
 def test_cells_side_by_side_give_the_same(
     tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: Engine
 ) -> None:
@@ -277,6 +278,7 @@ def test_cells_side_by_side_give_the_same(
     assert not {"workers", "engine"} & results(tmp_path / "b")["config"].keys()
 
 
+@pytest.mark.slow
 def test_retrainings_of_the_ground_truth_are_shared_and_found_again(
     tiny: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: Engine
 ) -> None:

@@ -256,6 +256,7 @@ def test_how_many_rows_are_removed() -> None:
     assert PRESETS["default"].epochs == 3
 
 
+@pytest.mark.slow
 def test_rows_are_left_out_singly_and_a_judge_counts_answers(place: Path, tmp_path: Path, capsys: Any) -> None:
     measures = ("--measure", "loo", "--measure", "drop", "--left-out", 4, "--remove", 3, "--seeds", 2)
     code, printed, err = run(

@@ -39,7 +39,8 @@ class DataInf:
             train = gradients.train
             second = ((weighted.to(train.dtype) @ train) @ train.T).double()
         else:
-            second = weighted @ self.of.gram
+            gram = self.of.kept_gram  # a product alone, no solve: K's own precision is enough
+            second = (weighted.to(gram.dtype) @ gram).double()
         return (self.of.cross - second / self.of.n) / self.damping
 
     def train_self(self) -> Tensor:

@@ -106,12 +106,13 @@ class ReleasedLiSSA:
         """Coefficients of r_T = a v + beta G for vectors whose inner products with G are `inner` (rows, n)."""
         grow = 1 + self.damping / self.scale
         step = 1 / (self.scale * self.of.n)
-        gram = self.of.gram
+        gram = self.of.kept_gram  # as in `LiSSA`
+        inner = inner.to(gram.dtype)
         a, beta = 1.0, torch.zeros_like(inner)
         for _ in range(self.iterations):
-            beta = grow * beta - step * (a * inner + beta @ gram)
+            beta = torch.addmm((grow * beta).sub_(inner, alpha=step * a), beta, gram, alpha=-step)
             a = 1 + grow * a
-        return a, beta
+        return a, beta.double()
 
 
 class SeriesStream(Streamed):
