@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from pathlib import Path
@@ -125,9 +126,25 @@ def test_a_checksum_is_compared_once_and_again_when_the_file_is_another(copied, 
     path.write_bytes(bytes(content))  # the same inode and size
     assert torch.equal(value(5.0), torch.full((3,), 5.0))
     (path,) = kept(copied)
+    value()
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     path.with_suffix(".other").write_bytes(bytes(content))
-    path.with_suffix(".other").replace(path)  # another inode
+    os.utime(path.with_suffix(".other"), ns=times)
+    path.with_suffix(".other").replace(path)  # the same size and time, another inode
     assert torch.equal(value(7.0), torch.full((3,), 7.0))
+
+
+def test_a_cache_of_somebody_else_is_read(copied, monkeypatch):
+    """Who may read a file need not be allowed to set its time."""
+    cache = Cache(copied.folder, copied.manifest)
+    cache.fetch("x", copied.blocks, lambda: torch.ones(3))
+
+    def refused(*_, **__):
+        raise PermissionError("not the owner")
+
+    monkeypatch.setattr(os, "utime", refused)
+    for _ in range(2):
+        assert torch.equal(cache.fetch("x", copied.blocks, lambda: torch.zeros(3)), torch.ones(3))
 
 
 def test_an_index_of_other_gradients_never_finds_it(copied, features):  # noqa: F811

@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from finetrace.curvature import Damping, DataInf, FisherDual, FisherPrimal, Identity, LiSSA, Products, fisher
+from finetrace.curvature import (
+    Damping,
+    DataInf,
+    FisherDual,
+    FisherPrimal,
+    Identity,
+    LiSSA,
+    Products,
+    ReleasedLiSSA,
+    fisher,
+)
 from finetrace.curvature.lissa import largest_eigenvalue
 
 SHAPES = [(7, 20, 3), (30, 12, 4), (1, 5, 1), (5, 5, 2)]
@@ -100,6 +110,15 @@ def test_lissa_scale_is_at_least_the_largest_eigenvalue_and_tight():
     scale = LiSSA(Products.of(train, query), 0.1, 1).scale
     assert top <= scale <= top * (1 + 1e-5)
     assert largest_eigenvalue(torch.zeros(6, 6, dtype=torch.float64)) == 0
+
+
+def test_the_released_recurrence_goes_beyond_float32_where_it_diverges():
+    train, query = (100 * each.float() for each in gradients(12, 30, 2))
+    released = ReleasedLiSSA(Products.of(train, query), 0.1, 30)
+    found = released.products()
+    wanted = ReleasedLiSSA(Products.of(train.double(), query.double()), 0.1, 30).products()
+    assert float(wanted.abs().max()) > torch.finfo(torch.float32).max
+    assert torch.allclose(found, wanted, rtol=1e-3)
 
 
 def test_identity_is_the_inner_product():

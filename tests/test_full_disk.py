@@ -94,3 +94,25 @@ def test_a_disk_that_is_full(
     assert code == 0, err
     assert run(capsys, *command(tmp_path, base_folder, adapter_folder, tmp_path / "e"))[0] == 0
     assert files(small_disk / "i") == files(tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("size", "file"), [(2_000, "checkpoint"), (5_250, "optimizer.safetensors"), (9_000, "random.json")]
+)
+def test_a_fine_tuning_whose_files_may_not_grow(
+    base_folder: Path, tmp_path: Path, capsys: Any, size: int, file: str
+) -> None:
+    """Of 2000 bytes no adapter fits; what comes after it is named. Then it goes on, to the same bytes."""
+    data = tmp_path / "train.jsonl"
+    write_examples(data, make_examples(6))
+    options = ["--model", base_folder, "--dtype", "float32", "--device", "cpu", "--epochs", 2]
+    with largest_file(size):
+        code, out, err = run(capsys, "finetune", data, "--out", tmp_path / "a", *options)
+    assert (code, out) == (2, "")
+    assert "cannot be written" in refusal(err)
+    assert file in refusal(err)
+    assert "Traceback" not in err
+    assert run(capsys, "finetune", data, "--out", tmp_path / "a", *options)[0] == 0
+    assert run(capsys, "finetune", data, "--out", tmp_path / "b", *options)[0] == 0
+    adapters = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in "ab"]
+    assert adapters[0] == adapters[1]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,12 +37,19 @@ def write_tensors(
     with replacing(path, writer) as part:
         try:
             remove_part(place)
-            place.mkdir(parents=True)
+            path.parent.mkdir(exist_ok=True)  # and no folder above it, which somebody may have removed
+            place.mkdir(exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, str(place / path.name), metadata)
-            (place / path.name).chmod(place.stat().st_mode & 0o666)
+            share(place / path.name)
             (place / path.name).replace(part)
         finally:
             remove_part(place)
+
+
+def share(file: Path) -> None:
+    """Let those read a file who may read its folder; where the file system has no such rights, it stays as it is."""
+    with contextlib.suppress(OSError):
+        file.chmod(file.parent.stat().st_mode & 0o666)
 
 
 def part_of(name: str, writer: str = "") -> str:
@@ -50,7 +57,7 @@ def part_of(name: str, writer: str = "") -> str:
     return f".{name}.{writer}.part" if writer else f".{name}.part"
 
 
-@contextmanager
+@contextlib.contextmanager
 def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed."""
     part = path.with_name(part_of(path.name, writer))
@@ -64,12 +71,13 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
             f"{path}: cannot be written ({error}); free some space or choose another folder."
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        remove_part(part)
 
 
 def remove_part(place: Path) -> None:
-    """Remove what a killed writer left under such a name, file or folder."""
+    """Remove what a killed writer left under such a name, file or folder, if it can be."""
     if place.is_dir():
         shutil.rmtree(place, ignore_errors=True)
     else:
-        place.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            place.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from transformers import set_seed
 
 from finetrace import fingerprint
@@ -93,8 +94,13 @@ def finetune(
         checkpoints=checkpoints,
         resume_from=last,
     )
-    (folder / "log.json").write_text(json.dumps(log, indent=1))
-    save_adapter(model, folder)
+    try:
+        (folder / "log.json").write_text(json.dumps(log, indent=1))
+        save_adapter(model, folder)
+    except (OSError, SafetensorError) as error:
+        raise FinetraceError(
+            f"{folder}: the adapter cannot be written ({error}); free some space and run it again."
+        ) from error
     loaded.model = model
     return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
 

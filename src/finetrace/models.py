@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetrace import placement
+from finetrace.atomic import share
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import NUMBER as WORKER
 
@@ -152,8 +153,8 @@ def save_adapter(model: Any, folder: Path) -> None:
         if file.is_file():
             place = folder / file.relative_to(part)
             place.parent.mkdir(parents=True, exist_ok=True)
-            file.chmod(part.stat().st_mode & 0o666)  # safetensors lets nobody but the owner read it
             file.replace(place)
+            share(place)
     shutil.rmtree(part)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -23,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback
 
-from finetrace.atomic import write_tensors
+from finetrace.atomic import write_atomically, write_tensors
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig
@@ -76,7 +77,7 @@ class ResponseTrainer(Trainer):
                     scalars[f"{key}.{name}"] = value
         write_tensors(Path(output_dir) / "optimizer.safetensors", tensors)
         document = {"groups": state["param_groups"], "scalars": scalars, "schedule": self.lr_scheduler.state_dict()}
-        (Path(output_dir) / "optimizer.json").write_text(json.dumps(document))
+        write_atomically(Path(output_dir) / "optimizer.json", json.dumps(document).encode())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -97,7 +98,7 @@ class ResponseTrainer(Trainer):
         write_tensors(Path(output_dir) / "random.safetensors", tensors)
         name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
         document = {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), position, has_gauss, gauss]}
-        (Path(output_dir) / "random.json").write_text(json.dumps(document))
+        write_atomically(Path(output_dir) / "random.json", json.dumps(document).encode())
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -138,7 +139,8 @@ def fit(
         The Trainer's log: losses and learning rates, an entry an epoch.
 
     Raises:
-        FinetraceError: The training diverged, or there is a validation loss and no folder for the epochs that it chooses among.
+        FinetraceError: The training diverged, a checkpoint cannot be written, or there is a validation loss and no folder for
+            the epochs that it chooses among.
     """
     if held and checkpoints is None:
         raise FinetraceError("a validation loss chooses among epochs, which needs a folder of checkpoints.")
@@ -154,8 +156,13 @@ def fit(
         data_collator=_collate,
         callbacks=[EarlyStoppingCallback(config.patience)] if held else [],
     )
-    with reproducible(model.device):
-        trainer.train(resume_from_checkpoint=resume_from)
+    try:
+        with reproducible(model.device):
+            trainer.train(resume_from_checkpoint=resume_from)
+    except (OSError, SafetensorError) as error:
+        raise FinetraceError(
+            f"{checkpoints}: a checkpoint cannot be written ({error}); free some space and run it again."
+        ) from error
     model.eval()
     bad = [name for name, value in model.named_parameters() if "lora_" in name and not torch.isfinite(value).all()]
     if bad:

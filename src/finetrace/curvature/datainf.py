@@ -39,7 +39,7 @@ class DataInf:
             train = gradients.train
             second = ((weighted.to(train.dtype) @ train) @ train.T).double()
         else:
-            gram = self.of.kept_gram  # a product alone, no solve: K's own precision is enough
+            gram = self.of.kept_gram  # no solve: K's own rounding weighs as much as that of this product
             second = (weighted.to(gram.dtype) @ gram).double()
         return (self.of.cross - second / self.of.n) / self.damping
 

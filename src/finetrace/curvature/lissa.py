@@ -106,12 +106,14 @@ class ReleasedLiSSA:
         """Coefficients of r_T = a v + beta G for vectors whose inner products with G are `inner` (rows, n)."""
         grow = 1 + self.damping / self.scale
         step = 1 / (self.scale * self.of.n)
-        gram = self.of.kept_gram  # as in `LiSSA`
-        inner = inner.to(gram.dtype)
-        a, beta = 1.0, torch.zeros_like(inner)
-        for _ in range(self.iterations):
-            beta = torch.addmm((grow * beta).sub_(inner, alpha=step * a), beta, gram, alpha=-step)
-            a = 1 + grow * a
+        for gram in (self.of.kept_gram, self.of.gram):  # as in `LiSSA`; but this may diverge, beyond float32 first
+            start = inner.to(gram.dtype)
+            a, beta = 1.0, torch.zeros_like(start)
+            for _ in range(self.iterations):
+                beta = torch.addmm((grow * beta).sub_(start, alpha=step * a), beta, gram, alpha=-step)
+                a = 1 + grow * a
+            if bool(torch.isfinite(beta).all()):
+                break
         return a, beta.double()
 
 

@@ -80,14 +80,20 @@ class Cache:
             if about.get("format") == FORMAT and (
                 _compared.get(path) == before or about.get("sha256") == _digest(tensors)
             ):
-                os.utime(path, ns=(time.time_ns(),) * 2)  # finer than the system writes it
-                after = _identity(path)
-                if after[:2] == before[:2]:
-                    _compared[path] = after
+                self._used(path, before)
                 return {name: tensor.clone() for name, tensor in tensors.items()}
         except (OSError, SafetensorError, ValueError, TypeError):
             pass
         return None
+
+    def _used(self, path: Path, compared: tuple[int, int, int]) -> None:
+        """Note the time, finer than the system writes it, where this user may; and that this file was compared."""
+        with contextlib.suppress(OSError):
+            if _identity(path) != compared:  # another process has read it, or written it anew
+                return
+            _compared[path] = compared
+            os.utime(path, ns=(time.time_ns(),) * 2)
+            _compared[path] = _identity(path)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Keep them, if there is room and the folder can be written."""

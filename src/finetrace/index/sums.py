@@ -23,6 +23,7 @@ from torch import Tensor
 from finetrace.atomic import replacing, write_tensors
 from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
+from finetrace.errors import FinetraceError
 from finetrace.index import shards
 from finetrace.index.manifest import Manifest, ShardRecord
 
@@ -84,6 +85,11 @@ def write_part(
     tensors = {f"left.{name}": value.cpu() for name, value in sums.left.items()}
     tensors |= {f"right.{name}": value.cpu() for name, value in sums.right.items()}
     tensors["tokens"] = torch.tensor(list(sums.tokens.values()), dtype=torch.int64)
+    where = place(folder, sums.labels)
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise FinetraceError(f"{where}: cannot be written ({error}); free some space.") from error
     said = {"shard": shard.sha256}
     if sampled is not None:
         rows = shards.named("sampled", shards.narrowed_rows(sampled, about))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -172,9 +173,12 @@ class ShardWork:
         return Collector(loaded.model, tracking, wanted, about.batch_tokens)
 
 
+_TOKEN = uuid.uuid4().hex[:8]  # containers may share host names and process ids
+
+
 def writer_name() -> str:
     """A name that this process alone has among those that may write to one folder."""
-    return f"{socket.gethostname()}-{os.getpid()}"
+    return f"{socket.gethostname()}-{os.getpid()}-{_TOKEN}"
 
 
 def sweep(folder: Path) -> None:
@@ -182,7 +186,7 @@ def sweep(folder: Path) -> None:
 
     A writer that is still alive loses nothing but its attempt.
     """
-    for place in (folder / shards.FOLDER, *(folder / sums.FOLDER).glob("*.parts-*")):
+    for place in (folder / shards.FOLDER, folder / sums.FOLDER, *(folder / sums.FOLDER).glob("*.parts-*")):
         for part in place.glob(part_of("*", "*")):
             remove_part(part)
     for token in folder.glob(f"{SEEN}*"):
