@@ -308,6 +308,23 @@ else:
 """
 
 
+@pytest.mark.skipif(os.name != "posix", reason="files without a name are those of POSIX")
+def test_a_kill_while_the_disk_is_measured_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither in the folder nor, where it is not made yet, in the one above it."""
+    seen, flush = [], os.fsync
+
+    def looking(file: int) -> None:
+        seen.append(sorted(each.name for each in tmp_path.rglob("*")))
+        flush(file)
+
+    monkeypatch.setattr(os, "fsync", looking)
+    for folder in (tmp_path, tmp_path / "index"):
+        wall, cpu = measure.write_rate(folder) or (0.0, 0.0)
+        assert wall > 0
+        assert cpu > 0
+    assert seen == [[], []]
+
+
 @pytest.mark.slow
 def test_time_and_memory_are_within_a_third_of_a_real_index(tmp_path):
     """The processor time of one thread from the first batch to the last byte, and the process's peak memory.

@@ -155,11 +155,11 @@ def product_rate() -> tuple[float, float]:
 def write_rate(folder: Path) -> tuple[float, float] | None:
     """(wall-clock, processor) seconds a byte of writing a shard: written, flushed, read again for its checksum.
 
-    `None` where nothing can be written. The file is removed.
+    `None` where nothing can be written. The file has no name, so that nothing of it outlives a process that is killed.
     """
     there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), None)
     try:
-        with tempfile.NamedTemporaryFile(dir=there, prefix=".finetrace-plan-") as file:
+        with tempfile.TemporaryFile(dir=there) as file:
             before = time.perf_counter(), time.process_time()
             content = os.urandom(1 << 20) * (WRITTEN >> 20)
             file.write(content)
