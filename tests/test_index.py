@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -49,9 +50,17 @@ def build(loaded: Loaded, folder: Path, examples: list[Example] | None = None, *
     return build_index(loaded, make_examples(ROWS) if examples is None else examples, folder, encoder, **settings)[0]
 
 
+class Content(bytes):
+    """A file's bytes, which a failing comparison shows in short."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes, {hashlib.sha256(self).hexdigest()[:12]}>"
+
+
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder but the empty one that a writer locks, by relative name."""
-    found = {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    found: dict[str, bytes] = {str(path.relative_to(folder)): Content(path.read_bytes()) for path in paths}
     return {name: data for name, data in found.items() if not (name.endswith(".lock") and not data)}
 
 
