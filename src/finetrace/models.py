@@ -149,12 +149,11 @@ def save_adapter(model: Any, folder: Path) -> None:
         if isinstance(config.get(key), list):
             config[key].sort()
     path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
-    for file in sorted(part.rglob("*"), key=lambda each: (each.suffix == ".safetensors", each)):
-        if file.is_file():
-            place = folder / file.relative_to(part)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(place)
-            share(place)
+    for file in sorted(filter(Path.is_file, part.rglob("*")), key=lambda each: (each.suffix == ".safetensors", each)):
+        place = folder / file.relative_to(part)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        share(file)
+        file.replace(place)
     shutil.rmtree(part)
 
 

@@ -160,6 +160,8 @@ def fit(
         with reproducible(model.device):
             trainer.train(resume_from_checkpoint=resume_from)
     except (OSError, SafetensorError) as error:
+        if checkpoints is None:
+            raise  # nothing was written
         raise FinetraceError(
             f"{checkpoints}: a checkpoint cannot be written ({error}); free some space and run it again."
         ) from error
