@@ -21,6 +21,7 @@ from finetrace.curvature import (
     fisher,
 )
 from finetrace.curvature.lissa import largest_eigenvalue
+from finetrace.curvature.products import Gradients
 
 SHAPES = [(7, 20, 3), (30, 12, 4), (1, 5, 1), (5, 5, 2)]
 
@@ -133,6 +134,18 @@ def test_known_products_give_the_same_as_gradients():
     summed = Products.known(direct.gram, direct.cross, direct.train_sq, direct.query_sq)
     assert torch.equal(FisherDual(summed, 0.1).products(), FisherDual(direct, 0.1).products())
     assert torch.equal(DataInf(summed, 0.1).products(), DataInf(direct, 0.1).products())
+
+
+def test_rows_some_at_a_time_are_multiplied_where_they_lie():
+    train, query = gradients(8, 20, 3)
+
+    def refused() -> Tensor:
+        raise AssertionError("the rows were brought together")
+
+    parts = Products(Gradients(refused, query, lambda: iter(train.split(3))))
+    assert torch.allclose(parts.cross, query @ train.T, rtol=1e-14)
+    assert torch.allclose(parts.train_sq, train.square().sum(1), rtol=1e-14)
+    assert parts.n == 8
 
 
 def test_damping_rules():

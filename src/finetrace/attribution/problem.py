@@ -267,7 +267,9 @@ class Problem:
 
     def _of(self, block: Block) -> Products:
         query = self.features.gradients[:, block.columns]
-        products = Products(Gradients(lambda: self.index.gradients(block.columns), query), self.kept((block,)))
+        index, columns = self.index, block.columns
+        gradients = Gradients(lambda: index.gradients(columns), query, lambda: index.stored_gradients(columns))
+        products = Products(gradients, self.kept((block,)))
         if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= min(CACHE_BYTES, self.memory):
             self._kept[block.name] = products
         return products

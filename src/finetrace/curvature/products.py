@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -20,15 +20,22 @@ class Gradients:
     Attributes:
         read_train: Gives (n, d), one training example a row.
         query: (m, d), one query a row.
+        read_parts: Gives the same rows some at a time, where they lie; the whole at once if not given.
     """
 
     read_train: Callable[[], Tensor]
     query: Tensor
+    read_parts: Callable[[], Iterable[Tensor]] | None = None
 
     @property
     def train(self) -> Tensor:
         """(n, d)."""
         return self.read_train()
+
+    @property
+    def parts(self) -> Iterable[Tensor]:
+        """(rows, d) after (rows, d)."""
+        return (self.train,) if self.read_parts is None else self.read_parts()
 
     @property
     def width(self) -> int:
@@ -116,8 +123,9 @@ class Products:
 
     @cached_property
     def _small(self) -> tuple[Tensor, Tensor]:
-        train = self._known.train
-        return self._known.query @ train.T, self.kept.fetch("squares", lambda: row_squares(train))
+        query, parts = self._known.query, list(self._known.parts)
+        cross = torch.cat([query @ part.T for part in parts], dim=1)
+        return cross, self.kept.fetch("squares", lambda: torch.cat([row_squares(part) for part in parts]))
 
     @cached_property
     def _query_sq(self) -> Tensor:
