@@ -1,7 +1,7 @@
 """Ground truth on fine-tuned language models: what methods say of rows, held against training without them.
 
 Every task is fine-tuned on some of its rows by a LoRA on the last layers, indexed, scored by every method, and trained again on
-random halves of the rows and without the top rows of some methods. No method is chosen on what is reported here: all are, and
+random halves of the rows and without the top rows of every method. No method is chosen on what is reported here: all are, and
 the best of them is called the best afterwards.
 """
 
@@ -23,18 +23,16 @@ from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
-from finetrace.index.store import Index
 from finetrace.models import ALIGNED, EMBEDDED, ModelSpec, load
-from finetrace.studies.ground_truth_tables import curves, drop_table, forest, lds_table, patch_table, reading
+from finetrace.studies.ground_truth_drops import curves, drop_tables
+from finetrace.studies.ground_truth_tables import forest, lds_table, patch_table, reading
 from finetrace.studies.pieces import Piece, Say, kept
 from finetrace.studies.study import Outcome, Setting, Study
 from finetrace.tasks import recipe
-from finetrace.tracing import BEST, SIMILAR, STANDARD
+from finetrace.tracing import BEST, STANDARD
 from finetrace.validation.plan import Validation
 from finetrace.validation.run import validate
 
-# whose top rows are removed; each one more retraining a number of rows and seed
-REMOVED = (BEST, "exact", "datainf", SIMILAR, "repsim", "bm25:text=response")
 LAYERS = 4  # the last so many layers are trained
 
 
@@ -71,7 +69,8 @@ PLAN = {
 QUICK = {"emotion": Ground(3, 1, 2, (3,), 4, 1, 2)}
 # curvatures, normalisations and moments; of other tokens the two that ask for no curvature
 METHODS = (
-    *(spec for spec in STANDARD if "loss_on" not in spec),
+    BEST,  # the others are compared with it
+    *(spec for spec in STANDARD if "loss_on" not in spec and spec != BEST),
     "gradcos:loss_on=first:5",
     "gradcos:loss_on=probe",
 )
@@ -82,7 +81,7 @@ def pieces(folder: Path, setting: Setting) -> list[Piece]:
     found = []
     for task, ground in (QUICK if setting.quick else PLAN).items():
         methods = (BEST, "exact", "gradcos", "repsim", "bm25", "random") if setting.quick else METHODS
-        constants = of_text(repr((asdict(ground), methods, REMOVED, LAYERS, setting.seeds)))
+        constants = of_text(repr((asdict(ground), methods, LAYERS, setting.seeds)))
         find = partial(measure, task, ground, folder, setting, methods)
         piece = kept(folder, f"{task}-{constants}", f"{task}: fine-tuning, scoring and retraining", find)
         found.append(replace(piece, name=task))
@@ -92,7 +91,7 @@ def pieces(folder: Path, setting: Setting) -> list[Piece]:
 def outcome(setting: Setting, found: Sequence[Sequence[dict[str, Any]]]) -> Outcome:
     """Of the records of some tasks."""
     records, plan = list(chain.from_iterable(found)), QUICK if setting.quick else PLAN
-    tables = {"ground-truth-lds": lds_table(records), "ground-truth-drop": drop_table(records)}
+    tables = {"ground-truth-lds": lds_table(records), **drop_tables(records)}
     tables["ground-truth-tail-patch"] = patch_table(records)
     figures = {"ground-truth-lds": forest(records), "ground-truth-drop": curves(records)}
     return Outcome(records, tables, figures, reading(records), {"plan": {k: asdict(v) for k, v in plan.items()}})
@@ -101,7 +100,7 @@ def outcome(setting: Setting, found: Sequence[Sequence[dict[str, Any]]]) -> Outc
 def measure(
     task: str, ground: Ground, folder: Path, setting: Setting, methods: Sequence[str], say: Say
 ) -> list[dict[str, Any]]:
-    """The records of `finetrace validate` for one task: LDS and tail patch of all methods, removals of some.
+    """The records of `finetrace validate` for one task: LDS, removals and tail patch of all methods.
 
     The workers of the setting share the retrainings.
     """
@@ -125,29 +124,19 @@ def measure(
         if not asked:
             raise FinetraceError(f"{task}: the model complied with none of its requests, so there is nothing to trace.")
     index, _ = build_index(tuned, train, home / "index", Encoder(tuned.tokenizer), kronecker="model")
-    said = partial(_validated, index, asked, tuning, home, setting, say)
-    plan = Validation(tuple(methods), ("lds", "tail-patch"), ground.subsets, seeds=setting.seeds)
-    found = said(plan)
-    fewer = tuple(each for each in REMOVED if each in methods)
-    found += said(
-        replace(plan, methods=fewer, measures=("drop",), counts=ground.counts, groups=ground.groups, draws=ground.draws)
+    plan = Validation(
+        tuple(methods),
+        ("lds", "drop", "tail-patch"),
+        ground.subsets,
+        seeds=setting.seeds,
+        counts=ground.counts,
+        groups=ground.groups,
+        draws=ground.draws,
     )
-    about = {"task": task, "n_train": len(train), "n_queries": len(asked), "epochs": ground.epochs}
-    return [{**about, **record} for record in found]
-
-
-def _validated(
-    index: Index,
-    queries: Sequence[Example],
-    tuning: FinetuneConfig,
-    home: Path,
-    setting: Setting,
-    say: Say,
-    plan: Validation,
-) -> list[dict[str, Any]]:
-    found = validate(index, queries, plan, tuning, home, say, setting.device, engine=Engine.of(setting.workers))
+    found = validate(index, asked, plan, tuning, home, say, setting.device, engine=Engine.of(setting.workers))
     losses = dict(zip(("loss_adapter", "loss_again"), found.losses or (None, None), strict=True))
-    return [{**record, **losses} for record in found.records]
+    about = {"task": task, "n_train": len(train), "n_queries": len(asked), "epochs": ground.epochs}
+    return [{**about, **record, **losses} for record in found.records]
 
 
 def first(examples: Sequence[Example], count: int) -> list[Example]:

@@ -18,6 +18,16 @@ def where(records: Records, **values: Any) -> list[dict[str, Any]]:
     return [r for r in records if all(r.get(key) == value for key, value in values.items())]
 
 
+def one(records: Records, **values: Any) -> dict[str, Any] | None:
+    """The first of those with these values, if there is one."""
+    return next(iter(where(records, **values)), None)
+
+
+def tasks_of(records: Records) -> list[str]:
+    """In the order they come."""
+    return list(dict.fromkeys(r["task"] for r in records))
+
+
 def settings(records: Records) -> list[tuple[str, str]]:
     """Every task and protocol, in the order they come."""
     return list(dict.fromkeys((r["task"], r["protocol"]) for r in records))
@@ -29,6 +39,16 @@ def percent(record: dict[str, Any], metric: str) -> str:
     if mean is None:
         return "-"
     return f"{100 * mean:.0f}" + (f" {100 * low:.0f}-{100 * high:.0f}" if low is not None else "")
+
+
+def cell(record: dict[str, Any] | None, name: str = "value", sign: str = "", places: int = 2) -> str:
+    """`0.91 [0.85, 0.97]`, the value alone where it has no interval, `-` where there is none."""
+    if record is None or record.get(name) is None:
+        return "-"
+    low, high = record.get(f"{name}_low"), record.get(f"{name}_high")
+    form = f"{sign}.{places}f"
+    ends = f" [{low:{form}}, {high:{form}}]" if low is not None and high is not None else ""
+    return f"{record[name]:{form}}{ends}"
 
 
 def reach(records: Records, metric: str, scale: float = 1.0) -> list[list[float]]:

@@ -231,7 +231,9 @@ def _records(
             add(measure, name, value, **_numbers("difference", compared.differences[name]), **ceiling)
     for measure, changed in (("drop", found.drops), ("drop-rate", found.rates)):
         for each in changed:
-            over = _numbers("over_random", each.over_random) if each.over_random is not None else {}
+            over: dict[str, Any] = {}
+            if each.over_random is not None:
+                over = {**_numbers("over_random", each.over_random), "above_chance": each.sure}
             if each.over_first is not None:
                 over |= _numbers("difference", each.over_first)
             add(measure, each.what, each.change, removed=each.count, **over)
