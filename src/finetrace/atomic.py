@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file is whole or not there."""
-    with replacing(path) as part:
+def write_atomically(path: Path, content: bytes, writer: str = "") -> None:
+    """The file is whole or not there; `writer` as in `part_of`."""
+    with replacing(path, writer) as part:
         part.write_bytes(content)
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetrace.atomic import write_atomically
 from finetrace.columns import Columns, Roles, assign, json_value, mistaken_for_roles, name_of, turns_of
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message, content_id
@@ -98,19 +99,11 @@ def write_examples(path: str | Path, examples: Sequence[Example], *, overwrite: 
     if path.exists() and not overwrite:
         raise FinetraceError(f"{path} exists already and is left as it is; choose another name or allow overwriting")
     lines = _json_lines(examples, str(path))
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with partial.open("wb") as file:
-                file.writelines(lines)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
     except OSError as error:
         raise FinetraceError(f"{path} cannot be written ({error.strerror or error}); check folder and space") from error
+    write_atomically(path, b"".join(lines), str(os.getpid()))
 
 
 def _json_lines(examples: Sequence[Example], name: str) -> list[bytes]:

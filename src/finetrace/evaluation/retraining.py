@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from finetrace import fingerprint
+from finetrace.atomic import write_atomically
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
@@ -280,14 +281,5 @@ def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> 
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise FinetraceError(f"{path.parent}: cannot be written ({error}); choose another folder.") from error
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")  # another run may be at the same one
-    try:
-        part.write_text(json.dumps(found), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise FinetraceError(
-            f"{path}: cannot be written ({error}); free some space or choose another folder."
-        ) from error
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(path, json.dumps(found).encode(), str(os.getpid()))  # another run may be at the same one
     return seconds

@@ -12,7 +12,6 @@ import base64
 import hashlib
 import math
 import os
-import tempfile
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 
+from finetrace.atomic import write_atomically
 from finetrace.errors import FinetraceError
 from finetrace.reporting.island import page_data, to_json
 from finetrace.reporting.payload import FRACTIONS, Interval, MethodView, ModelBehaviour, Report
@@ -53,7 +53,8 @@ def write_report(path: Path, report: Report) -> Path:
     text = render(report)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, text.encode("utf-8", errors="replace"))  # lone surrogates of damaged text become "?"
+        content = text.encode("utf-8", errors="replace")  # lone surrogates of damaged text become "?"
+        write_atomically(path, content, str(os.getpid()))
     except OSError as error:
         raise FinetraceError(f"The report cannot be written to {path}: {error.strerror or error}.") from error
     return path
@@ -169,20 +170,3 @@ def _asset(name: str) -> str:
 
 def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename, so that a reader or a crash never meets half a page."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp made it private
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
