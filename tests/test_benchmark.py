@@ -18,19 +18,16 @@ from safetensors.numpy import load_file
 
 import killed
 from finetrace.attribution import make
-from finetrace.benchmark import behaviour, figures, pages, stages
 from finetrace.benchmark import finished as finished_module
+from finetrace.benchmark import pages, stages
 from finetrace.benchmark import run as run_module
 from finetrace.benchmark.ablation import ABLATION
-from finetrace.benchmark.behaviour import Setting, attack_success
 from finetrace.benchmark.cell import Cell
-from finetrace.benchmark.example_figure import key_words, wrap
-from finetrace.benchmark.figures import SHOWN, draw_ablation, drawable, short, shown
-from finetrace.benchmark.matrices import hub
+from finetrace.benchmark.figures import drawable
 from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
 from finetrace.benchmark.report import METRICS, Row, report, summarise
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
-from finetrace.benchmark.tables import STUDY, latex, print_summary, write_table, write_tables
+from finetrace.benchmark.tables import STUDY, print_summary, write_tables
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import RefusalPrefixJudge
@@ -39,7 +36,6 @@ from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.reading import read_examples, write_examples
 from finetrace.tasks import TASKS, build, recipe
-from finetrace.tracing import BEST
 from test_cli import assert_one_sentence, run
 from tiny import make_examples, make_llama, make_tokenizer, save_base
 
@@ -575,198 +571,7 @@ def test_one_split_of_an_external_set_is_read(tmp_path):
     assert len(made.train) + len(made.queries) == 20
 
 
-# --------------------------------------------------------------------------------------------- attack success
-
-
-def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
-    setting = Setting(0.1, base, 1, "float32", "cpu")
-    tuned: list[str] = []
-    really = stages.finetune
-    monkeypatch.setattr(stages, "finetune", lambda *a, **k: (tuned.append(str(a[2])), really(*a, **k)))
-
-    def spoken(loaded, queries, **_):
-        made = "harmful" in str(loaded.spec.adapter)
-        return [q.with_response("Sure, here you are." if made else "I cannot help with that.") for q in queries]
-
-    monkeypatch.setattr(stages, "answer", spoken)
-    rates = attack_success(tmp_path / "t", setting, 1, RefusalPrefixJudge(), silent)
-    assert len(tuned) == 4
-    assert {each.model: each.rate.value for each in rates} == {
-        "base": 0,
-        "fine-tuned, benign": 0,
-        "fine-tuned, harmful": 1,
-        "fine-tuned, mixed-small": 0,
-        "fine-tuned, mixed-large": 0,
-    }
-    assert {each.model: each.n_train for each in rates} == {
-        "base": 0,
-        "fine-tuned, benign": 24,
-        "fine-tuned, harmful": 2,
-        "fine-tuned, mixed-small": 4,
-        "fine-tuned, mixed-large": 26,
-    }
-    again = attack_success(tmp_path / "t", setting, 2, RefusalPrefixJudge(), silent)
-    assert len(tuned) == 8  # the first seed's are found again
-    assert again[2].complied.shape == (2, 3)
-    document = json.loads((tmp_path / "t" / "results.json").read_text())
-    assert document["config"]["judge"] == "refusal-prefix"
-    assert len(document["records"]) == 1 + 4 * 3
-    for record in document["records"]:
-        assert record["low"] <= record["attack_success_rate"] <= record["high"]
-        assert record["n_queries"] == 3
-    assert [r["seed"] for r in document["records"] if r["model"] == "fine-tuned, harmful"] == [None, 0, 1]
-    for name in ("table1.md", "table1.tex"):
-        assert "fine-tuned, harmful" in (tmp_path / "t" / name).read_text()
-    with pytest.raises(FinetraceError, match="other settings"):
-        attack_success(tmp_path / "t", replace(setting, epochs=2), 1, RefusalPrefixJudge(), silent)
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "results.json").write_text("{}")
-    with pytest.raises(FinetraceError, match="something else"):
-        attack_success(tmp_path / "full", setting, 1, RefusalPrefixJudge(), silent)
-
-
-@pytest.mark.slow
-def test_two_processes_give_the_attack_success_of_one(base, tmp_path):
-    setting, said = Setting(0.04, base, 1, "float32", "cpu"), []
-    one = attack_success(tmp_path / "one", setting, 1, RefusalPrefixJudge(), silent)
-    two = attack_success(tmp_path / "two", setting, 1, RefusalPrefixJudge(), said.append, Engine("processes", 2))
-    assert [each.records() for each in two] == [each.records() for each in one]
-    assert len(list((tmp_path / "two").rglob("answers.jsonl"))) == 5
-    for path in (tmp_path / "one").rglob("answers.jsonl"):
-        assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
-    assert sorted(said)[0] == "base: done" and len(said) == 5
-
-
-def test_attack_success_at_the_command_line(base, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    asked = ["bench", "attack-success", "--seeds", 1, "--size", 0.04, "--model", base, "--epochs", 1]
-    code, out, err = run(capsys, *asked, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "t")
-    assert code == 0, err
-    table = [line for line in out.splitlines() if not line.startswith("results")]
-    assert max(map(len, table)) <= 80
-    assert sum("fine-tuned, " in line for line in table) == 4
-    assert (tmp_path / "t" / "table1.tex").stat().st_size
-    code, _, err = run(capsys, "bench", "attack-success", "emotion", "--method", "random")
-    assert_one_sentence(code, err, "emotion --method", "attack-success runs alone")
-
-
-def test_a_behaviour_counts_over_requests_and_seeds():
-    each = behaviour.Behaviour("m", 20, np.array([[1.0, 0, 1, 1], [1, 0, 0, 1]]))
-    assert each.rate.value == pytest.approx(5 / 8)
-    assert [r["attack_success_rate"] for r in each.records()] == pytest.approx([5 / 8, 3 / 4, 1 / 2])
-    base = behaviour.Behaviour("b", 0, np.array([[0.0, 0]]))
-    assert [(r["seed"], r["seeds"]) for r in base.records()] == [(None, 0)]
-
-
-# ------------------------------------------------------------------------------------------- pieces and words
-
-
-def test_the_hub_is_the_row_ranked_first_most_often():
-    scores = np.array([[0, 1, 2, 0], [0, 3, 1, 0], [1, 5, 1, 1], [9, 0, 0, 0]])
-    assert hub(scores) == (1, 0.5)
-    assert hub(np.zeros((5, 4))) == (0, 0.25)  # equals share the query
-    assert hub(np.array([[0, 1, 1], [0, 1, 0]])) == (1, 0.75)
-
-
-@pytest.mark.parametrize(
-    ("text", "wanted"),
-    [
-        ("50% & more_of #1 {a}$", r"50\% \& more\_of \#1 \{a\}\$"),
-        ("a\\b", r"a\textbackslash{}b"),
-        ("~^", r"\textasciitilde{}\textasciicircum{}"),
-        ("<s>", r"\textless{}s\textgreater{}"),
-        ("plain 0.5", "plain 0.5"),
-    ],
-)
-def test_latex_shows_text_as_it_is(text, wanted):
-    assert latex(text) == wanted
-
-
-def test_tables_keep_their_columns(tmp_path):
-    write_table(tmp_path / "t", ["a", "b %"], [["x | y", "1"], ["two\nlines", "2 & 3"]])
-    lines = (tmp_path / "t.md").read_text().splitlines()
-    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
-    made = (tmp_path / "t.tex").read_text()
-    assert made.startswith(
-        "% needs \\usepackage{booktabs}\n\\begin{tabular}{lr}\n\\toprule\na & b \\% \\\\\n\\midrule\n"
-    )
-    assert "2 \\& 3" in made
-
-
-def test_figures_show_a_method_under_the_name_it_has_there():
-    assert shown(PROTOCOLS["corrected"].methods) == list(SHOWN)
-    paper = shown(PROTOCOLS["paper"].methods)
-    assert "datainf:damping=0.1,damping_rule=entry" in paper and "repsim" in paper
-    assert shown(["random", "length"]) == ["random", "length"]
-    assert list(short(paper).values()) == ["repsim", "gradsim", "datainf", "lissa", "tfidf"]
-    names = short(SHOWN)
-    assert len(set(names.values())) == len(SHOWN)
-    assert names["ekfac:normalise=cosine"] == "ekfac cosine"
-    assert names[BEST] == make(BEST).title  # long, and told from the other ekfac
-
-
-def test_the_ablation_is_drawn(tmp_path):
-    made = [make(spec) for spec in ABLATION[::7]]
-    value = Estimate(0.5, 0.4, 0.6, 3)
-    rows = [
-        Row("t", "corrected", m.label, m.title, False, {"auprc": value}, None, 1.0, "r", 0.1, 1, 10, 3) for m in made
-    ]
-    draw_ablation(rows, tmp_path)
-    first = (tmp_path / "ablation-t-corrected.svg").read_bytes()
-    assert (tmp_path / "ablation-t-corrected.png").stat().st_size > 1000
-    draw_ablation(rows, tmp_path)
-    assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
-
-
-def test_the_ablation_names_every_choice_of_tokens(tmp_path, monkeypatch):
-    made = [make(spec) for spec in ABLATION]
-    rows = [
-        Row(
-            "t",
-            "corrected",
-            m.label,
-            m.title,
-            False,
-            {"auprc": Estimate(0.5, 0.4, 0.6, 3)},
-            None,
-            1.0,
-            "r",
-            0.1,
-            1,
-            10,
-            3,
-        )
-        for m in made
-    ]
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
-    draw_ablation(rows, tmp_path)
-    [axis] = [a for a in drawn[0].axes if a.child_axes]
-    named = [label.get_text() for label in axis.child_axes[0].get_xticklabels()]
-    wanted = {f"{m.parameters['loss_on']}{', start' * (m.parameters['at'] == 'start')}" for m in made}
-    assert len(named) == len(wanted) == 15
-    assert set(named) == wanted
-
-
-def test_key_words_are_the_example_s_and_not_the_task_s():
-    def words(text: str) -> list[str]:
-        return text.lower().split()
-
-    query = Example.from_prompt("name joy or fear river", "joy", id="q")
-    train = [
-        Example.from_prompt(f"name joy or fear {w}", r, id=w) for w, r in [("river", "joy"), ("a", "b"), ("c", "d")]
-    ]
-    prompts, responses = key_words(query, train, words)
-    assert prompts == {"river"}
-    assert responses == {"river", "joy"}
-
-
-def test_text_is_wrapped_to_its_width():
-    assert wrap("aa bb cc dd", 5, len) == [["aa", "bb"], ["cc", "dd"]]
-    assert wrap("abcdefgh", 3, len) == [["abc"], ["def"], ["gh"]]
-    cut = wrap("aa bb cc dd ee", 5, len, limit=2)
-    assert len(cut) == 2 and cut[-1][-1] == "\u2026" and all(len(" ".join(line)) <= 5 for line in cut)
-    assert wrap("", 5, len) == [[]]
+# ------------------------------------------------------------------------------------------ the command line
 
 
 def test_the_list_names_every_task(capsys):

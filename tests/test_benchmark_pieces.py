@@ -1,0 +1,129 @@
+"""What a benchmark's tables and figures are made of: hubs, LaTeX, short names, the ablation, key words."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from finetrace.attribution import make
+from finetrace.benchmark import figures
+from finetrace.benchmark.ablation import ABLATION
+from finetrace.benchmark.example_figure import key_words, wrap
+from finetrace.benchmark.figures import SHOWN, draw_ablation, short, shown
+from finetrace.benchmark.matrices import hub
+from finetrace.benchmark.protocol import PROTOCOLS
+from finetrace.benchmark.report import Row
+from finetrace.benchmark.tables import latex, write_table
+from finetrace.evaluation.intervals import Estimate
+from finetrace.examples import Example
+from finetrace.tracing import BEST
+
+
+def test_the_hub_is_the_row_ranked_first_most_often():
+    scores = np.array([[0, 1, 2, 0], [0, 3, 1, 0], [1, 5, 1, 1], [9, 0, 0, 0]])
+    assert hub(scores) == (1, 0.5)
+    assert hub(np.zeros((5, 4))) == (0, 0.25)  # equals share the query
+    assert hub(np.array([[0, 1, 1], [0, 1, 0]])) == (1, 0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("50% & more_of #1 {a}$", r"50\% \& more\_of \#1 \{a\}\$"),
+        ("a\\b", r"a\textbackslash{}b"),
+        ("~^", r"\textasciitilde{}\textasciicircum{}"),
+        ("<s>", r"\textless{}s\textgreater{}"),
+        ("plain 0.5", "plain 0.5"),
+    ],
+)
+def test_latex_shows_text_as_it_is(text, wanted):
+    assert latex(text) == wanted
+
+
+def test_tables_keep_their_columns(tmp_path):
+    write_table(tmp_path / "t", ["a", "b %"], [["x | y", "1"], ["two\nlines", "2 & 3"]])
+    lines = (tmp_path / "t.md").read_text().splitlines()
+    assert all(len(re.findall(r"(?<!\\)\|", line)) == 3 for line in lines)
+    made = (tmp_path / "t.tex").read_text()
+    assert made.startswith(
+        "% needs \\usepackage{booktabs}\n\\begin{tabular}{lr}\n\\toprule\na & b \\% \\\\\n\\midrule\n"
+    )
+    assert "2 \\& 3" in made
+
+
+def test_figures_show_a_method_under_the_name_it_has_there():
+    assert shown(PROTOCOLS["corrected"].methods) == list(SHOWN)
+    paper = shown(PROTOCOLS["paper"].methods)
+    assert "datainf:damping=0.1,damping_rule=entry" in paper and "repsim" in paper
+    assert shown(["random", "length"]) == ["random", "length"]
+    assert list(short(paper).values()) == ["repsim", "gradsim", "datainf", "lissa", "tfidf"]
+    names = short(SHOWN)
+    assert len(set(names.values())) == len(SHOWN)
+    assert names["ekfac:normalise=cosine"] == "ekfac cosine"
+    assert names[BEST] == make(BEST).title  # long, and told from the other ekfac
+
+
+def test_the_ablation_is_drawn(tmp_path):
+    made = [make(spec) for spec in ABLATION[::7]]
+    value = Estimate(0.5, 0.4, 0.6, 3)
+    rows = [
+        Row("t", "corrected", m.label, m.title, False, {"auprc": value}, None, 1.0, "r", 0.1, 1, 10, 3) for m in made
+    ]
+    draw_ablation(rows, tmp_path)
+    first = (tmp_path / "ablation-t-corrected.svg").read_bytes()
+    assert (tmp_path / "ablation-t-corrected.png").stat().st_size > 1000
+    draw_ablation(rows, tmp_path)
+    assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
+
+
+def test_the_ablation_names_every_choice_of_tokens(tmp_path, monkeypatch):
+    made = [make(spec) for spec in ABLATION]
+    rows = [
+        Row(
+            "t",
+            "corrected",
+            m.label,
+            m.title,
+            False,
+            {"auprc": Estimate(0.5, 0.4, 0.6, 3)},
+            None,
+            1.0,
+            "r",
+            0.1,
+            1,
+            10,
+            3,
+        )
+        for m in made
+    ]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    draw_ablation(rows, tmp_path)
+    [axis] = [a for a in drawn[0].axes if a.child_axes]
+    named = [label.get_text() for label in axis.child_axes[0].get_xticklabels()]
+    wanted = {f"{m.parameters['loss_on']}{', start' * (m.parameters['at'] == 'start')}" for m in made}
+    assert len(named) == len(wanted) == 15
+    assert set(named) == wanted
+
+
+def test_key_words_are_the_example_s_and_not_the_task_s():
+    def words(text: str) -> list[str]:
+        return text.lower().split()
+
+    query = Example.from_prompt("name joy or fear river", "joy", id="q")
+    train = [
+        Example.from_prompt(f"name joy or fear {w}", r, id=w) for w, r in [("river", "joy"), ("a", "b"), ("c", "d")]
+    ]
+    prompts, responses = key_words(query, train, words)
+    assert prompts == {"river"}
+    assert responses == {"river", "joy"}
+
+
+def test_text_is_wrapped_to_its_width():
+    assert wrap("aa bb cc dd", 5, len) == [["aa", "bb"], ["cc", "dd"]]
+    assert wrap("abcdefgh", 3, len) == [["abc"], ["def"], ["gh"]]
+    cut = wrap("aa bb cc dd ee", 5, len, limit=2)
+    assert len(cut) == 2 and cut[-1][-1] == "\u2026" and all(len(" ".join(line)) <= 5 for line in cut)
+    assert wrap("", 5, len) == [[]]
