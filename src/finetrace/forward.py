@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.attention import short_attention
+from finetrace.cross_entropy import cross_entropy
 from finetrace.encoding import Encoded
 from finetrace.prefix import Prefix
 
@@ -124,7 +125,7 @@ def projecting_rows(head: nn.Module, rows: Tensor) -> Iterator[list[Tensor]]:
 def token_logits(
     model: nn.Module, batch: Batch, *, hidden_states: bool = False, prefix: Prefix | None = None
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits at the positions that predict a loss token, in float32 or wider.
+    """Logits at the positions that predict a loss token, in the model's precision.
 
     A `prefix` spares the layers that it covers; it is left aside where their hidden states are asked for.
 
@@ -140,9 +141,9 @@ def token_logits(
     head: nn.Module = model.get_output_embeddings()  # type: ignore[operator]
     with projecting_rows(head, torch.cat([batch.rows, spare])) as final, short_attention(), spared:
         output = model(input_ids=batch.ids, use_cache=False, **options)
-    logits = output.logits[0, : len(batch.rows)]  # (R, vocabulary)
-    if logits.dtype in (torch.bfloat16, torch.float16):
-        logits = logits.float()
+    logits = output.logits.squeeze(0)  # (R, vocabulary)
+    if len(spare):
+        logits = logits[: len(batch.rows)]
     layers = {-1: final[0]}
     if hidden_states:
         layers |= {i - len(output.hidden_states): state for i, state in enumerate(output.hidden_states[:-1])}
@@ -154,7 +155,7 @@ def token_losses(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """(R,) cross-entropy of every loss token in nats, aligned with `batch.rows`, and hidden states as `token_logits`."""
     logits, layers = token_logits(model, batch, hidden_states=hidden_states, prefix=prefix)
-    return nn.functional.cross_entropy(logits, batch.targets, reduction="none"), layers
+    return cross_entropy(logits, batch.targets), layers
 
 
 def example_losses(batch: Batch, losses: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from finetrace.batching import batches
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
@@ -20,6 +19,7 @@ from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
 from finetrace.collection.representations import FINAL, Representation, pool
+from finetrace.cross_entropy import cross_entropy
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
@@ -196,7 +196,7 @@ class Collector:
         with torch.enable_grad():
             with narrowing():
                 logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}), prefix=prefix)
-            token = cross_entropy(logits, batch.targets, reduction="none")
+            token = cross_entropy(logits, batch.targets)
             loss = example_losses(batch, token)
             recorder.listening = not sampling
             (loss.sum() * recorder.scale).backward(retain_graph=sampling)
@@ -204,7 +204,7 @@ class Collector:
             if sampling:
                 recorder.clear()
                 recorder.listening = True
-                drawn = cross_entropy(logits, sampled_targets(logits, batch, ids), reduction="none")
+                drawn = cross_entropy(logits, sampled_targets(logits, batch, ids))
                 (sampled_loss(drawn, batch) * recorder.scale).backward()
         return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
 
