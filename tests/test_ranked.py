@@ -52,6 +52,8 @@ def test_ranked_rows_are_those_of_the_whole_matrix(index, features, spec):  # no
     assert ranked.parameters == whole.parameters
     with pytest.raises(FinetraceError, match="6 strongest rows were kept, not 7"):
         ranked.top(7)
+    everything = rank(make(spec), Problem(index, tiny_queries(4), features, step=5), len(index) + 5)
+    assert np.array_equal(everything.top(len(index) + 2).order, whole.top(len(index)).order)
     with pytest.raises(FinetraceError, match="opponents were not kept"):
         rank(make(spec), Problem(index, tiny_queries(1), features.some(slice(0, 1)), step=5), 2).bottom(1)
 

@@ -107,7 +107,7 @@ class Ranked:
         return about(self)
 
     def _top(self, kept: Strongest, k: int, kind: Any) -> Top:
-        if k > min(kept.k, len(self.train)):
+        if k > kept.k and kept.k < len(self.train):
             raise FinetraceError(f"{self.method}: the {kept.k} strongest rows were kept, not {k}.")
         return Top(self, kept.order[:, :k], kept.values[:, :k], kind)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
 
@@ -26,8 +27,7 @@ from finetrace.index.lock import writing
 from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
-from finetrace.index.views import FOLDER as VIEWS
-from finetrace.index.views import model_of
+from finetrace.index.views import model_of, remove_view, views_of
 
 FOLDER = "append"
 DONE = ".append.done"  # its name while it is removed
@@ -130,8 +130,9 @@ def _take_over(index: Index, new: Manifest, fresh: Sequence[Example], encoded: S
     """Put the new files beside the old ones, and then name them in the manifest, which is the step that counts."""
     folder, about = index.folder, index.manifest
     same = ("model", "encoding", "feature_dtype", "projection", "projection_seed", "blocks", "representations")
-    for name in same:
-        if getattr(new, name) != getattr(about, name):
+    moved_base = new.model_copy(update={"model": new.model.model_copy(update={"name": about.model.name})})
+    for name in same:  # a base under another name has the same fingerprint
+        if getattr(moved_base, name) != getattr(about, name):
             raise FinetraceError(
                 f"{folder}: its {name} is not that of the new rows, so they cannot be put together; build the index again."
             )
@@ -182,9 +183,9 @@ def settle(folder: Path, say: Callable[[str], None] = lambda text: None) -> None
         if factors.outdated(folder, about, labels):
             factors.remove(folder, labels)
             say(f"{factors.path(folder, labels)}: removed; fitted on all rows when a method asks for them")
-    for view in sorted(path for path in (folder / VIEWS).glob("*") if path.is_dir()):
-        with writing(view):
-            shutil.rmtree(view)
+    for view in views_of(folder):
+        with nullcontext() if view.is_symlink() else writing(view):
+            remove_view(view)
         say(f"{view}: removed; collected for all rows when a method asks for it")
     staged.rename(folder / DONE)
     shutil.rmtree(folder / DONE, ignore_errors=True)

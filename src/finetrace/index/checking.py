@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from safetensors import SafetensorError, safe_open
-
-from finetrace import fingerprint
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
-from finetrace.index import factors, manifest, rows, shards
+from finetrace.index import adapter_file, factors, manifest, rows, shards
 from finetrace.index.appending import settle
 from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
-from finetrace.index.views import FOLDER as VIEWS
-from finetrace.index.views import model_of
+from finetrace.index.views import model_of, remove_view, views_of
 from finetrace.moments import at_moment
 
 Kind = Literal["unfinished", "manifest", "examples", "adapter", "shard", "factors"]
@@ -48,9 +42,8 @@ class Damage:
 def verify(folder: Path) -> list[Damage]:
     """Look at every file of an index and of its views; an empty list where nothing is broken or missing.
 
-    Shards and factors are compared with their checksums, examples and adapter with their fingerprints; an adapter of another
-    kind than plain LoRA is read, and compared whenever its model is loaded. A view that is not finished is no damage, since
-    it goes on when a method asks for it.
+    Shards and factors are compared with their checksums, examples and adapter with their fingerprints. A view that is not
+    finished is no damage, since it goes on when a method asks for it.
 
     Raises:
         FinetraceError: There is no index, or its manifest cannot be read.
@@ -61,11 +54,17 @@ def verify(folder: Path) -> list[Damage]:
         done = sum(shard.stop - shard.start for shard in about.shards)
         what = f"{folder}: unfinished, {done} of {about.examples} rows are there."
         found.append(Damage(folder, folder / manifest.NAME, "unfinished", what))
-    if about.model.adapter is not None:
-        found += _verify_adapter(folder, about.model.adapter, about.model.adapter_fingerprint)
-    for view in sorted(path for path in (folder / VIEWS).glob("*") if path.is_dir()):
+    if (wrong := adapter_file.fault(folder, about)) is not None:
+        found.append(Damage(folder, wrong[0], "adapter", wrong[1]))
+    for view in views_of(folder):
+        if not (view / manifest.NAME).exists():
+            continue  # begun and not far enough to be told from nothing
         try:
-            found += _verify_one(view, manifest.read(view))
+            there = manifest.read(view)
+            found += _verify_one(view, there)
+            if there.examples != about.examples:
+                what = f"{view}: of {there.examples} rows, and the index has {about.examples}."
+                found.append(Damage(view, view / manifest.NAME, "manifest", what))
         except FinetraceError as error:
             found.append(Damage(view, view / manifest.NAME, "manifest", str(error)))
     return found
@@ -93,20 +92,6 @@ def _verify_one(folder: Path, about: manifest.Manifest) -> list[Damage]:
             except FinetraceError as error:
                 found.append(Damage(folder, path, "factors", str(error)))
     return found
-
-
-def _verify_adapter(folder: Path, adapter: str, expected: str | None) -> list[Damage]:
-    path = folder / adapter / "adapter_config.json"
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-        path = folder / adapter / "adapter_model.safetensors"
-        with safe_open(str(path), framework="pt") as file:
-            found = fingerprint.of_adapter_file({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    except (OSError, ValueError, SafetensorError) as error:
-        return [Damage(folder, path, "adapter", f"{path}: cannot be read ({error}).")]
-    if found not in (None, expected):
-        return [Damage(folder, path, "adapter", f"{path}: not the adapter that the index was built with.")]
-    return []
 
 
 def repair(
@@ -137,7 +122,7 @@ def repair(
         settle(folder, say)
         damage = verify(folder)
         for home in dict.fromkeys(each.folder for each in damage):
-            with nullcontext() if home == folder else writing(home):
+            with nullcontext() if home == folder or home.is_symlink() else writing(home):
                 _mend(folder, home, [each for each in damage if each.folder == home], say)
         if any(each.kind in ("examples", "adapter", "unfinished") for each in damage if each.folder == folder):
             return verify(folder)  # without them nothing can be collected
@@ -146,6 +131,10 @@ def repair(
         if broken:
             root.model(None, device, device_map=device_map)
         for home in broken:
+            if home != folder and not Index.finished(home):
+                say(f"{home}: removed, since it was not finished; collected when a method asks for it")
+                remove_view(home)
+                continue
             names = {each.path.name for each in damage if (each.folder, each.kind) == (home, "shard")}
             with nullcontext() if home == folder else writing(home):
                 _collect_again(root if home == folder else Index(home, parent=root), names, say)
@@ -156,7 +145,7 @@ def _mend(root: Path, home: Path, damage: Sequence[Damage], say: Callable[[str],
     """Remove what is made again when a method asks for it: of a view everything, of an index its factors."""
     if home != root and any(each.kind in ("examples", "manifest") for each in damage):
         say(f"{home}: removed; collected again when a method asks for it")
-        shutil.rmtree(home)
+        remove_view(home)
         return
     for each in damage:
         if each.kind == "factors":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import get_args
 
 from finetrace.collection import Collector
 from finetrace.collection.factors import Labels
@@ -48,6 +49,7 @@ def collect_shards(
         say: Hears of batches that did not fit in memory.
     """
     done = {shard.start: shard for shard in started.shards}
+    before = {shard.start: shard.sha256 for shard in manifest.read(folder).shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
     running = sums.Running(folder, started, unfitted) if unfitted is not None else None
@@ -90,6 +92,8 @@ def collect_shards(
                     tracker.advance(pieces[place].stop - pieces[place].start)
                 halved += found.halved
                 if found.shard is not None:
+                    if before.get(found.shard.start, found.shard.sha256) != found.shard.sha256:
+                        _forget_factors(folder, say)
                     done[found.shard.start] = found.shard
                     gone |= {record.row: record for record in found.left_out}
                     manifest.write(folder, noted(started, done, gone))
@@ -108,6 +112,13 @@ def collect_shards(
         factors.finish(folder, finished, unfitted)
     elif labels is not None:
         sums.tidy(folder, labels)  # what a run left that was killed while it removed them
+
+
+def _forget_factors(folder: Path, say: Callable[[str], None]) -> None:
+    """Finished factors go where a shard that was broken did not come out as it had been."""
+    for labels in get_args(Labels):
+        if factors.remove(folder, labels):
+            say(f"{factors.path(folder, labels)}: removed, since a shard is not bit by bit what it was")
 
 
 def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:

@@ -61,6 +61,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
     tensors: dict[str, Tensor] = {}
     known: dict[str, _Decomposed] = {}  # by the fingerprint of a sum
     records = []
+    reader = shards.ShardReader(folder, manifest)
     with running.opened(manifest.shards[running.count :]) as files:
         counts = sums.tokens(files).tolist()
         for i, (block, tokens) in enumerate(zip(blocks, counts, strict=True)):
@@ -80,7 +81,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
                 names[side] = known[key].place
             basis = KroneckerBasis.from_eigen(sides[0], sides[1], tokens, manifest.kept)
             squares = torch.zeros_like(basis.kfac)
-            for rows in _gradients(folder, manifest, labels, block):
+            for rows in _gradients(reader, folder, manifest, labels, block):
                 squares += basis.rotate(rows).double().square().sum(0)
             tensors[f"kfac.{i}"] = basis.kfac
             tensors[f"ekfac.{i}"] = squares / manifest.kept
@@ -163,10 +164,16 @@ def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, Kronecke
         raise FinetraceError(f"{file}: these factors cannot be read ({error}); {remedy}") from error
 
 
-def _gradients(folder: Path, manifest: Manifest, labels: Labels, block: Block) -> Iterator[Tensor]:
-    """(rows, d) pseudo-gradients of a block, shard by shard: of the sampled loss, or of the loss itself."""
+def _gradients(
+    reader: shards.ShardReader, folder: Path, manifest: Manifest, labels: Labels, block: Block
+) -> Iterator[Tensor]:
+    """(rows, d) pseudo-gradients of a block, shard by shard: of the sampled loss, or of the loss itself.
+
+    Raises:
+        FinetraceError: A shard is missing, or its checksum differs from the manifest's.
+    """
     sampled = labels == "model"
     for shard in manifest.shards:
-        file = sums.sampled_path(folder, labels, shard.start) if sampled else folder / shards.FOLDER / shard.file
+        file = sums.sampled_path(folder, labels, shard.start) if sampled else reader.checked(shard)
         with safe_open(str(file), framework="pt") as opened:
             yield shards.columns_of(opened, "sampled" if sampled else "gradients", block.columns, manifest)

@@ -184,6 +184,14 @@ def read(folder: Path) -> Manifest:
     return manifest
 
 
+def inside(folder: Path, name: str) -> Path:
+    """A path that a manifest names, which may not leave the folder."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()):
+        raise FinetraceError(f"{folder}: the manifest's path {name!r} leaves the index folder; it is not followed.")
+    return path
+
+
 def write(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step."""
     write_atomically(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())

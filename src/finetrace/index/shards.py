@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -20,13 +20,15 @@ FOLDER = "shards"
 PIECE = 64 << 20  # bytes of widened gradients at a time
 
 
-def write(folder: Path, features: Features, start: int, stop: int, about: Manifest, writer: str = "") -> ShardRecord:
+def write(
+    folder: Path, features: Features, start: int, stop: int, about: Manifest, writer: str = "", ids: Sequence[str] = ()
+) -> ShardRecord:
     """Write the features of rows `start` to `stop` of the data in one step and describe the file.
 
     It holds a line for every row but those that were left out, gradients in the index's `feature_dtype`. `writer` tells apart
-    processes that may be at the same file.
+    processes that may be at the same file; `ids`, one a line, are for messages.
     """
-    narrowed = narrowed_rows(features.gradients, about)
+    narrowed = narrowed_rows(features.gradients, about, ids)
     tensors = named("gradients", narrowed) | {"losses": features.losses}
     tensors |= {f"representation.{name}": value for name, value in features.representations.items()}
     name = f"{start:09d}.safetensors"
@@ -43,18 +45,21 @@ def write(folder: Path, features: Features, start: int, stop: int, about: Manife
 
 
 def whole(folder: Path, shard: ShardRecord) -> bool:
-    """Whether a shard is there with the size and the checksum that the manifest has."""
+    """Whether a shard is there, can be read, and has the size and the checksum that the manifest has."""
     path = folder / FOLDER / shard.file
-    return path.is_file() and _unchanged(path, shard)
+    try:
+        return path.is_file() and _unchanged(path, shard)
+    except OSError:
+        return False
 
 
 def _unchanged(path: Path, shard: ShardRecord) -> bool:
     return path.stat().st_size == shard.bytes and fingerprint.of_file(path) == shard.sha256
 
 
-def narrowed_rows(rows: Tensor, about: Manifest) -> Narrowed:
+def narrowed_rows(rows: Tensor, about: Manifest, ids: Sequence[str] = ()) -> Narrowed:
     """(rows, D) gradients as an index keeps them."""
-    return narrow(rows, getattr(torch, about.feature_dtype), [record.block() for record in about.blocks])
+    return narrow(rows, getattr(torch, about.feature_dtype), [record.block() for record in about.blocks], ids)
 
 
 def named(name: str, narrowed: Narrowed) -> dict[str, Tensor]:

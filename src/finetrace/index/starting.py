@@ -13,7 +13,7 @@ from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
-from finetrace.index import lock, manifest, rows, shards
+from finetrace.index import adapter_file, lock, manifest, rows, shards
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded, save_adapter
 
@@ -54,7 +54,12 @@ def start(
     if (folder / manifest.NAME).exists():
         there = manifest.read(folder)
         _refuse_other(folder, there, plan)
-        started = there.model_copy(update={"shards": tuple(s for s in there.shards if shards.whole(folder, s))})
+        whole = tuple(shard for shard in there.shards if shards.whole(folder, shard))
+        # the base has the same fingerprint, wherever it lies now
+        model = there.model.model_copy(update={"name": plan.model.name})
+        started = there.model_copy(update={"shards": whole, "model": model})
+        if there.model.name != plan.model.name:
+            manifest.write(folder, there.model_copy(update={"model": model}))
         if not started.shards or not _furnished(folder, started):
             _furnish(folder, started, loaded, examples, encoded)
         elif rows.read(folder, there).examples != tuple(examples):
@@ -90,8 +95,7 @@ def _furnish(
 
 def _furnished(folder: Path, started: Manifest) -> bool:
     """Whether the examples and the adapter of an index are there and whole."""
-    adapter = started.model.adapter
-    if adapter is not None and not (folder / adapter / "adapter_model.safetensors").is_file():
+    if adapter_file.fault(folder, started) is not None:
         return False
     try:
         rows.read(folder, started)
@@ -110,7 +114,7 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     for key in now:
-        if key not in ("shards", "left_out", "appended", "finetrace") and was.get(key) != now[key]:
+        if key not in ("shards", "left_out", "appended", "finetrace", "model.name") and was.get(key) != now[key]:
             if key == "representations":
                 old, new = (", ".join(each.get(key) or ["none"]) for each in (was, now))
                 what = f"set of hidden states ({old}, not {new})"

@@ -126,7 +126,7 @@ class Index:
         if self._loaded is None and self._parent is not None:
             self._loaded = self._parent.model(dtype, device, trust_remote_code, device_map)
         if self._loaded is None:
-            adapter = str(self._inside(record.adapter)) if record.adapter else None
+            adapter = str(manifest.inside(self.folder, record.adapter)) if record.adapter else None
             spec = ModelSpec(
                 record.name,
                 adapter,
@@ -161,7 +161,10 @@ class Index:
             return False
         from peft import PeftConfig
 
-        return why_no_start(PeftConfig.from_pretrained(str(self._inside(self.manifest.model.adapter)))) is None
+        return (
+            why_no_start(PeftConfig.from_pretrained(str(manifest.inside(self.folder, self.manifest.model.adapter))))
+            is None
+        )
 
     def has_factors(self) -> bool:
         """Whether Kronecker factors can be had: gradients that were projected after they were formed have none."""
@@ -195,14 +198,6 @@ class Index:
         collector = Collector(loaded.model, tracking, wanted, self.manifest.batch_tokens)
         with at_moment(loaded.model, self.manifest.model.at):
             return collector.collect(encoded, [query.id for query in queries]), lengths
-
-    def _inside(self, name: str) -> Path:
-        path = (self.folder / name).resolve()
-        if not path.is_relative_to(self.folder.resolve()):
-            raise FinetraceError(
-                f"{self.folder}: the manifest's path {name!r} leaves the index folder; it is not followed."
-            )
-        return path
 
 
 def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -> None:

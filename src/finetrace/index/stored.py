@@ -69,7 +69,7 @@ def narrow(rows: Tensor, dtype: torch.dtype, blocks: Sequence[Block], ids: Seque
         errors += error.square()
         sizes += size.square()
     relative = (errors / sizes.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
-    return Narrowed(stored, exponents, float(relative.max()))
+    return Narrowed(stored, exponents, float(relative.max()) if len(rows) else 0.0)
 
 
 def widen(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
 from finetrace.collection.projection import Projection
@@ -11,6 +14,7 @@ from finetrace.index import factors
 from finetrace.index.build import build_index
 from finetrace.index.collecting import collect_shards
 from finetrace.index.lock import writing
+from finetrace.index.manifest import read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.models import Loaded
@@ -31,6 +35,7 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
         return index
     folder = index.folder / FOLDER / (positions.slug if at == own else f"{positions.slug}-at-{at}")
     if not Index.finished(folder):
+        _refuse_changed(index)
         try:
             folder.parent.mkdir(exist_ok=True)
         except OSError as error:
@@ -54,12 +59,36 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
         there.base_fingerprint,
         there.adapter_fingerprint,
         at,
-    ) or len(made) != len(index):
+    ):
         raise FinetraceError(
             f"{folder}: this view was collected with another model, adapter or dtype than its index; remove the folder and "
             "it is collected again."
         )
+    if len(made) != len(index):
+        _refuse_changed(index)
+        raise FinetraceError(
+            f"{folder}: this view is of other rows than its index; remove the folder and it is collected again."
+        )
     return made
+
+
+def views_of(folder: Path) -> list[Path]:
+    """The folders of an index's views, finished or not."""
+    return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir())
+
+
+def remove_view(folder: Path) -> None:
+    """Remove a view; of one that lies elsewhere the link alone."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def _refuse_changed(index: Index) -> None:
+    """Raise `FinetraceError` where another process has changed an index since it was opened."""
+    if read(index.folder) != index.manifest:
+        raise FinetraceError(f"{index.folder}: another process has changed this index meanwhile; start again.")
 
 
 def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]:
@@ -74,6 +103,7 @@ def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]
         wanted = tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, manifest.track(loaded.model), wanted, manifest.batch_tokens)
         with writing(index.folder):
+            _refuse_changed(index)
             rows = index.all_rows
             collect_shards(index.folder, manifest, collector, rows.examples, rows.encoded, labels)
     return factors.read(index.folder, index.manifest, labels)

@@ -17,7 +17,7 @@ from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import SEEN
 from finetrace.index import rows, shards, sums
-from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord
+from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord, inside
 from finetrace.index.store import refuse_other_model
 from finetrace.models import ModelSpec, load
 from finetrace.moments import at_moment
@@ -103,7 +103,8 @@ def collect_piece(
             left_out={row - start: reason for row, reason in piece.left_out.items()},
             skip_bad=skip_bad and piece.there is None,
         )
-    shard = piece.there or shards.write(folder, features, start, stop, about, writer)
+    kept = [ids[row] for row in range(start, stop) if row - start not in features.left_out]
+    shard = piece.there or shards.write(folder, features, start, stop, about, writer, kept)
     if summed is not None:
         sums.write_part(folder, summed, features.sampled, shard, about, writer)
     if piece.there is not None:
@@ -156,7 +157,7 @@ class ShardWork:
     @cached_property
     def _collector(self) -> Collector:
         about = self.about
-        adapter = str(self.folder / about.model.adapter) if about.model.adapter is not None else None
+        adapter = str(inside(self.folder, about.model.adapter)) if about.model.adapter is not None else None
         spec = replace(self.spec, adapter=adapter, dtype=about.model.dtype)  # type: ignore[arg-type]
         loaded = load(spec)
         try:

@@ -112,7 +112,9 @@ def run(
     device = next(collector.model.parameters()).device
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    collector.collect(items, names, factors=sums)
+    collector.collect(
+        items, names, factors=sums, skip_bad=True
+    )  # whoever collects the rows says what is wrong with one
     _wait(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     operations = shape.collection(*piece.shape, labels)
