@@ -121,6 +121,18 @@ def test_the_best_of_many_guesses_is_rarely_called_sure() -> None:
     assert sure <= 4
 
 
+def test_a_few_subsets_do_not_make_a_guess_sure() -> None:
+    """Six subsets under one seed, and answers whose losses rise and fall together."""
+    sure = 0
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        members = draw_subsets(30, 6, 0.5, seed)
+        losses = rng.normal(size=(1, 6, 1)) + 0.3 * rng.normal(size=(1, 6, 15))
+        guesses = {f"m{i}": rng.normal(size=(1, 30)) + 0.3 * rng.normal(size=(15, 30)) for i in range(8)}
+        sure += bool(compare(guesses, members, losses, resamples=60).sure)
+    assert sure <= 6
+
+
 def test_what_cannot_be_scored_is_said() -> None:
     effects, members, losses = world(1.0)
     with pytest.raises(FinetraceError, match="two seeds"):

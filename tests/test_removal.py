@@ -68,8 +68,9 @@ def test_effects_are_rises_over_all_rows_beside_those_of_chance() -> None:
     over = found["m"].over_random
     assert over is not None
     assert over.value == pytest.approx(0.39)
-    # two groups of two draws each, 0.02 apart: s = 0.02 / sqrt 2 with 2 degrees of freedom, and 1 + 1/2 of its square a group
-    reach = float(student.ppf(0.975, 2)) * 0.02 / 2**0.5 * (2 * 1.5) ** 0.5 / 2
+    # two groups of two draws each, 0.02 apart: s = 0.02 / sqrt 2 with 2 degrees of freedom, and 1 + 1/2 of its square a group,
+    # which weigh 2/3 and 1/3
+    reach = float(student.ppf(0.975, 2)) * 0.02 / 2**0.5 * (1.5 * (4 / 9 + 1 / 9)) ** 0.5
     assert over.high - over.value == pytest.approx(reach)
     one = [each for each in done if each.draw == 0]
     alone = next(each for each in effects(one, after[[each.draw == 0 for each in done]], before) if each.what == "m")
@@ -77,6 +78,20 @@ def test_effects_are_rises_over_all_rows_beside_those_of_chance() -> None:
     assert np.isnan(alone.over_random.low)  # one draw says nothing of how draws differ
     with pytest.raises(FinetraceError, match="shape"):
         effects(done, after[1:], before)
+
+
+def test_what_is_beyond_chance_is_the_change_minus_that_of_chance_where_classes_differ_in_size() -> None:
+    asked, rises = [Group("a", (0, 1, 2)), Group("b", (3,))], {("m", "a"): 0.1, ("m", "b"): 1.0, (RANDOM, "b"): 0.15}
+    done = [
+        Removal(what, draw, group, (0, 1)) for group in asked for what, draw in (("m", 0), (RANDOM, 0), (RANDOM, 1))
+    ]
+    before = np.zeros((2, 4))
+    after = np.stack([before + rises.get((each.what, each.group.name or ""), 0) for each in done])
+    found = {each.what: each for each in effects(done, after, before)}
+    assert found["m"].change.value == pytest.approx(0.325)
+    assert found[RANDOM].change.value == pytest.approx(0.0375)
+    assert found["m"].over_random is not None
+    assert found["m"].over_random.value == pytest.approx(0.2875)
 
 
 def test_draws_that_all_comply_do_not_make_one_refusal_more_than_chance() -> None:

@@ -86,7 +86,7 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
     assert "Looked at with few retrainings" in text
     assert "Not validated" not in text
     monkeypatch.setattr(retraining, "fit", lambda *_, **__: pytest.fail("trained again"))
-    again = run(capsys, *command(place, out, "--subsets", 4, "--remove", 2, "--measure", "lds", "--method", "datainf"))
+    again = run(capsys, *command(place, out, "--subsets", 4, "--measure", "lds", "--method", "datainf"))
     assert again[0] == 0, again[2]  # another method on the same retrainings
 
 
@@ -111,6 +111,8 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
     [
         (("--measure", "bias"), ("--measure bias", "lds, drop, tail-patch, loo")),
         (("--remove", 12, "--measure", "drop"), ("removing 12 of 12",)),
+        (("--remove", 3, "--measure", "lds"), ("--remove", "--measure drop heeds it")),
+        (("--subsets", 3, "--measure", "drop"), ("--subsets", "--measure lds heeds it")),
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
         (("--share", "nan", "--measure", "lds"), ("a share of nan", "between 0 and 1")),
         (("--share", 2), ("a share of 2", "between 0 and 1")),

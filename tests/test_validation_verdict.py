@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
-from finetrace.reporting.validated import kept_verdict
+from finetrace.index import manifest
+from finetrace.reporting.validated import keep_verdict, kept_verdict
+from finetrace.validation.plan import FEW, STEPS, VALIDATED
 from finetrace.validation.verdict import verdict
 
 
@@ -72,7 +75,7 @@ def test_a_verdict_says_of_how_much_it_is_and_when_losses_part() -> None:
     lds = {"exact": Estimate(0.7, 0.6, 0.8, 5)}
     compared, names = Comparison(lds, frozenset({"exact"}), None, None, lds), {"exact": "exact"}
     said = verdict(compared, [], (0.02, 0.03), names, extent="5 answers, 3 subsets and 1 seed")
-    assert said[0].endswith("LDS 0.70 [0.60, 0.80], the best of 1 methods, over 5 answers, 3 subsets and 1 seed.")
+    assert said[0].endswith("LDS 0.70 [0.60, 0.80], the best of 1 method, over 5 answers, 3 subsets and 1 seed.")
     assert said[-1].endswith("0.03 after retraining on all rows.")
     assert "so far apart" in verdict(None, [], (0.4, 0.6), names)[-1]
     assert "so far apart" not in verdict(None, [], (1.9, 2.4), names)[-1]
@@ -122,6 +125,27 @@ def test_a_verdict_claims_no_more_than_was_measured() -> None:
     assert "how much is possible is not known: two seeds agree by 0.10 [-0.10, 0.30]" in said
 
 
+def test_where_no_loss_varies_nothing_is_said_to_predict() -> None:
+    nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
+    found = Comparison({"exact": nothing, CLASS: nothing}, frozenset(), None, None, {"exact": nothing})
+    [said] = verdict(found, [], None, {"exact": "exact"})
+    assert "does not change the answers' losses" in said
+    [said] = verdict(None, [], None, {"exact": "exact"}, loo=found)
+    assert "do not change the answers' losses" in said
+
+
+def test_a_verdict_of_more_retrainings_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "read", lambda folder: SimpleNamespace(data_fingerprint="d"))
+    assert keep_verdict(tmp_path, ["few."], "quick", FEW) is None
+    assert keep_verdict(tmp_path, ["many."], "whole", VALIDATED) is None
+    for basis in (FEW, STEPS):
+        assert keep_verdict(tmp_path, ["less."], "again", basis) == "whole"
+    assert kept_verdict(tmp_path) == "Validated by retraining. many."
+    monkeypatch.setattr(manifest, "read", lambda folder: SimpleNamespace(data_fingerprint="other rows"))
+    assert keep_verdict(tmp_path, ["steps."], "again", STEPS) is None
+    assert (kept_verdict(tmp_path) or "").endswith("steps.")
+
+
 def test_a_damaged_verdict_is_named(tmp_path: Path) -> None:
     assert kept_verdict(tmp_path) is None
     (tmp_path / "validation.json").write_text("[]")
@@ -149,6 +173,6 @@ def test_the_verdict_says_what_became_of_the_rate() -> None:
     assert "not demonstrably fewer" in verdict(None, [], None, {"exact": "exact"}, rates=weak, before=0.9)[0]
     loo = Comparison({"exact": estimate(0.3)}, frozenset(), None, None, {"exact": estimate(0)})
     assert verdict(None, [], (float("nan"), 1.0), {"exact": "exact"}, loo=loo) == [
-        "Rows left out singly: exact orders what that does by a rank correlation of 0.30 [0.29, 0.31], the best of 1 methods, "
+        "Rows left out singly: exact orders what that does by a rank correlation of 0.30 [0.29, 0.31], the best of 1 method, "
         "not demonstrably above chance."
     ]

@@ -114,6 +114,8 @@ def clean(
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         if retrain:
             refuse_retraining(device_map)
+        elif idle := [name for name, value in (("--config", config), ("--adapter", adapter)) if value is not None]:
+            raise FinetraceError(f"{' '.join(idle)}: only --retrain heeds it; add --retrain, or leave it out.")
         cut = Cut(top, share, expected)
         for spec in method or []:
             make(spec)  # refused before the model is loaded

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -85,7 +86,7 @@ def validate(
         from finetrace.placement import refuse_retraining
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
-        from finetrace.reporting.validated import keep_verdict
+        from finetrace.reporting.validated import NAME, keep_verdict
         from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
@@ -109,6 +110,9 @@ def validate(
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         plan = replace(plan, share=share, left_out=left_out)
+        _refuse_idle(
+            {"--subsets": (subsets, "lds"), "--remove": (remove, "drop"), "--groups": (groups, "drop")}, plan.measures
+        )
         judged_by = make_judge(judge, judge_label)
         if judge is not None and "drop" not in plan.measures:
             raise FinetraceError(
@@ -127,13 +131,29 @@ def validate(
         found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine)
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
-        keep_verdict(index, found.verdict, f"finetrace validate --index {index} --queries {queries}", basis(plan))
+        command = f"finetrace validate --index {index} --queries {queries}"
+        stronger = keep_verdict(index, found.verdict, command, basis(plan))
     console = Console()
     for sentence in found.verdict:
         console.print(f"- {sentence}", markup=False, highlight=False)
     print_validation(found.records, console)
     console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False)
-    console.print(f"report pages of {index} now show this verdict", highlight=False, markup=False)
+    shown = (
+        f"report pages of {index} now show this verdict"
+        if stronger is None
+        else f"report pages of {index} go on showing the verdict of more retrainings ({stronger}); remove "
+        f"{index / NAME} and validate again to show this one"
+    )
+    console.print(shown, highlight=False, markup=False)
+
+
+def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str]) -> None:
+    """Stop where an option was given that only a measure heeds that is not asked for."""
+    for option, (value, measure) in given.items():
+        if value and measure not in measures:
+            raise FinetraceError(
+                f"{option}: only --measure {measure} heeds it; add that measure, or leave the option out."
+            )
 
 
 def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:

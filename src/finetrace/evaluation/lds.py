@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from scipy.stats import rankdata
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
@@ -160,7 +160,8 @@ def compare(
         return Estimate(value, float(low), float(high), known)
 
     lds = {name: estimate(_mean(values), drawn[name]) for name, values in each_query.items()}
-    strict = float(ndtri(1 - (1 - level) / 2 / len(lds)))
+    # a few subsets' bootstrap is too narrow by sqrt((s - 1) / s), and has tails that are Student's
+    strict = float(student.ppf(1 - (1 - level) / 2 / len(lds), subsets - 1)) * float(np.sqrt(subsets / (subsets - 1)))
     spread = {name: float(np.nanstd(values)) for name, values in drawn.items()}
     sure = frozenset(name for name, each in lds.items() if each.value > strict * spread[name] > 0)
     first = next(iter(lds))

@@ -195,11 +195,12 @@ def _over_random(
     level: float = 0.95,
     step: float = 0.0,
 ) -> Estimate | None:
-    """Mean over groups of the change minus that of chance, with Student's t interval of one more random removal.
+    """Mean over queries of the change minus that of chance, with Student's t interval of one more random removal.
 
     All queries of a group share a removal, and what random rows do differs from draw to draw: the rows that happened to be
     drawn, and the noise of training. With D draws a group, of pooled variance s^2 within groups, the difference to their mean
-    of one removal that is random itself has the variance s^2 (1 + 1/D). Without a second draw there is no interval.
+    of one removal that is random itself has the variance s^2 (1 + 1/D); groups weigh as much as they have queries. Without a
+    second draw there is no interval.
     """
     means: dict[tuple[str, Group], list[float]] = {}
     for removal, losses in zip(done, after, strict=True):
@@ -219,11 +220,13 @@ def _over_random(
         freedom += len(chance) - 1
         shares.append(1 + 1 / len(chance))
         steps.append(step / (len(before) * len(group.queries)))
-    value, queries = float(np.mean(differences)), sum(len(group.queries) for group in asked)
+    sizes = np.array([len(group.queries) for group in asked])
+    weights, queries = sizes / sizes.sum(), int(sizes.sum())
+    value = float(weights @ differences)
     if freedom == 0 or (squares == 0 and step == 0):
         return Estimate(value, float("nan"), float("nan"), queries)
     variances = np.maximum(squares / freedom, np.square(steps))  # (groups,)
-    error = float(np.sqrt(np.dot(variances, shares))) / len(asked)
+    error = float(np.sqrt(np.dot(weights**2 * variances, shares)))
     reach = float(student.ppf(0.5 + level / 2, freedom)) * error
     bound = step or np.inf  # rates lie no further apart
     return Estimate(value, max(-bound, value - reach), min(bound, value + reach), queries)

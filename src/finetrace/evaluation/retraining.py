@@ -123,9 +123,9 @@ class Retraining:
             if done == 1 and len(missing) > 1:
                 rows = sum(len(subset.rows) for subset in missing) / len(missing[place].rows)
                 left = (rows - 1) * seconds / min(engine.workers, len(missing))
-                say(f"the first took {seconds:.0f} s; the others take about {left / 60:.0f} minutes")
+                say(f"the first took {seconds:.0f} s; the others take about {duration(left)}")
             elif done == len(missing):
-                say(f"{done} retrainings in {(time.perf_counter() - started) / 60:.1f} minutes")
+                say(f"{done} retrainings in {duration(time.perf_counter() - started)}")
         found = {subset: self._read(subset) for subset in wanted}
         return [found[subset] for subset in subsets]
 

@@ -71,13 +71,19 @@ def tail_patch(
     return found
 
 
-def _weights(model: nn.Module, index: Index) -> list[tuple[nn.Parameter, slice]]:
-    """The tracked weights, and their columns in a row of gradients."""
+def refuse_projected(index: Index) -> None:
+    """Raise `FinetraceError` where an index does not hold whole gradients."""
     if any(block.original is not None for block in index.blocks):
         raise FinetraceError(
             f"{index.folder}: a tail patch moves the weights along whole gradients, and these are projected "
-            f"({index.manifest.projection}); build the index with --projection none."
+            f"({index.manifest.projection}); ask for other measures (--measure lds --measure drop), or build the index with "
+            "--projection none."
         )
+
+
+def _weights(model: nn.Module, index: Index) -> list[tuple[nn.Parameter, slice]]:
+    """The tracked weights, and their columns in a row of gradients."""
+    refuse_projected(index)
     tracking = index.manifest.track(model)
     found = []
     for layer in tracking.layers:

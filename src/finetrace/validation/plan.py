@@ -10,6 +10,10 @@ from finetrace.tracing import BEST, SIMILAR, UNASKED, default_method, has_simila
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
 RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
+VALIDATED = "Validated by retraining"
+FEW = "Looked at with few retrainings"
+STEPS = "Not validated by retraining; single optimizer steps alone were looked at"
+BASES = (STEPS, FEW, VALIDATED)  # what a verdict may rest on, the weakest first
 USUAL = MEASURES[:3]  # a row left out alone is lost in the noise of training, unless the set is tiny
 METHODS = (
     BEST,
@@ -85,9 +89,9 @@ QUICK = Validation(
 def basis(plan: Validation) -> str:
     """What a validation rests on, in the words that open its verdict on a page."""
     if not RETRAINED & set(plan.measures):
-        return "Not validated by retraining; single optimizer steps alone were looked at"
+        return STEPS
     few = plan.seeds < Validation().seeds or ("lds" in plan.measures and plan.subsets < Validation().subsets)
-    return "Looked at with few retrainings" if few else "Validated by retraining"
+    return FEW if few else VALIDATED
 
 
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:

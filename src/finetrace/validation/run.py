@@ -19,7 +19,7 @@ from finetrace.evaluation.metrics import relevance
 from finetrace.evaluation.own_loss import own_loss
 from finetrace.evaluation.removal import CLASS, Effect, effects, groups, refuse_counts, removals
 from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
-from finetrace.evaluation.tail_patch import tail_patch
+from finetrace.evaluation.tail_patch import refuse_projected, tail_patch
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
@@ -90,8 +90,14 @@ def validate(
         )
     if "lds" in config.measures:
         draw_subsets(len(index), 1, config.share)
+    if "loo" in config.measures and len(index) < 3:
+        raise FinetraceError(
+            f"{index.folder}: leaving single rows out of {len(index)} gives no rank correlation; it takes 3 rows at least."
+        )
     if "drop" in config.measures:
         refuse_counts(config.removed(len(index)), len(index))
+    if "tail-patch" in config.measures:
+        refuse_projected(index)
     problem = Problem(index, queries)
     chosen = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in config.methods)]
     say(f"scoring {problem.n} rows for {problem.m} queries by {len(chosen)} methods")

@@ -11,6 +11,7 @@ from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.lds import Comparison
 from finetrace.evaluation.own_loss import said_of
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect
+from finetrace.units import many
 
 
 def verdict(
@@ -35,8 +36,12 @@ def verdict(
         extent: Of how many answers, subsets and seeds the LDS is, in words.
     """
     lines = []
-    if lds is not None:
-        tried = [name for name in lds.lds if name != CLASS]
+    if lds is not None and not any(np.isfinite(each.value) for each in lds.lds.values()):
+        lines.append(
+            "On this run training on other rows does not change the answers' losses, so nothing can be predicted."
+        )
+    elif lds is not None:
+        tried = [name for name in lds.lds if name != CLASS and np.isfinite(lds.lds[name].value)]
         ahead = max(tried, key=lambda name: lds.lds[name].value)
         best = lds.lds[ahead]
         possible = f" of a possible {lds.reachable:.2f}" if lds.reachable is not None else ""
@@ -46,7 +51,7 @@ def verdict(
         word = "predicts" if ahead in lds.sure else "does not show that it predicts"
         lines.append(
             f"On this run {names[ahead]} {word} what training on other rows does to the answers: LDS "
-            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {len(tried)} methods{over}."
+            f"{best.value:.2f} [{best.low:.2f}, {best.high:.2f}]{possible}, the best of {many(len(tried), 'method')}{over}."
         )
         others = [name for name in tried if name.split(":")[0] == "repsim" and name != ahead]
         lines += [f"{names[name]} has {_short(lds.lds[name])}." for name in others]
@@ -65,12 +70,16 @@ def verdict(
             idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
             if idle:
                 lines.append(f"Not told apart from {count} random rows: {', '.join(idle)}.")
-    if loo is not None:
-        ahead = max(loo.lds, key=lambda name: loo.lds[name].value)
+    if loo is not None and not any(np.isfinite(each.value) for each in loo.lds.values()):
+        lines.append("Rows left out singly do not change the answers' losses.")
+    elif loo is not None:
+        ahead = max(
+            (name for name, each in loo.lds.items() if np.isfinite(each.value)), key=lambda name: loo.lds[name].value
+        )
         word = "above chance" if ahead in loo.sure else "not demonstrably above chance"
         lines.append(
             f"Rows left out singly: {names[ahead]} orders what that does by a rank correlation of {_short(loo.lds[ahead])}, "
-            f"the best of {len(loo.lds)} methods, {word}."
+            f"the best of {many(len(loo.lds), 'method')}, {word}."
         )
     lines += _rates(rates, before, names)
     if losses is not None and (compared := said_of(*losses)) is not None:
@@ -81,13 +90,15 @@ def verdict(
 def _beside(lds: Comparison, ahead: str, names: Mapping[str, str]) -> list[str]:
     """What stands beside the best method: the best control, or where that one is a control the best method, and the labels."""
     led = make(ahead).control
-    others = [name for name in lds.lds if name != CLASS and make(name).control != led]
+    others = [
+        name for name in lds.lds if name != CLASS and make(name).control != led and np.isfinite(lds.lds[name].value)
+    ]
     lines = []
     if others:
         other = max(others, key=lambda name: lds.lds[name].value)
         what = "That is a control; the best method that is none" if led else "The best control"
         lines.append(f"{what}, {names[other]}, has {_short(lds.lds[other])}{_apart(lds.lds[other], lds.lds[ahead])}.")
-    if CLASS in lds.lds:
+    if CLASS in lds.lds and np.isfinite(lds.lds[CLASS].value):
         lines.append(
             "Labels alone, which count each row of the answer's class as 1, have "
             f"{_short(lds.lds[CLASS])}{_apart(lds.lds[CLASS], lds.lds[ahead])}."
