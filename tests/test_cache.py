@@ -166,9 +166,9 @@ def test_an_index_that_cannot_be_written_still_answers(copied, features):  # noq
 
 
 def test_the_limit_holds_and_what_was_used_last_stays(copied):
-    cache = Cache(copied.folder, copied.manifest, limit=10_000)
     tensors = {name: torch.full((400,), float(value)) for value, name in enumerate("abcdef")}  # 1600 bytes and a header
-    for name, tensor in tensors.items():
+    for name, tensor in tensors.items():  # each by a run of its own
+        cache = Cache(copied.folder, copied.manifest, limit=10_000)
         cache.fetch(name, (), lambda tensor=tensor: tensor)
         cache.fetch("a", (), lambda: pytest.fail("what is used goes last"))
         time.sleep(0.02)
@@ -179,3 +179,23 @@ def test_the_limit_holds_and_what_was_used_last_stays(copied):
     cache.fetch("large", (), lambda: torch.zeros(5000))
     assert not list((copied.folder / "cache").glob("large-*"))
     assert not list((copied.folder / "cache").glob("*.part"))
+
+
+def test_a_query_that_needs_more_than_the_limit_finds_what_fits(copied):
+    """Values asked for in a cycle: a least recently used one is always the next that is needed."""
+
+    def query() -> tuple[int, dict[Path, int]]:
+        made = []
+        cache = Cache(copied.folder, copied.manifest, limit=10_000)
+        for name in "abcdefgh":
+            value = cache.fetch(name, (), lambda name=name: made.append(name) or torch.full((400,), float(ord(name))))
+            assert torch.equal(value, torch.full((400,), float(ord(name))))
+        return len(made), {path: path.stat().st_ino for path in kept(copied)}
+
+    assert query()[0] == 8
+    files = {path: path.stat().st_ino for path in kept(copied)}
+    assert len(files) >= 4
+    for _ in range(2):
+        assert query() == (8 - len(files), files)  # nothing is written again
+    Cache(copied.folder, copied.manifest, limit=10_000).fetch("z", (), lambda: torch.zeros(400))
+    assert list((copied.folder / "cache").glob("z-*"))  # in place of what an earlier query left

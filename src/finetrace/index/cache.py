@@ -30,6 +30,8 @@ from finetrace.index.manifest import Manifest
 FOLDER = "cache"
 FORMAT = "2"
 LIMIT = 2 << 30  # bytes
+HEADER = 512  # bytes of a file's header at most, beside
+NAMED = 256  # those for each of its tensors
 STALE = 3600.0  # seconds after which a file that was never finished is removed
 
 _compared: dict[Path, tuple[int, int, int]] = {}  # files whose checksum this process compared, as they were then
@@ -40,12 +42,14 @@ class Cache:
 
     Attributes:
         folder: Where it lies.
-        limit: Bytes that it may take; what was used longest ago goes first.
+        limit: Bytes that it may take; what was used longest ago goes first. What this object itself has read or written
+            stays: where the values of one query are more than the limit, taking turns would keep none of them.
     """
 
     def __init__(self, index: Path, manifest: Manifest, limit: int = LIMIT) -> None:
         self.folder = index / FOLDER
         self.limit = limit
+        self._needed: set[Path] = set()
         shards = [(shard.start, shard.stop, shard.sha256) for shard in manifest.shards]
         about = [FORMAT, __version__, manifest.data_fingerprint, manifest.feature_dtype, shards]
         self._about = json.dumps(about)
@@ -81,6 +85,7 @@ class Cache:
                 _compared.get(path) == before or about.get("sha256") == _digest(tensors)
             ):
                 self._used(path, before)
+                self._needed.add(path)
                 return {name: tensor.clone() for name, tensor in tensors.items()}
         except (OSError, SafetensorError, ValueError, TypeError):
             pass
@@ -97,40 +102,49 @@ class Cache:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Keep them, if there is room and the folder can be written."""
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        size = HEADER + sum(NAMED + tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if size > self.limit // 2:
             return
         part = path.with_name(f".{uuid.uuid4().hex}.part")
-        arrays = {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
         try:
             self.folder.mkdir(exist_ok=True)
-            content = save(arrays, metadata={"format": FORMAT, "sha256": _digest(tensors)})
-            self._make_room(len(content))
-            part.write_bytes(content)
+            if not self._make_room(size):
+                return
+            arrays = {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
+            part.write_bytes(save(arrays, metadata={"format": FORMAT, "sha256": _digest(tensors)}))
             part.replace(path)
+            self._needed.add(path)
         except (OSError, SafetensorError):
             pass
         finally:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 
-    def _make_room(self, size: int) -> None:
-        """Remove what was used longest ago until `size` more bytes fit, and what a killed process left."""
-        files = []
+    def _make_room(self, size: int) -> bool:
+        """Remove what was used longest ago until `size` more bytes fit, and what a killed process left.
+
+        Nothing is removed where that would not do: what is needed now stays.
+        """
+        taken, files = 0, []
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may have removed it
                 about = path.stat()
                 if path.suffix == ".part" and time.time() - about.st_mtime > STALE:
                     path.unlink()
                 elif path.suffix == ".safetensors":
-                    files.append((about.st_mtime, about.st_size, path))
-        taken = sum(bytes_ for _, bytes_, _ in files)
+                    taken += about.st_size
+                    if path not in self._needed:
+                        files.append((about.st_mtime, about.st_size, path))
+        excess = taken + size - self.limit
+        if excess > sum(bytes_ for _, bytes_, _ in files):
+            return False
         for _, bytes_, path in sorted(files):
-            if taken + size <= self.limit:
-                return
+            if excess <= 0:
+                break
             with contextlib.suppress(OSError):
                 path.unlink()
-            taken -= bytes_
+            excess -= bytes_
+        return True
 
 
 def _identity(path: Path) -> tuple[int, int, int]:
