@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from finetrace.attribution.streamed_gradient import StreamedMethod
 
 LARGEST_BLOCK = 64 << 20  # bytes of rows that are read at once where the budget is large: more is not faster
+SCORE = 32  # bytes that a score of a block of rows takes: its product, itself, the block before it, what a mean puts together
+PRODUCT = 16  # bytes of an inner product on the way through the rows
 
 
 def widest(problem: Problem) -> int:
@@ -76,6 +78,12 @@ def plan(method: StreamedMethod, problem: Problem, share: int = 1, *, forced: bo
             f"{method.label}: one query and one row of {width:,} entries take {size(query + row)}, more than the memory "
             f"of {size(memory)}; give it more (--memory)."
         )
-    queries = max(1, min(problem.m, memory // 2 // query))
-    step = problem.step or max(1, min(LARGEST_BLOCK, memory // 4) // row)
+    room = memory // 4  # for a block of rows and its scores
+    queries = max(1, min(problem.m, memory // 2 // query, room // (SCORE * (problem.step or 1))))
+    step = problem.step or max(1, min(LARGEST_BLOCK // row, room // (row + SCORE * queries)))
     return Plan(memory, min(problem.n, step), queries)
+
+
+def tile(memory: int, width: int, query_bytes: int, rows: int) -> int:
+    """Rows that go through as queries together, where their products with `rows` rows are held at a time."""
+    return max(1, min(memory // 2 // (width * query_bytes), memory // 8 // (PRODUCT * rows)))

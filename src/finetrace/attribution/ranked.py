@@ -42,7 +42,8 @@ class Strongest:
 
     def take(self, queries: slice, rows: slice, values: NDArray[np.float64]) -> None:
         """Rows come in order for every query."""
-        for query, row in zip(range(queries.start, queries.stop), self.sign * values, strict=True):
+        for query, given in zip(range(queries.start, queries.stop), values, strict=True):
+            row = self.sign * given
             order, kept = self._kept[query]
             fresh = np.flatnonzero(row > kept[-1]) if len(kept) == self.k else np.arange(len(row))
             if not len(fresh):

@@ -65,8 +65,8 @@ class StoredRows:
         """(rows, (r, D)) pieces."""
         widened = self._widening()
         for where, raw in self.index.row_blocks(self.step, self._range):
-            for first in range(0, len(raw), self._piece):
-                part = widened(raw[first : first + self._piece])
+            for first in range(0, len(raw), self.piece):
+                part = widened(raw[first : first + self.piece])
                 yield slice(where.start + first, where.start + first + len(part)), part
 
     def products(self, vectors: Tensor) -> Iterator[tuple[slice, Tensor]]:
@@ -77,21 +77,22 @@ class StoredRows:
         right = vectors.to(self.dtype).T
         starts = range(0, self.width, COLUMNS)
         widened = self._widening()
+        product = torch.empty(min(self.step, self.n), len(vectors), dtype=self.dtype, device=self.device)
         for where, raw in self.index.row_blocks(self.step, self._range):
             shape = len(raw), len(vectors)
-            product = torch.empty(shape, dtype=self.dtype, device=self.device)
+            product = product[: len(raw)]
             total = torch.zeros(shape, dtype=torch.float64, device=self.device) if len(starts) > 1 else None
-            for first in range(0, len(raw), self._piece):
-                part, at = widened(raw[first : first + self._piece]), slice(first, first + self._piece)
+            for first in range(0, len(raw), self.piece):
+                part, at = widened(raw[first : first + self.piece]), slice(first, first + self.piece)
                 for start in starts:
                     columns = slice(start, start + COLUMNS)
                     torch.mm(part[:, columns], right[columns], out=product[at])
                     if total is not None:
                         total[at] += product[at]
-            yield where, product.double() if total is None else total
+            yield where, product.to(torch.float64, copy=True) if total is None else total
 
     @property
-    def _piece(self) -> int:
+    def piece(self) -> int:
         """Rows that are widened at once."""
         if self.device.type != "cpu":
             return self.step
@@ -109,7 +110,7 @@ class StoredRows:
                 return part.to(self.device).to(self.dtype)
             if part.dtype == self.dtype:
                 return part
-            wide = torch.empty(self._piece, self.width, dtype=self.dtype) if wide is None else wide
+            wide = torch.empty(self.piece, self.width, dtype=self.dtype) if wide is None else wide
             return wide[: len(part)].copy_(part)
 
         return widened

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, get_args
 import torch
 from torch import Tensor
 
-from finetrace.attribution.memory import Plan, plan
+from finetrace.attribution.memory import Plan, plan, tile
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.stored_rows import StoredRows
 from finetrace.collection import Block
@@ -132,7 +132,9 @@ class MethodRun:
         for where, total in rows.products(ready):
             if examples is not None:
                 total *= examples[where]
-            yield where, (total if queries is None else (total * queries).clamp(-1, 1)).T.cpu()
+            if queries is not None:
+                total.mul_(queries).clamp_(-1, 1)
+            yield where, total.T.cpu()
 
     def _cosines(self, vectors: Tensor, ready: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The mean over blocks of each one's own cosine."""
@@ -145,7 +147,7 @@ class MethodRun:
             for s in rows.blocks_at:
                 inner = block[:, s] @ right[:, s].T  # (r, m)
                 total += inner * reciprocal(row_squares(block[:, s]).sqrt())[:, None]
-            yield where, total.clamp(-1, 1).T.cpu()
+            yield where, total.clamp_(-1, 1).T.cpu()
 
     def _prepared(self, vectors: Tensor) -> tuple[Tensor, Tensor | None]:
         """(m, D) V P, and (n,) the rows' own influence where it is wanted; a group's curvature is made once for both."""
@@ -212,7 +214,7 @@ class MethodRun:
             yield places, group, self.method.operator(group)
 
     def _tile(self, group: Pass) -> int:
-        return max(1, self.plan.memory // 2 // (group.rows.width * self.method.query_bytes))
+        return tile(self.plan.memory, group.rows.width, self.method.query_bytes, group.rows.piece)
 
     def _note(self, operator: Streamed) -> None:
         found = getattr(operator, "found", None)
@@ -239,7 +241,10 @@ class MeanRun:
     def blocks(self, chosen: slice) -> Iterator[tuple[slice, Tensor]]:
         """(rows, (m, r)) means."""
         for parts in zip(*(_steps(run.blocks(chosen), run.plan.step) for run in self.runs), strict=True):
-            yield parts[0][0], torch.stack([part for _, part in parts]).mean(0)
+            total = parts[0][1]
+            for _, part in parts[1:]:
+                total += part
+            yield parts[0][0], total.div_(len(parts))
 
 
 def run_of(pairs: Sequence[tuple[StreamedMethod, Problem]]) -> Run | None:
@@ -277,8 +282,13 @@ def _steps(pieces: Iterator[tuple[slice, Tensor]], step: int) -> Iterator[tuple[
     held: list[tuple[slice, Tensor]] = []
     for where, part in pieces:
         if held and where.start % step == 0:
-            yield slice(held[0][0].start, held[-1][0].stop), torch.cat([each for _, each in held], dim=1)
+            yield _joined(held)
             held = []
         held.append((where, part))
     if held:
-        yield slice(held[0][0].start, held[-1][0].stop), torch.cat([each for _, each in held], dim=1)
+        yield _joined(held)
+
+
+def _joined(held: Sequence[tuple[slice, Tensor]]) -> tuple[slice, Tensor]:
+    where = slice(held[0][0].start, held[-1][0].stop)
+    return where, held[0][1] if len(held) == 1 else torch.cat([each for _, each in held], dim=1)

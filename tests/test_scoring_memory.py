@@ -1,0 +1,118 @@
+"""What scoring takes stays within its budget, however many queries there are and however rows are stored."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from finetrace import fingerprint
+from finetrace.api import build_index
+from finetrace.attribution import Problem, make
+from finetrace.attribution.memory import SCORE, plan, tile
+from finetrace.attribution.ranked import rank
+from finetrace.attribution.streaming import all_blocks
+from finetrace.collection import Features
+from finetrace.index import Index, manifest
+from finetrace.index.manifest import BlockRecord, ShardRecord
+from test_streaming import tiny_queries
+from tiny import make_examples, make_llama, make_tokenizer, with_lora
+
+ALLOCATOR = 24 << 20  # bytes: what is given back to the system late, and the stacks of threads
+linux = pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+
+
+def peak(*, again: bool = False) -> int:
+    """Bytes of this process's largest resident size; `again` starts it from what is resident now."""
+    if again:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    line = next(each for each in Path("/proc/self/status").read_text("ascii").splitlines() if each.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def large(folder: Path, n: int, width: int, dtype: torch.dtype = torch.float32, shards: int = 2) -> Index:
+    """n rows of random gradients in one block; no text is behind them."""
+    model = with_lora(make_llama()).float()
+    name = str(dtype).removeprefix("torch.")
+    build_index(model, make_tokenizer(), make_examples(1), folder, feature_dtype=name)
+    about = manifest.read(folder)
+    (folder / "shards" / about.shards[0].file).unlink()
+    records = []
+    for start in range(0, n, n // shards):
+        count = min(n // shards, n - start)
+        tensors = {"gradients": torch.randn(count, width, generator=torch.Generator().manual_seed(start)).to(dtype)}
+        if dtype == torch.float16:
+            tensors["gradients.exponents"] = torch.full((count, 1), start % 3, dtype=torch.int8)
+        path = folder / "shards" / f"{start:09d}.safetensors"
+        save_file(tensors, str(path))
+        records.append(
+            ShardRecord(
+                file=path.name,
+                start=start,
+                stop=start + count,
+                bytes=path.stat().st_size,
+                sha256=fingerprint.of_file(path),
+            )
+        )
+    block = BlockRecord(name=about.blocks[0].name, shape=(8, width // 8), offset=0)
+    manifest.write(folder, about.model_copy(update={"examples": n, "blocks": (block,), "shards": tuple(records)}))
+    return Index(folder)
+
+
+def asked(m: int, width: int) -> Features:
+    return Features(torch.randn(m, width, generator=torch.Generator().manual_seed(7)), torch.zeros(m), {})
+
+
+@linux
+@pytest.mark.parametrize("spec", ["gradsim", "gradcos", "gradcos:scope=block", "lissa:normalise=cosine,iterations=2"])
+def test_thousands_of_queries_fit(tmp_path: Path, spec: str) -> None:
+    """Against scores of 2,500 rows and 3,000 queries, 150 MB and more with what is on the way."""
+    n, m, width, memory = 2500, 3000, 64, 32 << 20
+    index, features = large(tmp_path / "index", n, width), asked(m, width)
+    problem = Problem(index, tiny_queries(m), features, memory=memory)
+    make(spec).matrix(Problem(index, tiny_queries(8), features.some(slice(0, 8)), memory=memory, step=n))  # libraries
+    run = make(spec).run(problem)
+    assert run is not None
+    before = peak(again=True)
+    for _ in all_blocks(run, m):
+        pass
+    assert peak() - before < memory + ALLOCATOR
+
+
+@pytest.mark.parametrize("memory", [1 << 20, 32 << 20, 1 << 30])
+@pytest.mark.parametrize("m", [1, 100, 20_000])
+def test_blocks_of_scores_are_in_the_plan(tmp_path: Path, memory: int, m: int) -> None:
+    index = large(tmp_path / "index", 400, 64)
+    problem = Problem(index, tiny_queries(1), asked(1, 64), memory=memory)
+    problem.queries *= m
+    made = plan(make("gradcos"), problem, forced=True)
+    assert made is not None
+    assert made.step * (made.queries * SCORE + 2 * 64 * 4) <= memory // 4
+    assert made.queries * 64 * 32 <= memory // 2
+    given = Problem(index, tiny_queries(1), asked(1, 64), memory=memory, step=50)
+    given.queries *= m
+    made = plan(make("gradcos"), given)
+    assert made is not None
+    assert made.step == 50
+    assert made.queries * 50 * SCORE <= memory // 4
+
+
+def test_rows_as_queries_fit_with_their_products() -> None:
+    for width, rows in ((64, 8192), (1024, 512), (1 << 20, 64)):
+        together = tile(1 << 30, width, 48, rows)
+        assert together * width * 48 <= 1 << 29
+        assert together * rows * 16 <= 1 << 27
+
+
+def test_rows_are_the_strongest_however_many_queries_go_through_together(tmp_path: Path) -> None:
+    index, features = large(tmp_path / "index", 300, 64), asked(500, 64)
+    wanted = features.gradients.double() @ index.gradients(slice(0, 64)).double().T
+    for memory in (100_000, 400_000):
+        found = rank(make("gradsim"), Problem(index, tiny_queries(500), features, memory=memory, step=None), 5)
+        assert found.computed["queries_at_once"] < 500
+        values, order = wanted.topk(5, dim=1)
+        torch.testing.assert_close(torch.from_numpy(found.proponents.values), values, rtol=1e-5, atol=1e-5)
+        assert (torch.from_numpy(found.proponents.order) == order).double().mean() > 0.99
