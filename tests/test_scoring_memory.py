@@ -82,6 +82,29 @@ def test_thousands_of_queries_fit(tmp_path: Path, spec: str) -> None:
     assert peak() - before < memory + ALLOCATOR
 
 
+@linux
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_was_read_does_not_stay(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Rows of 100 MB within 8."""
+    n, memory = (100 << 20) // 1024 // dtype.itemsize, 8 << 20
+    index, features = large(tmp_path / "index", n, 1024, dtype), asked(4, 1024)
+    run = make("gradsim").run(Problem(index, tiny_queries(4), features, memory=memory))
+    assert run is not None
+    before = peak(again=True)
+    for _ in all_blocks(run, 4):
+        pass
+    assert peak() - before < memory + ALLOCATOR
+
+
+@pytest.mark.parametrize("columns", [slice(0, 64), slice(8, 24)])
+def test_float16_blocks_are_the_gradients(tmp_path: Path, columns: slice) -> None:
+    """Across shards, whose exponents differ."""
+    index = large(tmp_path / "index", 47, 64, torch.float16, shards=3)
+    found = torch.cat([block.clone() for _, block in index.row_blocks(7, columns)])
+    assert found.dtype == torch.float32
+    assert torch.equal(found, index.gradients(columns))
+
+
 @pytest.mark.parametrize("memory", [1 << 20, 32 << 20, 1 << 30])
 @pytest.mark.parametrize("m", [1, 100, 20_000])
 def test_blocks_of_scores_are_in_the_plan(tmp_path: Path, memory: int, m: int) -> None:

@@ -25,6 +25,8 @@ TENSOR = "gradients"
 class RowBlocks:
     """(rows, columns) pieces of an index's gradients, in the order of the rows and in the dtype in which they are stored.
 
+    What is stored in float16 has exponents beside it, and comes in the dtype in which it was computed.
+
     A thread reads the next block while the present one is used. Shards are read, not mapped, so that their pages do not
     count as this process's memory. Block boundaries depend on `rows` alone, not on the shards.
 
@@ -40,8 +42,8 @@ class RowBlocks:
         self._reader = reader
         self._places = [_Place(reader, shard, first, last) for shard, first, last in reader.places()]
         stored = self._places[0].dtype
-        self._scaled = stored == torch.float16  # with exponents of its own, which the reader undoes
-        self.dtype = reader.dtype if self._scaled else stored
+        self._stored = stored
+        self.dtype = reader.dtype if stored == torch.float16 else stored
         for place in self._places:
             if (place.dtype, place.width) != (stored, self._places[0].width):
                 raise FinetraceError(
@@ -55,14 +57,10 @@ class RowBlocks:
         return self._places[-1].stop
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, block): the block is overwritten when the one after the next is asked for, so it must not be kept."""
-        if self._scaled:
-            for start in range(0, self.n, self.rows):
-                where = slice(start, min(start + self.rows, self.n))
-                yield where, self._reader.gradients(self.columns, where)
-            return
+        """(rows, block): the block is overwritten when others are asked for, so it must not be kept."""
         width = self.columns.stop - self.columns.start
-        itemsize = self.dtype.itemsize
+        itemsize = self._stored.itemsize
+        wide = torch.empty(0 if self.dtype == self._stored else min(self.rows, self.n), width, dtype=self.dtype)
         buffers = [np.empty(min(self.rows, self.n) * width * itemsize, np.uint8) for _ in range(2)]
         wanted = [slice(start, min(start + self.rows, self.n)) for start in range(0, self.n, self.rows)]
         with ThreadPoolExecutor(1, thread_name_prefix="rows") as thread, _Open() as files:
@@ -73,11 +71,24 @@ class RowBlocks:
                     coming = thread.submit(self._fill, files, buffers[(i + 1) % 2], wanted[i + 1])
                 count = where.stop - where.start
                 raw = torch.from_numpy(buffers[i % 2][: count * width * itemsize])
-                yield where, raw.view(self.dtype).view(count, width)
+                block = raw.view(self._stored).view(count, width)
+                yield where, block if self.dtype == self._stored else self._scaled(wide[:count].copy_(block), where)
+
+    def _scaled(self, block: Tensor, where: slice) -> Tensor:
+        """The block multiplied by the exponents of its rows."""
+        for place in self._places:
+            first, last = max(where.start, place.start), min(where.stop, place.stop)
+            if first < last:
+                part, rows = (
+                    block[first - where.start : last - where.start],
+                    slice(first - place.start, last - place.start),
+                )
+                self._reader.scale(place.shard, part, rows, self.columns.start)
+        return block
 
     def _fill(self, files: _Open, buffer: NDArray[np.uint8], where: slice) -> None:
         """Read rows `where` into the buffer."""
-        itemsize = self.dtype.itemsize
+        itemsize = self._stored.itemsize
         room = (self.columns.stop - self.columns.start) * itemsize  # bytes of a row that are wanted
         view, filled = memoryview(buffer), 0  # type: ignore[arg-type]
         for place in self._places:
@@ -98,7 +109,7 @@ class _Place:
     """Where the gradients of one shard, rows `start` to `stop`, lie in its file, from the header that safetensors writes."""
 
     def __init__(self, reader: ShardReader, shard: ShardRecord, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
+        self.shard, self.start, self.stop = shard, start, stop
         self.path = reader.checked(shard)
         try:
             with self.path.open("rb") as file:

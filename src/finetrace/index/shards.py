@@ -14,7 +14,7 @@ from finetrace.atomic import write_tensors
 from finetrace.collection import Features
 from finetrace.errors import FinetraceError
 from finetrace.index.manifest import Manifest, ShardRecord
-from finetrace.index.stored import Narrowed, narrow, widen
+from finetrace.index.stored import Narrowed, narrow, scale, widen
 
 FOLDER = "shards"
 PIECE = 64 << 20  # bytes of widened gradients at a time
@@ -132,6 +132,13 @@ class ShardReader:
                     self._exponents[shard.file] = file.get_tensor("gradients.exponents")
                 self._mapped[shard.file] = file.get_tensor("gradients")
         return self._mapped[shard.file]
+
+    def scale(self, shard: ShardRecord, part: Tensor, rows: slice, start: int) -> None:
+        """Bring (rows, c) columns from `start` on of a float16 shard, widened, to the gradients' own size, in place."""
+        if shard.file not in self._exponents:
+            with self._open(shard) as file:
+                self._exponents[shard.file] = file.get_tensor("gradients.exponents")
+        scale(part, self._exponents[shard.file][rows], start, self._blocks)
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that has one row an example, from all shards."""

@@ -82,11 +82,17 @@ def widen(
     start, stop, _ = columns.indices(stored.shape[1])
     part = stored[:, start:stop].to(dtype)
     if exponents is not None:
-        for i, block in enumerate(blocks):
-            first, last = max(start, block.columns.start), min(stop, block.columns.stop)
-            if first < last:
-                part[:, first - start : last - start] *= _power(exponents[:, i : i + 1]).to(dtype)
+        scale(part, exponents, start, blocks)
     return part
+
+
+def scale(part: Tensor, exponents: Tensor, start: int, blocks: Sequence[Block]) -> None:
+    """Multiply (rows, c) columns from `start` on by 2^exponent of their row and block, in place."""
+    stop = start + part.shape[1]
+    for i, block in enumerate(blocks):
+        first, last = max(start, block.columns.start), min(stop, block.columns.stop)
+        if first < last:
+            part[:, first - start : last - start] *= _power(exponents[:, i : i + 1]).to(part.dtype)
 
 
 def _power(exponents: Tensor) -> Tensor:
