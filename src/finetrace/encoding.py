@@ -267,9 +267,9 @@ def _own_weights(example: Example, tokens: int) -> NDArray[np.float64]:
 
 
 def read_template(name: str | None) -> str | None:
-    """The Jinja text of `--chat-template`: `plain`, `inst`, a file, or `None` for the tokenizer's own."""
-    if name is None:
-        return None
+    """The Jinja text of `--chat-template`: `plain`, `inst`, a file, the text itself, or `None` for the tokenizer's own."""
+    if name is None or "{{" in name or "{%" in name:
+        return name
     if name in TEMPLATES:
         return TEMPLATES[name]
     path = Path(name)

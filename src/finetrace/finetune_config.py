@@ -17,6 +17,7 @@ SAVED = "finetune.yaml"
 Schedule = Literal[  # the Trainer's others want settings of their own
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+LossOn = Literal["response", "last-turn", "all"]
 
 
 class FinetuneConfig(BaseModel):
@@ -45,9 +46,9 @@ class FinetuneConfig(BaseModel):
     max_length: int | None = Field(
         None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given."
     )
-    loss_on: Literal["response", "last-turn", "all"] = Field("response", description="Tokens that the loss looks at.")
+    loss_on: LossOn = Field("response", description="Tokens that the loss looks at.")
     chat_template: str | None = Field(
-        None, description="A Jinja file, `plain` or `inst`, in place of the tokenizer's template."
+        None, description="A Jinja file, its text, `plain` or `inst`, in place of the tokenizer's template."
     )
     pad_to: int | None = Field(
         None,
@@ -133,7 +134,8 @@ def found_config(folder: Path) -> FinetuneConfig | None:
     the last `trainer_state.json` in the folder or in its checkpoints. The Trainer's state does not name every setting: its
     schedule is taken to be linear and its warm-up none, as its defaults are, unless every learning rate that it logged is the
     same; the peak is what a linear schedule started from (`_peak`). Steps over which gradients were accumulated are not in it,
-    nor is the weight decay. The pickled `training_args.bin` is never read.
+    nor is the weight decay, nor how rows were encoded (`index_encoding.as_indexed`). The pickled `training_args.bin` is never
+    read.
 
     Raises:
         FinetraceError: A file is there and cannot be read, or no learning rate was logged.

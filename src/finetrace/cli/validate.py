@@ -159,6 +159,7 @@ def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str
 def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
     """How the index's adapter was fine-tuned: as told, or as found beside it."""
     from finetrace.finetune_config import SAVED, configure, found_config
+    from finetrace.index_encoding import as_indexed
 
     if config is not None:
         return configure("default", options.existing(config, "--config"), {})
@@ -175,10 +176,11 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> Fi
             "the Trainer wrote with --adapter."
         )
     if not (folder / SAVED).exists():
+        found, encoded = as_indexed(found, index.manifest.encoding)
         options.say(
             f"by what the Trainer left, the adapter was fine-tuned for {found.epochs} epochs in batches of {found.batch_size} "
-            f"with a {found.schedule} learning rate from {found.learning_rate:.3g}; if that is not so, give a finetune.yaml "
-            "with --config"
+            f"with a {found.schedule} learning rate from {found.learning_rate:.3g}; it does not say how rows were encoded, so "
+            f"retrainings encode them as the index does ({encoded}); if that is not so, give a finetune.yaml with --config"
         )
     if found.validation:
         options.say(

@@ -1,0 +1,120 @@
+"""How an adapter was fine-tuned, as `validate` and `clean --retrain` find it, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from commands import run, tuned_index
+from finetrace.cli.validate import finetuning_of
+from finetrace.encoding import INST_TEMPLATE, read_template
+from finetrace.finetune_config import FinetuneConfig
+from finetrace.index import open_index
+from finetrace.index.store import Index
+from finetrace.reading import write_examples
+from tiny import make_examples
+
+JINJA = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}"
+STATE = {
+    "num_train_epochs": 3,
+    "train_batch_size": 4,
+    "max_steps": 30,
+    "log_history": [{"step": 15, "learning_rate": 1e-4}],
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fine-tuned tiny model, indexed, and queries."""
+    folder = tmp_path_factory.mktemp("found")
+    write_examples(folder / "train.jsonl", make_examples(6))
+    write_examples(folder / "queries.jsonl", make_examples(2, seed=5))
+    return tuned_index(folder, folder / "train.jsonl", epochs=1)
+
+
+@pytest.fixture
+def trainer(place: Path, tmp_path: Path) -> Path:
+    """What the Trainer leaves of an adapter."""
+    folder = tmp_path / "trainer"
+    folder.mkdir()
+    shutil.copyfile(place / "adapter" / "adapter_config.json", folder / "adapter_config.json")
+    (folder / "trainer_state.json").write_text(json.dumps(STATE))
+    return folder
+
+
+def encoded(place: Path, tmp_path: Path, **encoding: Any) -> Index:
+    """The index as if it had been built with another encoding."""
+    folder = tmp_path / "idx"
+    shutil.copytree(place / "idx", folder)
+    document = json.loads((folder / "manifest.json").read_text())
+    document["encoding"] |= encoding
+    (folder / "manifest.json").write_text(json.dumps(document))
+    return open_index(folder)
+
+
+def words(capsys: Any) -> str:
+    return " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("encoding", "wanted", "said"),
+    [
+        (
+            {},
+            {"loss_on": "response", "max_length": None, "chat_template": None, "pad_to": None},
+            "loss on response, rows never cut and not padded, chat template: the tokenizer's",
+        ),
+        (
+            {"loss_on": "all@96", "max_length": 64, "template": INST_TEMPLATE},
+            {"loss_on": "all", "max_length": 64, "chat_template": "inst", "pad_to": 96},
+            "loss on all, rows cut after 64 tokens and padded to 96 tokens, chat template: inst",
+        ),
+        (
+            {"loss_on": "last-turn", "template": JINJA, "pad_to": 80},
+            {"loss_on": "last-turn", "max_length": None, "chat_template": JINJA, "pad_to": 80},
+            "loss on last-turn, rows never cut and padded to 80 tokens, chat template: the index's",
+        ),
+        (
+            {"loss_on": "probe:Sure@70", "max_length": 64},
+            {"loss_on": "response", "max_length": 64, "chat_template": None, "pad_to": None},
+            "loss on response (the index's own, probe:Sure@70, is none that a fine-tuning has), rows cut after 64",
+        ),
+    ],
+)
+def test_rows_of_a_trainer_run_are_encoded_as_in_the_index(
+    encoding: dict[str, Any], wanted: dict[str, Any], said: str, place: Path, trainer: Path, tmp_path: Path, capsys: Any
+) -> None:
+    found = finetuning_of(encoded(place, tmp_path, **encoding), None, trainer)
+    assert found.model_dump(include=set(wanted)) == wanted
+    assert FinetuneConfig.model_validate(found.model_dump()) == found
+    assert said in words(capsys)
+    if "template" in encoding:
+        assert read_template(found.chat_template) == encoding["template"]
+
+
+def test_a_saved_fine_tuning_decides_over_the_index(place: Path, tmp_path: Path, capsys: Any) -> None:
+    index = encoded(place, tmp_path, loss_on="all", max_length=64)
+    for config, adapter in ((None, None), (place / "adapter" / "finetune.yaml", None), (None, place / "adapter")):
+        found = finetuning_of(index, config, adapter)
+        assert (found.loss_on, found.max_length) == ("response", None)
+    assert words(capsys) == ""
+
+
+def test_retraining_takes_the_tokens_of_the_index(place: Path, trainer: Path, tmp_path: Path, capsys: Any) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text(JINJA)
+    built = ["--out", tmp_path / "idx", "--model", place / "base", "--adapter", place / "adapter"]
+    how = ["--loss-on", "all", "--chat-template", template]
+    assert run(capsys, "index", place / "train.jsonl", *built, *how)[0] == 0
+    (tmp_path / "idx" / "adapter" / "finetune.yaml").unlink()
+    template.unlink()
+    command = ["validate", "--index", tmp_path / "idx", "--queries", place / "queries.jsonl", "--adapter", trainer]
+    few = ["--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random", "--out", tmp_path / "v"]
+    code, _, err = run(capsys, *command, *few)
+    assert code == 0, err
+    how_tuned = json.loads((tmp_path / "v" / "results.json").read_text())["config"]["finetuning"]
+    assert (how_tuned["loss_on"], how_tuned["chat_template"]) == ("all", JINJA)
