@@ -12,9 +12,11 @@ import pytest
 from commands import run, tuned_index
 from finetrace.cli.validate import finetuning_of
 from finetrace.encoding import INST_TEMPLATE, read_template
+from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.index import open_index
 from finetrace.index.store import Index
+from finetrace.lora_variants import refuse_variant
 from finetrace.reading import write_examples
 from tiny import make_examples
 
@@ -118,3 +120,70 @@ def test_retraining_takes_the_tokens_of_the_index(place: Path, trainer: Path, tm
     assert code == 0, err
     how_tuned = json.loads((tmp_path / "v" / "results.json").read_text())["config"]["finetuning"]
     assert (how_tuned["loss_on"], how_tuned["chat_template"]) == ("all", JINJA)
+
+
+def change(folder: Path, **settings: Any) -> Path:
+    """Of the adapter's configuration in a folder."""
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"use_rslora": True},
+        {"use_dora": True},
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"rank_pattern": {"q_proj": 8}},
+        {"alpha_pattern": {"q_proj": 8}},
+        {"init_lora_weights": "pissa"},
+        {"init_lora_weights": False},
+        {"layer_replication": [[0, 2], [1, 2]]},
+        {"trainable_token_indices": [3]},
+        {"exclude_modules": ["layers.0"]},
+        {"lora_bias": True},
+        {"target_parameters": ["mlp.experts"]},
+        {"peft_type": "ADALORA"},
+    ],
+)
+def test_an_adapter_that_is_more_than_plain_lora_is_not_retrained(
+    setting: dict[str, Any], place: Path, trainer: Path, tmp_path: Path
+) -> None:
+    index = encoded(place, tmp_path)
+    path = change(trainer, **setting)
+    ((key, value),) = setting.items()
+    with pytest.raises(FinetraceError) as told:
+        finetuning_of(index, None, trainer)
+    assert f"{path}: {key} is {json.dumps(value)}, and retraining makes plain LoRA" in str(told.value)
+    assert finetuning_of(index, None, trainer, retrained=False).epochs == 3
+    change(tmp_path / "idx" / "adapter", **setting)
+    for config in (None, place / "adapter" / "finetune.yaml"):  # however it says that it was trained
+        with pytest.raises(FinetraceError, match=key):
+            finetuning_of(index, config, None)
+
+
+def test_plain_lora_is_told_by_what_decides_it(place: Path, trainer: Path) -> None:
+    refuse_variant(place / "adapter")
+    refuse_variant(trainer.parent)  # nothing is there
+    change(trainer, r=64, revision="main", peft_version="0.9.0", rank_pattern=None, loftq_config=None, not_known_yet=3)
+    change(trainer, megatron_core="megatron.core", layers_to_transform=[1], layers_pattern="layers", task_type=None)
+    refuse_variant(trainer)
+    (trainer / "adapter_config.json").write_text("{")
+    with pytest.raises(FinetraceError, match=r"adapter_config\.json: cannot be read"):
+        refuse_variant(trainer)
+
+
+def test_a_variant_is_refused_before_anything_is_scored(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded(place, tmp_path)
+    change(tmp_path / "idx" / "adapter", use_rslora=True)
+    monkeypatch.setattr(Index, "model", lambda *_: pytest.fail("loaded"))
+    validate = ["validate", "--queries", place / "queries.jsonl", "--out", tmp_path / "v"]
+    clean = ["clean", "--retrain", "--bad", place / "queries.jsonl", "--out", tmp_path / "c"]
+    for command in (validate, clean):
+        code, _, err = run(capsys, *command, "--index", tmp_path / "idx")
+        assert code == 2
+        assert "use_rslora is true" in " ".join(err.split()), err

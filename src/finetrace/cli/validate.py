@@ -92,12 +92,13 @@ def validate(
         from finetrace.validation.tables import print_validation, write_validation
 
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
-        if RETRAINED & set(measure or (QUICK if quick else Validation()).measures):
+        retrained = bool(RETRAINED & set(measure or (QUICK if quick else Validation()).measures))
+        if retrained:
             refuse_retraining(device_map)
         opened = open_index(index)
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         asked = read_examples(queries, columns)
-        finetuning = finetuning_of(opened, config, adapter)
+        finetuning = finetuning_of(opened, config, adapter, retrained=retrained)
         plan = QUICK if quick else Validation()
         plan = replace(plan, methods=usual(plan.methods, opened))
         given = {
@@ -156,11 +157,20 @@ def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str
             )
 
 
-def finetuning_of(index: Index, config: Path | None, adapter: Path | None) -> FinetuneConfig:
-    """How the index's adapter was fine-tuned: as told, or as found beside it."""
-    from finetrace.finetune_config import SAVED, configure, found_config
-    from finetrace.index_encoding import as_indexed
+def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, retrained: bool = True) -> FinetuneConfig:
+    """How the index's adapter was fine-tuned: as told, or as found beside it.
 
+    Where it is to be `retrained`, an adapter of another kind than plain LoRA is refused.
+    """
+    from finetrace.finetune_config import SAVED, configure, found_config
+    from finetrace.index.manifest import inside
+    from finetrace.index_encoding import as_indexed
+    from finetrace.lora_variants import refuse_variant
+
+    if retrained and index.manifest.model.adapter is not None:
+        refuse_variant(inside(index.folder, index.manifest.model.adapter))
+    if retrained and adapter is not None:
+        refuse_variant(adapter)
     if config is not None:
         return configure("default", options.existing(config, "--config"), {})
     if adapter is not None:
