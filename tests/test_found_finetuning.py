@@ -187,3 +187,25 @@ def test_a_variant_is_refused_before_anything_is_scored(
         code, _, err = run(capsys, *command, "--index", tmp_path / "idx")
         assert code == 2
         assert "use_rslora is true" in " ".join(err.split()), err
+
+
+def test_a_chat_template_is_found_where_its_file_is_gone(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = encoded(place, tmp_path, template=JINJA)
+    saved = tmp_path / "idx" / "adapter" / "finetune.yaml"
+    saved.write_text(saved.read_text().replace("chat_template: null", "chat_template: mine.jinja"))
+    for config in (None, saved):
+        found = finetuning_of(index, config, None)
+        assert read_template(found.chat_template) == JINJA
+        assert f"mine.jinja that {saved} names is not there; retrainings take the index's own" in words(capsys)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jinja").write_text(JINJA)
+    assert finetuning_of(index, None, None).chat_template == "mine.jinja"
+    assert words(capsys) == ""
+    (tmp_path / "mine.jinja").unlink()
+    index.manifest = index.manifest.model_copy(
+        update={"encoding": index.manifest.encoding.model_copy(update={"template": None})}
+    )
+    with pytest.raises(FinetraceError, match=r"finetune\.yaml: chat_template mine\.jinja: there is no such file here"):
+        finetuning_of(index, None, None)

@@ -266,9 +266,14 @@ def _own_weights(example: Example, tokens: int) -> NDArray[np.float64]:
     return weights
 
 
+def is_jinja(template: str) -> bool:
+    """Whether this is the text of a template, not the name of one or of its file."""
+    return "{{" in template or "{%" in template
+
+
 def read_template(name: str | None) -> str | None:
     """The Jinja text of `--chat-template`: `plain`, `inst`, a file, the text itself, or `None` for the tokenizer's own."""
-    if name is None or "{{" in name or "{%" in name:
+    if name is None or is_jinja(name):
         return name
     if name in TEMPLATES:
         return TEMPLATES[name]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from finetrace.encoding import TEMPLATES
+from finetrace.encoding import TEMPLATES, is_jinja
+from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig, LossOn
 from finetrace.positions import Positions
 
@@ -35,6 +37,24 @@ def as_indexed(config: FinetuneConfig, encoding: EncodingRecord) -> tuple[Finetu
     if taken.chat_template in TEMPLATES:
         template = taken.chat_template
     return taken, f"loss on {taken.loss_on}{odd}, rows {cut} and {padded}, chat template: {template}"
+
+
+def with_template(config: FinetuneConfig, encoding: EncodingRecord, where: Path) -> tuple[FinetuneConfig, str]:
+    """`config`, read from `where`, with the index's chat template if the file of its own is gone, and the words that say so.
+
+    Raises:
+        FinetraceError: It is gone, and the index has none but the tokenizer's.
+    """
+    name = config.chat_template
+    if name is None or name in TEMPLATES or is_jinja(name) or Path(name).is_file():
+        return config, ""
+    if encoding.template is None:
+        raise FinetraceError(
+            f"{where}: chat_template {name}: there is no such file here, and the index has the tokenizer's own template; put "
+            "the whole path of the file there, or its text."
+        )
+    taken = config.model_copy(update={"chat_template": template_of(encoding)})
+    return taken, f"the chat template {name} that {where} names is not there; retrainings take the index's own"
 
 
 def template_of(encoding: EncodingRecord) -> str | None:

@@ -42,7 +42,7 @@ LossOn = Annotated[
 ]
 At = Annotated[str, typer.Option(help="Where gradients are taken: at the `end` of the fine-tuning, or its `start`.")]
 MaxLength = Annotated[int | None, typer.Option(min=2, help="Cut after so many tokens; nothing is cut if not given.")]
-Template = Annotated[str | None, typer.Option(help="A Jinja chat template file, or `plain`.")]
+Template = Annotated[str | None, typer.Option(help="A Jinja chat template: a file, its text, or `plain`.")]
 Benign = Annotated[str | None, typer.Option(help="Real benign rows for mixed-small, mixed-large and harmfulcheck.")]
 Share = Annotated[float | None, typer.Option(help="Of the labels that mislabelled flips; 0.2 if not given.")]
 PromptColumn = Annotated[str | None, typer.Option(help="Column of the prompt; guessed if not given.")]

@@ -164,15 +164,22 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, re
     """
     from finetrace.finetune_config import SAVED, configure, found_config
     from finetrace.index.manifest import inside
-    from finetrace.index_encoding import as_indexed
+    from finetrace.index_encoding import as_indexed, with_template
     from finetrace.lora_variants import refuse_variant
 
     if retrained and index.manifest.model.adapter is not None:
         refuse_variant(inside(index.folder, index.manifest.model.adapter))
     if retrained and adapter is not None:
         refuse_variant(adapter)
+
+    def said(found: FinetuneConfig, source: Path) -> FinetuneConfig:
+        found, note = with_template(found, index.manifest.encoding, source)
+        if note:
+            options.say(note)
+        return found
+
     if config is not None:
-        return configure("default", options.existing(config, "--config"), {})
+        return said(configure("default", options.existing(config, "--config"), {}), config)
     if adapter is not None:
         folder = options.existing(adapter, "--adapter")
         where = str(adapter)
@@ -185,7 +192,9 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, re
             f"{where}: nothing says how the adapter was fine-tuned; give its finetune.yaml with --config, or the folder that "
             "the Trainer wrote with --adapter."
         )
-    if not (folder / SAVED).exists():
+    if (folder / SAVED).exists():
+        found = said(found, folder / SAVED)
+    else:
         found, encoded = as_indexed(found, index.manifest.encoding)
         options.say(
             f"by what the Trainer left, the adapter was fine-tuned for {found.epochs} epochs in batches of {found.batch_size} "
