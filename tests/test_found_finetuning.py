@@ -13,7 +13,7 @@ from commands import run, tuned_index
 from finetrace.cli.validate import finetuning_of
 from finetrace.encoding import INST_TEMPLATE, read_template
 from finetrace.errors import FinetraceError
-from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetune_config import FinetuneConfig, configure, found_config
 from finetrace.index import open_index
 from finetrace.index.store import Index
 from finetrace.lora_variants import refuse_variant
@@ -209,3 +209,65 @@ def test_a_chat_template_is_found_where_its_file_is_gone(
     )
     with pytest.raises(FinetraceError, match=r"finetune\.yaml: chat_template mine\.jinja: there is no such file here"):
         finetuning_of(index, None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("epochs: 0", "epochs: Input should be greater than or equal to 1 (given 0)"),
+        ("learning_rate: fast", "learning_rate: Input should be a valid number"),
+        ("surprise: 1", "surprise: there is no such setting (given 1)"),
+    ],
+)
+def test_a_wrong_value_is_told_with_its_file_and_key(
+    text: str, said: str, place: Path, tmp_path: Path, capsys: Any
+) -> None:
+    saved = tmp_path / "finetune.yaml"
+    saved.write_text(text)
+    command = ["validate", "--index", place / "idx", "--queries", place / "queries.jsonl", "--config", saved]
+    code, _, err = run(capsys, *command, "--out", tmp_path / "v")
+    assert code == 2
+    assert "--epochs" not in err and "--surprise" not in err
+    with pytest.raises(FinetraceError) as told:
+        configure("default", saved, {"batch_size": 4})
+    assert str(told.value).startswith(f"{saved}: {said}")
+    with pytest.raises(FinetraceError, match=r"^--batch-size: "):  # an option on top of a file
+        configure("default", saved, {"batch_size": 0, "epochs": 1, "learning_rate": 0.1})
+
+
+def test_a_wrong_value_that_the_trainer_left_is_told_with_its_file_and_key(trainer: Path) -> None:
+    state = trainer / "trainer_state.json"
+    state.write_text(json.dumps({**STATE, "train_batch_size": 0}))
+    with pytest.raises(FinetraceError, match=r"trainer_state\.json: train_batch_size: Input should be greater"):
+        found_config(trainer)
+    state.write_text(json.dumps(STATE))
+    change(trainer, r=0)
+    with pytest.raises(FinetraceError, match=r"adapter_config\.json: r: Input should be greater"):
+        found_config(trainer)
+
+
+@pytest.mark.parametrize(
+    ("length", "epochs"),
+    [
+        ({"num_train_epochs": 0.4}, "only 0.4 times"),
+        ({"num_train_epochs": 1, "epoch": 0.25, "global_step": 30}, "only 0.25 times"),  # as the Trainer rounds up
+        ({"num_train_epochs": 3, "epoch": 2.5, "global_step": 30}, 3),
+        ({"num_train_epochs": 2, "epoch": 1.25, "global_step": 30}, 1),
+        ({"num_train_epochs": 3, "epoch": 3.0, "global_step": 30}, 3),
+        (
+            {"num_train_epochs": 3, "epoch": 0.4, "global_step": 3},
+            3,
+        ),  # a checkpoint, where an epoch's last step is short
+    ],
+)
+def test_runs_that_were_not_of_whole_epochs(length: dict[str, Any], epochs: int | str, trainer: Path) -> None:
+    (trainer / "trainer_state.json").write_text(json.dumps({**STATE, **length}))
+    heard: list[str] = []
+    if isinstance(epochs, str):
+        with pytest.raises(FinetraceError, match=rf"trainer_state\.json: the run went {epochs} through its rows"):
+            found_config(trainer, heard.append)
+        return
+    found = found_config(trainer, heard.append)
+    assert found is not None and found.epochs == epochs
+    whole = length["epoch"] in (3.0, 0.4)
+    assert heard == [] if whole else f"the run went {length['epoch']:.3g} times" in heard[0]

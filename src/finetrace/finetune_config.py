@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,19 +75,27 @@ PRESETS: dict[str, FinetuneConfig] = {
 }
 
 
-def configure(preset: str, saved: Path | None, given: dict[str, Any]) -> FinetuneConfig:
-    """A preset or a saved finetune.yaml, with the settings that were given on top."""
+def configure(
+    preset: str, saved: Path | None, given: dict[str, Any], names: Mapping[str, str] | None = None
+) -> FinetuneConfig:
+    """A preset or a saved finetune.yaml, with the settings that were given on top.
+
+    `names` says what a given setting is called where it comes from, if that is not an option of the command line.
+    """
     if preset not in PRESETS:
         raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
     base = PRESETS[preset].model_dump()
     if saved is not None:
         base |= {k: v for k, v in _read_saved(saved).items() if k not in ("model", "data_fingerprint")}
+    given = {k: v for k, v in given.items() if v is not None}
     try:
-        return FinetuneConfig.model_validate({**base, **{k: v for k, v in given.items() if v is not None}})
+        return FinetuneConfig.model_validate({**base, **given})
     except ValidationError as error:
         first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise FinetraceError(f"{flag}: {first['msg']} (given {first['input']!r}).") from error
+        key = str(first["loc"][0])
+        name = f"{saved}: {key}" if key not in given else (names or {}).get(key, "--" + key.replace("_", "-"))
+        what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
+        raise FinetraceError(f"{name}: {what} (given {first['input']!r}).") from error
 
 
 def saved_model(saved: Path) -> str:
@@ -127,7 +136,7 @@ def other_rows(adapter: Path, data_fingerprint: str) -> str:
     )
 
 
-def found_config(folder: Path) -> FinetuneConfig | None:
+def found_config(folder: Path, say: Callable[[str], None] = lambda text: None) -> FinetuneConfig | None:
     """How the adapter in `folder` was fine-tuned, or `None` where nothing there says so.
 
     Read from `finetune.yaml`, or from what PEFT and the Hugging Face Trainer (TRL's too) leave: `adapter_config.json`, and
@@ -135,10 +144,10 @@ def found_config(folder: Path) -> FinetuneConfig | None:
     schedule is taken to be linear and its warm-up none, as its defaults are, unless every learning rate that it logged is the
     same; the peak is what a linear schedule started from (`_peak`). Steps over which gradients were accumulated are not in it,
     nor is the weight decay, nor how rows were encoded (`index_encoding.as_indexed`). The pickled `training_args.bin` is never
-    read.
+    read. `say` hears of a run that was not of whole epochs.
 
     Raises:
-        FinetraceError: A file is there and cannot be read, or no learning rate was logged.
+        FinetraceError: A file is there and cannot be read, no learning rate was logged, or the run was under half an epoch.
     """
     if (folder / SAVED).exists():
         return configure("default", folder / SAVED, {})
@@ -151,8 +160,9 @@ def found_config(folder: Path) -> FinetuneConfig | None:
         lora = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         rates = [(e.get("step", 0), e["learning_rate"]) for e in state["log_history"] if e.get("learning_rate")]
         targets = lora["target_modules"]
-        found = {
-            "epochs": round(state["num_train_epochs"]),
+        length = _length(state)
+        found: dict[str, Any] = {
+            "epochs": math.floor(length + 0.5),
             "batch_size": state["train_batch_size"],
             "learning_rate": _peak(rates, state.get("max_steps", 0)) if rates else None,
             "schedule": "constant"
@@ -173,7 +183,33 @@ def found_config(folder: Path) -> FinetuneConfig | None:
             f"{newest}: no learning rate was logged there, as in runs shorter than the Trainer's logging_steps; give a "
             "finetune.yaml with --config."
         )
-    return configure("default", None, found)
+    if found["epochs"] < 1:
+        raise FinetraceError(
+            f"{newest}: the run went only {length:.2g} times through its rows, less than half an epoch, and retraining goes "
+            "through all of them at least once; give a finetune.yaml with --config, or score without retraining."
+        )
+    if abs(length - found["epochs"]) > 0.02:
+        say(
+            f"{newest}: the run went {length:.3g} times through its rows; retraining takes {found['epochs']} whole epochs"
+        )
+    names = {"epochs": "num_train_epochs", "batch_size": "train_batch_size", "learning_rate": "learning_rate"}
+    of_lora = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "layers": "layers_to_transform"}
+    of_lora["target_modules"] = "target_modules"
+    configuration = folder / "adapter_config.json"
+    return configure(
+        "default",
+        None,
+        found,
+        {ours: f"{newest}: {theirs}" for ours, theirs in names.items()}
+        | {ours: f"{configuration}: {theirs}" for ours, theirs in of_lora.items()},
+    )
+
+
+def _length(state: Mapping[str, Any]) -> float:
+    """How often a run was to go through its rows: `num_train_epochs`, which the Trainer rounds up, or less by its steps."""
+    wanted = float(state["num_train_epochs"])
+    steps, done, epoch = (state.get(key) or 0 for key in ("max_steps", "global_step", "epoch"))
+    return min(wanted, steps * epoch / done) if steps > 0 and done > 0 and epoch > 0 else wanted
 
 
 def _peak(logged: Sequence[tuple[int, float]], steps: int) -> float:

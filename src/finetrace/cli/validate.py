@@ -186,7 +186,7 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, re
     else:
         folder = index.folder / (index.manifest.model.adapter or "adapter")
         where = f"{index.folder} (indexes built before fine-tunings were kept have none)"
-    found = found_config(folder)
+    found = found_config(folder, options.say)
     if found is None:
         raise FinetraceError(
             f"{where}: nothing says how the adapter was fine-tuned; give its finetune.yaml with --config, or the folder that "
