@@ -162,7 +162,7 @@ class Machine:
 
 def shards(layout: Layout, n: int, entry: int) -> tuple[int, int]:
     """(shards, rows a shard) as the index makes them."""
-    rows = min(n, max(16, SHARD_BYTES // (layout.entries * entry)))
+    rows = min(n, max(16, SHARD_BYTES // layout.row_bytes(entry)))
     return -(-n // rows), rows
 
 

@@ -195,6 +195,16 @@ def test_two_workers_are_no_faster_than_their_half(tiny_loaded, tmp_path):
     assert plan.measured.seconds > 0
 
 
+@pytest.mark.parametrize("labels", [None, "data", "model"])
+def test_the_features_of_a_shard_are_gradients_hidden_states_and_losses(tiny_loaded, tmp_path, labels):
+    plan = planned(
+        tiny_loaded, make_examples(40), tmp_path / "idx", measuring=True, rows_per_shard=16, kronecker=labels
+    )
+    width = sum(r * c for r, c in plan.shape.tracked) * (2 if labels == "model" else 1)
+    hidden = len(plan.about.representations) * plan.shape.hidden
+    assert plan.measured.memory.features == 16 * 8 * (width + hidden + 1)
+
+
 def test_words():
     assert [duration(x) for x in (0.42, 45, 730, 12_000, 400_000, 1e9)] == [
         "0.4 s", "45 s", "12 min 10 s", "3 h 20 min", "4.6 days", "31.7 years",

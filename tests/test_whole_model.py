@@ -17,6 +17,7 @@ from finetrace.attribution import Problem, make
 from finetrace.collection import Collector, track
 from finetrace.collection.modules import ALL_LINEAR
 from finetrace.collection.projection import Projection
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, build_index, open_index, sizing
@@ -112,6 +113,34 @@ def test_the_largest_projection_that_fits_is_taken(share: float) -> None:
     assert "(--disk)" in why
 
 
+def beside(loaded: Loaded) -> int:
+    """Bytes of a row's hidden states and loss in float64."""
+    return 8 * (len(DEFAULT_REPRESENTATIONS) * loaded.model.config.hidden_size + 1)
+
+
+def test_hidden_states_are_in_the_budget_and_in_a_shard(
+    whole: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All gradients would fit without them."""
+    rows, header = 60, 1000
+    projected = 8 * track(whole.model, [ALL_LINEAR], Projection("two-sided", 16, 16)).width + beside(whole)
+    monkeypatch.setattr(sizing, "SHARD_BYTES", 50 * projected)
+    budget = rows * (8 * track(whole.model, [ALL_LINEAR]).width + beside(whole) // 2)
+    examples, encoder = make_examples(rows), Encoder(whole.tokenizer)
+    index, _ = build_index(whole, examples, tmp_path / "i", encoder, disk=budget, projection="auto")
+    assert index.manifest.projection == "two-sided:16x16"
+    assert index.manifest.rows_per_shard == 50
+    sizes = [path.stat().st_size for path in (tmp_path / "i" / "shards").iterdir()]
+    assert sum(sizes) == pytest.approx(rows * projected, abs=2 * header)
+    assert sum(sizes) <= budget
+    assert max(sizes) <= sizing.SHARD_BYTES + header
+
+
+def test_the_rows_of_a_shard_stay_what_they_were(whole: Loaded, tmp_path: Path) -> None:
+    first, _ = build(whole, tmp_path / "i", rows_per_shard=4)
+    assert build(whole, tmp_path / "i")[0].manifest == first.manifest
+
+
 def test_memory_decides_too_and_half_precision_takes_half_the_disk() -> None:
     model = make_llama(hidden=64, intermediate_size=96)
     whole = track(model, [ALL_LINEAR])
@@ -160,7 +189,8 @@ def test_memory_of_this_machine_is_known() -> None:
 
 def test_what_auto_chose_stays(whole: Loaded, tmp_path: Path) -> None:
     size = plan(ROWS).disk(track(whole.model, [ALL_LINEAR])) * 2  # float64
-    index, said = build(whole, tmp_path / "i", disk=size // 3, projection_seed=5, rows_per_shard=4)
+    size = size // 3 + ROWS * beside(whole)
+    index, said = build(whole, tmp_path / "i", disk=size, projection_seed=5, rows_per_shard=4)
     assert index.manifest.projection == "two-sided:8x8"
     assert index.manifest.projection_seed == 5
     before = {p.name: p.read_bytes() for p in (tmp_path / "i" / "shards").iterdir()}

@@ -68,7 +68,7 @@ def build_index(
         representations: Hidden states to keep.
         batch_tokens: Padded tokens a batch holds at most; by default those of an index that is there, else what suits the
             device (`batching.batch_budget`).
-        rows_per_shard: Examples a shard; by default as many as fit 128 MB.
+        rows_per_shard: Examples a shard; by default those of an index that is there, else as many as fit 128 MB.
         kronecker: Fit the factors of K-FAC and EK-FAC on the way, with labels drawn from the `model` (one more backward
             pass) or those of the `data` (none); without it they are fitted when a method first asks for them.
         at: Where gradients and hidden states are taken: at the `end` of the fine-tuning, or at its `start` (`moments`).
@@ -121,8 +121,9 @@ def build_index(
         budget,
         computed.itemsize,
         getattr(torch, stored).itemsize,
-        rows_per_shard,
+        rows_per_shard or (there.rows_per_shard if there is not None else None),
         2 if kronecker == "model" else 1,
+        computed.itemsize * (len(wanted) * int(loaded.model.config.hidden_size) + 1),
     )
     if projection == sizing.AUTO:
         if there is not None:  # what was chosen once stays, however much is free by now

@@ -58,6 +58,7 @@ class Plan:
         stored: Bytes of an entry on disk.
         per_shard: Rows a shard where they are given.
         gradients: How many a row has: 1, or 2 with those of sampled labels.
+        beside: Bytes of a row's hidden states and loss.
     """
 
     items: Sequence[Encoded]
@@ -66,14 +67,15 @@ class Plan:
     stored: int
     per_shard: int | None = None
     gradients: int = 1
+    beside: int = 0
 
     def rows_per_shard(self, tracking: Tracking) -> int:
         """As many as fit 128 MB, 16 at least."""
-        return self.per_shard or max(16, SHARD_BYTES // max(1, tracking.width * self.stored))
+        return self.per_shard or max(16, SHARD_BYTES // max(1, tracking.width * self.stored + self.beside))
 
     def disk(self, tracking: Tracking) -> int:
-        """Bytes of all gradients on disk."""
-        return len(self.items) * tracking.width * self.stored * self.gradients
+        """Bytes of all rows on disk."""
+        return len(self.items) * (tracking.width * self.stored * self.gradients + self.beside)
 
     def memory(self, tracking: Tracking, *, device: bool) -> int:
         """Bytes that a collection holds beside the model: on its `device`, or in the memory of the machine.
@@ -84,7 +86,7 @@ class Plan:
         rows = min(len(self.items), self.rows_per_shard(tracking))
         if not device:
             narrow = self.stored if self.stored != self.computed else 0
-            return rows * tracking.width * (self.computed * self.gradients + narrow)
+            return rows * (tracking.width * (self.computed * self.gradients + narrow) + self.beside)
         largest = min(rows, max(len(batch) for batch in batches(self.items, self.batch_tokens)))
         # projected after it was formed, a block is whole in memory first
         whole = max(

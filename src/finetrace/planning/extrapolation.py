@@ -114,8 +114,9 @@ def extrapolate(
 def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: int, device: int) -> Memory:
     """Peak memory: with the features of a whole shard beside a batch, while a shard is written, while factors are made."""
     row = collector.tracking.width * collector.dtype.itemsize
+    row *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
+    row += plan.row.row_bytes("representation") + plan.row.row_bytes("losses")
     features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
-    features *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
     bases = factor_bytes(plan.shape.tracked, 8) if plan.labels is not None else 0
     peak = max(high, now + activations + features, now + 2 * features, now + 2 * bases)
     weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
