@@ -590,6 +590,10 @@ def test_the_list_names_every_task(capsys):
         (["emotion", "mathqa", "--data", "rows.jsonl"], ["emotion mathqa", "name that one"]),
         (["emotion", "--size", "0"], ["--size 0"]),
         (["emotion", "--ablation", "--method", "random"], ["--ablation has methods of its own"]),
+        (
+            ["emotion", "--ablation", "--protocol", "paper"],
+            ["--ablation", "pads every row", "leave --protocol paper out"],
+        ),
         (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),

@@ -34,7 +34,11 @@ def bench(
     task_seed: Annotated[int, typer.Option(min=0, help="Of the task's rows: other sentences, other split.")] = 0,
     method: Annotated[list[str] | None, typer.Option(help="NAME or NAME:parameter=value,...; may repeat.")] = None,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="Loss positions x similarity x curvature x layers x padding instead.")
+        bool,
+        typer.Option(
+            "--ablation",
+            help="Loss positions x similarity x curvature x layers x padding instead; corrected protocol alone.",
+        ),
     ] = False,
     epochs: Annotated[int | None, typer.Option(min=1, help="Another number of epochs than the task's own.")] = None,
     model: Annotated[str | None, typer.Option(help="Another base model than the embedded one.")] = None,
@@ -101,6 +105,10 @@ def bench(
         return
     if ablation and method:
         raise FinetraceError("--ablation has methods of its own; leave --method out.")
+    if ablation and "paper" in (protocol or ()):
+        raise FinetraceError(
+            "--ablation compares padded with unpadded rows, and the paper protocol pads every row; leave --protocol paper out."
+        )
     if chat_template is not None and "paper" in (protocol or ()):
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
     if data is None and (label_column or prompt_column or response_column or split):
