@@ -12,10 +12,12 @@ from safetensors.torch import save_file
 from finetrace import fingerprint
 from finetrace.api import build_index
 from finetrace.attribution import Problem, make
+from finetrace.attribution.keeping import Keeping
 from finetrace.attribution.memory import SCORE, plan, tile
 from finetrace.attribution.ranked import rank
 from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
+from finetrace.curvature import Products
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, ShardRecord
 from test_streaming import tiny_queries
@@ -139,3 +141,36 @@ def test_rows_are_the_strongest_however_many_queries_go_through_together(tmp_pat
         values, order = wanted.topk(5, dim=1)
         torch.testing.assert_close(torch.from_numpy(found.proponents.values), values, rtol=1e-5, atol=1e-5)
         assert (torch.from_numpy(found.proponents.order) == order).double().mean() > 0.99
+
+
+def test_inner_products_are_kept_beside_what_a_method_holds(tmp_path: Path) -> None:
+    """Either fits by itself; both only within their sum, and nothing is kept of one method that another needs room for."""
+    n, m = 60, 4
+    index, features = large(tmp_path / "index", n, 64), asked(m, 64)
+    products, exact = n * (n + m) * 4, make("exact:scope=joint")
+    held = exact.held_bytes(Problem(index, tiny_queries(m), features))
+    for memory, wanted in ((held + products - 1, False), (held + products, True)):
+        problem = Problem(index, tiny_queries(m), features, memory=memory)
+        exact.matrix(problem)
+        assert (problem.keeping.get(index, index.blocks[0].name) is not None) is wanted
+    assert max(held, products) < held + products - 1
+
+    problem = Problem(index, tiny_queries(m), features, memory=held + products)
+    make("datainf").matrix(problem)
+    assert problem.keeping.get(index, index.blocks[0].name) is not None
+    make("exact:solver=cg").matrix(problem)  # streams, within all of the memory
+    assert problem.keeping.get(index, index.blocks[0].name) is None
+
+
+def test_views_of_a_problem_keep_within_one_budget() -> None:
+    keeping, one = Keeping(1000), Products.of(torch.ones(2, 3), torch.ones(1, 3))
+    first, second = object(), object()
+    keeping.reserve(100)
+    keeping.put(first, "a", one, 600)
+    keeping.put(first, "b", one, 600)
+    keeping.put(second, "a", one, 600)
+    assert [keeping.get(*at) for at in ((first, "a"), (first, "b"), (second, "a"))] == [one, one, None]
+    keeping.reserve(401)
+    assert keeping.get(first, "a") is None
+    keeping.put(second, "a", one, 599)
+    assert keeping.get(second, "a") is one

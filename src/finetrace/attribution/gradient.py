@@ -102,6 +102,7 @@ class GradientMethod(Method):
                 f"{self.label}: this method holds {size(self.held_bytes(problem))} in memory, more than the "
                 f"{size(problem.memory)} allowed; give it more (--memory), or take exact, which needs less."
             )
+        problem.keeping.reserve(self.held_bytes(problem))
         return self._matrix(problem)
 
     def _matrix(self, problem: Problem) -> NDArray[np.float64]:
@@ -116,6 +117,7 @@ class GradientMethod(Method):
 
     def train_self(self, problem: Problem) -> Tensor:
         """(n,) self-influence g_i^T P g_i of every training example, summed over blocks."""
+        problem.keeping.reserve(self.held_bytes(problem))
         return self._sums(problem, PARTS[1:2])["train_self"]
 
     def _sums(self, problem: Problem, wanted: Sequence[str]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from finetrace.attribution.keeping import Keeping
 from finetrace.attribution.selection import select
 from finetrace.attribution.stored_rows import StoredRows, adjacent
 from finetrace.collection import Block, Features, Representation
@@ -30,7 +31,6 @@ from finetrace.index.views import kronecker_factors, view
 from finetrace.moments import each_moment
 from finetrace.positions import Positions
 
-CACHE_BYTES = 2 << 30
 UNKNOWN = 8 << 30  # bytes of memory taken to be available where the system does not say
 
 
@@ -38,8 +38,8 @@ class Problem:
     """n indexed training examples against m queries.
 
     Methods of the text need no model; the queries' gradients and representations are collected, with the model, when
-    a method first asks for them. Inner products are kept while they fit `CACHE_BYTES`, so methods after the first one
-    cost little.
+    a method first asks for them. Inner products are kept while they fit (`attribution.keeping`), so methods after the first
+    one cost little.
     """
 
     def __init__(
@@ -79,7 +79,6 @@ class Problem:
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)
         self.blocks: tuple[Block, ...] = index.blocks
-        self._kept: dict[str, Products] = {}
         self._features = features
         self._kept_queries = kept_queries
         self._whole: Problem | None = None  # of which this one has some layers
@@ -87,6 +86,7 @@ class Problem:
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
         self.memory = memory if memory is not None else (available_memory() or UNKNOWN) // 2
+        self.keeping = Keeping(self.memory)
         self.step = step
         self.cache = Cache(index.folder, index.manifest, cache) if cache else None
         self.computed: dict[str, dict[str, Any]] = {}  # how, by method or curvature, where there is something to say
@@ -131,13 +131,15 @@ class Problem:
                 step=self.step,
                 cache=self.cache.limit if self.cache else 0,
             )
+            self._parts[name].keeping = self.keeping
         return self._parts[name]
 
     def some(self, chosen: slice) -> Problem:
         """The same rows against some of the queries."""
         part = copy(self)
         part.queries = self.queries[chosen]
-        part._kept, part._parts, part.sums, part.computed, part._kept_queries = {}, {}, {}, {}, None
+        part.keeping = Keeping(self.memory)
+        part._parts, part.sums, part.computed, part._kept_queries = {}, {}, {}, None
         part._whole, part._features, part._larger = None, None, (self, chosen)
         part.__dict__.pop("joint", None)
         return part
@@ -200,13 +202,13 @@ class Problem:
     def products(self) -> Iterator[tuple[Block, Products]]:
         """Block after block; a block whose gradients are all zero (A while B is still zero) is left out."""
         for block in self.blocks:
-            products = self._kept.get(block.name) or self._of(block)
+            products = self.keeping.get(self.index, block.name) or self._of(block)
             if float(products.train_sq.max()) > 0:
                 yield block, products
 
     def inner(self) -> Tensor:
         """(m, n) V G^T over the blocks, float64: the rows are multiplied where they are mapped, in one pass."""
-        if all(block.name in self._kept for block in self.blocks):  # multiplied for another method
+        if all(self.keeping.get(self.index, block.name) for block in self.blocks):  # multiplied for another method
             return torch.stack([products.cross for _, products in self.products()] or [self._nothing()]).sum(0)
         total = self._nothing()
         for run in adjacent(self.blocks):
@@ -270,8 +272,8 @@ class Problem:
         index, columns = self.index, block.columns
         gradients = Gradients(lambda: index.gradients(columns), query, lambda: index.stored_gradients(columns))
         products = Products(gradients, self.kept((block,)))
-        if len(self.index.blocks) * self.n * (self.n + self.m) * query.element_size() <= min(CACHE_BYTES, self.memory):
-            self._kept[block.name] = products
+        whole = len(index.blocks) * self.n * (self.n + self.m) * query.element_size()
+        self.keeping.put(index, block.name, products, whole)
         return products
 
 

@@ -93,6 +93,7 @@ class MethodRun:
         self.at = Pass(problem, made, rows, normalised=method.normalise != "none")
         self._operator: Streamed | None = None  # kept where there is one group
         self._solved: dict[str, Any] = {}
+        problem.keeping.reserve(problem.memory)
 
     @property
     def queries(self) -> int:
