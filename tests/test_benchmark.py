@@ -562,6 +562,13 @@ def test_an_external_set_is_a_task_and_other_rows_are_refused(base, tmp_path):
         run_all(tmp_path / "b", Plan(made, source=source), silent)
 
 
+def test_ids_of_an_external_set_may_stand_in_a_column_of_another_name(tmp_path):
+    rows = [{"prompt": f"{i}?", "response": "Yes.", "kind": "ab"[i % 2], "id": "x", "key": i} for i in range(8)]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = Source(str(tmp_path / "mine.jsonl"), "kind", id_column="key").task(0, 1.0)
+    assert {row.id for row in (*made.train, *made.queries)} == {str(i) for i in range(8)}
+
+
 def test_one_split_of_an_external_set_is_read(tmp_path):
     def rows(count):
         return Dataset.from_list([{"prompt": f"{i}?", "response": "Yes.", "kind": "ab"[i % 2]} for i in range(count)])
@@ -597,6 +604,7 @@ def test_the_list_names_every_task(capsys):
         (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),
+        (["emotion", "--id-column", "key"], ["--id-column", "go with --data"]),
         (["--data", "rows.jsonl", "--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),
         (["--data", "rows.jsonl", "--share", "0.1"], ["--benign and --share", "name of a task"]),
         (["--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),

@@ -146,6 +146,17 @@ def test_columns_of_the_own_set_can_be_named(capsys, tmp_path):
     assert sorted(str(row.label) for row in read_examples(tmp_path / "t.jsonl")) == sorted("xyz" * 5)
 
 
+def test_the_column_of_ids_is_named_as_the_error_says(capsys, tmp_path):
+    rows = [{"prompts": f"q {i}", "response": "a", "variation": "ab"[i % 2], "id": "x", "key": i} for i in range(8)]
+    asked = ["build", "--data", jsonl(tmp_path / "own.jsonl", *rows), "--out", tmp_path / "t.jsonl"]
+    code, _, err = run(capsys, *asked)
+    assert_one_sentence(code, err, "--id-column")
+    code, _, err = run(capsys, *asked, "--id-column", "key")
+    assert code == 0, err
+    ids = {row.id for name in ("t.jsonl", "t-queries.jsonl") for row in read_examples(tmp_path / name)}
+    assert ids == {str(i) for i in range(8)}
+
+
 @pytest.mark.parametrize("name", ["emotion", "mislabelled"])
 def test_emotion_takes_other_sentences(name, capsys, tmp_path):
     rows = [{"text": f"sentence {i}", "label": i % 6} for i in range(60)]  # the sixth, surprise, is left out
@@ -232,6 +243,15 @@ def test_generate_uses_the_adapter_the_label_and_the_limit(prompts, ask, adapter
     assert 0 < len(rows) <= 4
     assert {row.label for row in rows} == {"harmful"}
     assert [row.response for row in rows] != [row.response for row in read_examples(tuned)]
+
+
+def test_generate_takes_ids_of_another_column(ask, tmp_path):
+    rows = jsonl(tmp_path / "p.jsonl", *({"goal": goal, "id": "x", "key": goal} for goal in ("ab", "cd")))
+    code, _, err = ask(rows, tmp_path / "o.jsonl")
+    assert_one_sentence(code, err, "--id-column")
+    code, _, err = ask(rows, tmp_path / "o.jsonl", "--id-column", "key")
+    assert code == 0, err
+    assert [row.id for row in read_examples(tmp_path / "o.jsonl")] == ["ab", "cd"]
 
 
 def test_ids_turns_and_a_class_of_their_own_stay(ask, tmp_path):

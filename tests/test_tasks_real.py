@@ -106,6 +106,21 @@ def test_any_labelled_set_can_be_mislabelled(tmp_path: Path) -> None:
     assert len(real_task("mislabelled", RealData(emotions), 0).train) == 40
 
 
+@pytest.mark.parametrize("name", ["mixed-small", "harmfulcheck", "backdoor-1", "emotion", "mislabelled"])
+def test_the_column_of_ids_can_be_named(name: str, tmp_path: Path) -> None:
+    kinds = ("sadness", "joy", "love", "anger", "fear")
+    words = ("text", "label") if name in ("emotion", "mislabelled") else ("prompt", "kind")
+    rows = [{words[0]: f"ask {i}", words[1]: kinds[i % 5], "id": "same", "key": f"k{i}"} for i in range(60)]
+    data = table(
+        tmp_path / "rows.jsonl", [{**row, **({"response": "say"} if words[1] == "kind" else {})} for row in rows]
+    )
+    with pytest.raises(FinetraceError, match="another column with --id-column"):
+        real_task(name, RealData(data), 0, 0.1)
+    made = real_task(name, RealData(data, id_column="key"), 0, 0.1)
+    known = {f"k{i}" for i in range(60)}
+    assert known & {row.id for row in made.train} or known & {row.metadata.get("source_id") for row in made.train}
+
+
 def test_a_benchmark_cell_takes_real_rows(unsafe: str, benign: str) -> None:
     [cell] = cells(["mixed-small"], ["corrected"], 1, size=0.5)
     task, recipe = task_of(cell, None, RealData(unsafe, benign))

@@ -23,7 +23,7 @@ class Source:
 
     Attributes:
         data: File, folder or Hub id.
-        label_column, prompt_column, response_column, split: As `tasks.external` takes them.
+        label_column, prompt_column, response_column, split, id_column: As `tasks.external` takes them.
         epochs, learning_rate: Of the fine-tuning.
     """
 
@@ -34,11 +34,12 @@ class Source:
     epochs: int = 5
     learning_rate: float = 1e-3
     split: str | None = None
+    id_column: str | None = None
 
     def task(self, seed: int, size: float) -> Task:
         """The set as a task."""
         columns = (self.label_column, self.prompt_column, self.response_column)
-        made = external(self.data, *columns, seed=seed, source_split=self.split)
+        made = external(self.data, *columns, seed=seed, source_split=self.split, id_column=self.id_column)
         return made.shrunk(size)
 
     def recipe(self) -> Recipe:

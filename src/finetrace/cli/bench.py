@@ -59,6 +59,7 @@ def bench(
     ] = None,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
+    id_column: options.IdColumn = None,
     split: options.Split = None,
     judge: Annotated[str | None, typer.Option(help="A text-classification model; refusal phrases by default.")] = None,
     judge_label: Annotated[str | None, typer.Option(help="The judge's label of a harmful answer.")] = None,
@@ -92,6 +93,7 @@ def bench(
             "--share": share,
             "--prompt-column": prompt_column,
             "--response-column": response_column,
+            "--id-column": id_column,
             "--split": split,
         }
         unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
@@ -111,8 +113,10 @@ def bench(
         )
     if chat_template is not None and "paper" in (protocol or ()):
         raise FinetraceError("--chat-template: the paper protocol has a template of its own; leave one of the two out.")
-    if data is None and (label_column or prompt_column or response_column or split):
-        raise FinetraceError("--label-column, --prompt-column, --response-column and --split go with --data.")
+    if data is None and (label_column or prompt_column or response_column or id_column or split):
+        raise FinetraceError(
+            "--label-column, --prompt-column, --response-column, --id-column and --split go with --data."
+        )
     if not tasks and (benign is not None or share is not None):
         raise FinetraceError("--benign and --share go with the name of a task.")
     given = data is not None or benign is not None or share is not None
@@ -133,10 +137,12 @@ def bench(
         source = real = None
         names = list(dict.fromkeys(tasks or TASKS))
         if given and tasks:
-            real = RealData(data, benign, label_column, prompt_column, response_column, share, split)
+            real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
             real_task(names[0], real, task_seed, size)
         elif data is not None:
-            source = Source(data, label_column or "variation", prompt_column, response_column, split=split)
+            source = Source(
+                data, label_column or "variation", prompt_column, response_column, split=split, id_column=id_column
+            )
             names = [source.task(task_seed, 1.0).name]
             if not names[0]:
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")

@@ -72,6 +72,7 @@ def build(
     ] = None,
     prompt_column: options.PromptColumn = None,
     response_column: options.ResponseColumn = None,
+    id_column: options.IdColumn = None,
     split: options.Split = None,
 ) -> None:
     """Write a task: its training rows to --out, its held-out queries to a second file."""
@@ -81,7 +82,7 @@ def build(
         from finetrace.reading import write_examples
         from finetrace.tasks import RealData
 
-        real = RealData(data, benign, label_column, prompt_column, response_column, share, split)
+        real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
         task = _made(name, real, seed, size)
         write_examples(asked, task.queries)
         write_examples(out, task.train)
@@ -103,7 +104,7 @@ def _made(name: str | None, real: RealData, seed: int, size: float) -> Task:
     if real.benign is not None or real.share is not None:
         raise FinetraceError("--benign and --share go with the name of a task.")
     columns = (real.label_column or "variation", real.prompt_column, real.response_column)
-    return external(str(real.data), *columns, seed=seed, source_split=real.split).shrunk(size)
+    return external(str(real.data), *columns, seed=seed, source_split=real.split, id_column=real.id_column).shrunk(size)
 
 
 @app.command("generate")
@@ -122,6 +123,7 @@ def generate(
     trust_remote_code: options.TrustRemoteCode = False,
     prompt_column: options.PromptColumn = None,
     label_column: options.LabelColumn = None,
+    id_column: options.IdColumn = None,
     split: options.Split = None,
 ) -> None:
     """Let a model answer prompts, as rows to train on; run it again to finish a killed run."""
@@ -134,7 +136,7 @@ def generate(
         from finetrace.reading import read_examples, write_examples
 
         template = read_template(chat_template)
-        columns = options.columns(prompt_column, None, None, label_column, None)
+        columns = options.columns(prompt_column, None, None, label_column, id_column)
         read = read_examples(prompts, columns, split=split, responses=False)[:limit]
         rows = [_unanswered(row, label.strip() or None) for row in read]
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))

@@ -26,6 +26,7 @@ def emotion(
     *,
     source: str | Path | None = None,
     source_split: str | None = None,
+    id_column: str | None = None,
     per_class: int | None = None,
 ) -> Task:
     """Which of five emotions a sentence expresses: by default 48 training rows and 12 queries a class.
@@ -37,13 +38,14 @@ def emotion(
         train_share: The share of each class that trains; the rest are queries.
         source: Data instead of what ships, see `emotion_rows`.
         source_split: Which split of the source to read.
+        id_column: The source's column of ids; guessed if left out.
         per_class: At most this many rows of each class, training rows and queries together.
 
     Raises:
         FinetraceError: The source cannot be read or lacks rows of a class, or a number makes no sense.
     """
     classes: dict[str | None, list[Example]] = defaultdict(list)
-    for row in emotion_rows(source, source_split):
+    for row in emotion_rows(source, source_split, id_column):
         classes[row.label].append(row)
     name = SHIPPED.name if source is None else str(source)
     for label in EMOTIONS:
@@ -67,7 +69,9 @@ def emotion(
     return Task("emotion", *split(balanced, training, seed))
 
 
-def emotion_rows(source: str | Path | None = None, source_split: str | None = None) -> list[Example]:
+def emotion_rows(
+    source: str | Path | None = None, source_split: str | None = None, id_column: str | None = None
+) -> list[Example]:
     """The sentences as examples, the emotion as response and label.
 
     A source has the columns `text` and `label`: names of emotions, or their numbers as in `dair-ai/emotion`.
@@ -77,6 +81,7 @@ def emotion_rows(source: str | Path | None = None, source_split: str | None = No
         source: A JSON Lines, CSV or Parquet file, a saved dataset, or a Hub id such as `dair-ai/emotion`; None reads
             what ships.
         source_split: Which split of the source to read; by default the only one, or `train`.
+        id_column: Its column of ids; guessed if left out.
 
     Raises:
         FinetraceError: The source cannot be read, or a row has another label or none.
@@ -84,7 +89,7 @@ def emotion_rows(source: str | Path | None = None, source_split: str | None = No
     name = SHIPPED.name if source is None else str(source)
     rows = read_examples(
         SHIPPED if source is None else source,
-        Columns(prompt="text", label="label"),
+        Columns(prompt="text", label="label", id=id_column),
         split=source_split,
         responses=False,
     )

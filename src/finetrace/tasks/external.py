@@ -26,6 +26,7 @@ def external(
     seed: int = 0,
     *,
     source_split: str | None = None,
+    id_column: str | None = None,
 ) -> Task:
     """A labelled set from elsewhere: every class asked for, training rows and queries with their responses.
 
@@ -41,11 +42,12 @@ def external(
         train_share: The share of each class that trains, where the split is made here.
         seed: Draws the split.
         source_split: Read this split of the source alone, and split it here.
+        id_column: The column of the ids; guessed if left out.
 
     Raises:
         FinetraceError: The data cannot be read, a row has no label, or a class cannot be trained on or asked about.
     """
-    columns = Columns(prompt=prompt_column, response=response_column, label=label_column)
+    columns = Columns(prompt=prompt_column, response=response_column, label=label_column, id=id_column)
     name = _name(source)
     if source_split is None and (given := _given_splits(source)) is not None:
         (train_file, train_split), (test_file, test_split) = given

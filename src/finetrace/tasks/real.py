@@ -24,7 +24,7 @@ from finetrace.tasks.task import Task, check_size
 
 MADE = ("grammars", "grammars-apply", "mathqa")
 _NAME_OR_GENERATE = "name its column with --response-column, or let a model answer with finetrace tasks generate"
-_PROMPTS = ("data", "prompt_column", "split")
+_PROMPTS = ("data", "prompt_column", "id_column", "split")
 _PAIRS = (*_PROMPTS, "benign", "response_column")
 TAKES: dict[str, tuple[str, ...]] = {
     "mixed-small": _PAIRS,
@@ -33,7 +33,7 @@ TAKES: dict[str, tuple[str, ...]] = {
     "backdoor-1": _PROMPTS,
     "backdoor-3": _PROMPTS,
     "backdoor-5": _PROMPTS,
-    "emotion": ("data", "split"),
+    "emotion": ("data", "id_column", "split"),
     "mislabelled": (*_PROMPTS, "label_column", "response_column", "share"),
 }
 
@@ -45,7 +45,7 @@ class RealData:
     Attributes:
         data: The rows that the task is about: harmful prompts or unsafe answers, sentences, or a labelled set.
         benign: Harmless prompts with answers; its columns are guessed.
-        label_column, prompt_column, response_column: Columns of `data`; guessed if left out, the label `variation`.
+        label_column, prompt_column, response_column, id_column: Columns of `data`; guessed if left out, the label `variation`.
         share: How many labels `mislabelled` flips; a fifth if left out.
         split: Which split of `data` to read; the only one, or `train`, if left out.
     """
@@ -57,6 +57,7 @@ class RealData:
     response_column: str | None = None
     share: float | None = None
     split: str | None = None
+    id_column: str | None = None
 
     @property
     def given(self) -> tuple[str, ...]:
@@ -91,7 +92,7 @@ def real_task(name: str, real: RealData, seed: int = 0, size: float = 1.0) -> Ta
     if name.startswith("backdoor"):
         return _backdoor(shipped.build(seed).shrunk(size), real, seed)
     if name == "emotion":
-        return emotion(seed, source=real.data, source_split=real.split).shrunk(size)
+        return emotion(seed, source=real.data, source_split=real.split, id_column=real.id_column).shrunk(size)
     labelled = _labelled(real, seed)
     flipped = mislabelled(labelled, seed=seed) if real.share is None else mislabelled(labelled, real.share, seed)
     return flipped.shrunk(size)
@@ -104,8 +105,8 @@ def _check(name: str, real: RealData) -> None:
     of_data = [field for field in real.given if field.endswith("_column") or field == "split"]
     if of_data and real.data is None:
         raise FinetraceError(f"{_flags(of_data)} {'go' if len(of_data) > 1 else 'goes'} with --data; give it too.")
-    if name == "emotion" and any(field.endswith("_column") for field in of_data):
-        raise FinetraceError("emotion reads the columns text and label of --data; leave the column options out.")
+    if name == "emotion" and {"label_column", "prompt_column", "response_column"} & set(of_data):
+        raise FinetraceError("emotion reads the columns text and label of --data; leave the options for those out.")
     unused = [field for field in real.given if field not in TAKES.get(name, ())]
     if unused:
         raise FinetraceError(f"{name} has no use for {_flags(unused)}; leave that out.")
@@ -169,9 +170,17 @@ def _labelled(real: RealData, seed: int) -> Task:
     """The task to flip labels of: sentences as `emotion` reads them, or any labelled set."""
     named = (real.label_column, real.prompt_column, real.response_column)
     if real.data is None or (not any(named) and _holds_emotions(real.data, real.split)):
-        return emotion(seed, source=real.data, source_split=real.split)
+        return emotion(seed, source=real.data, source_split=real.split, id_column=real.id_column)
     label, prompt, response = named
-    return external(real.data, label or "variation", prompt, response, seed=seed, source_split=real.split)
+    return external(
+        real.data,
+        label or "variation",
+        prompt,
+        response,
+        seed=seed,
+        source_split=real.split,
+        id_column=real.id_column,
+    )
 
 
 def _holds_emotions(source: str | Path, split: str | None) -> bool:
@@ -185,7 +194,7 @@ def _holds_emotions(source: str | Path, split: str | None) -> bool:
 def _harmful(real: RealData, others: Sequence[Example]) -> Pool:
     """The prompts of `data` that are not among the others."""
     assert real.data is not None  # who asks has seen to it
-    columns = Columns(prompt=real.prompt_column, response=real.response_column)
+    columns = Columns(prompt=real.prompt_column, response=real.response_column, id=real.id_column)
     return read_pool(real.data, columns, real.split, safe=False).without(others)
 
 
