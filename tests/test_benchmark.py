@@ -625,6 +625,28 @@ def test_a_method_named_twice_runs_once(base, tmp_path, capsys):
     assert "15 rows, 5 queries, 1 seed\n" in "\n".join(line.rstrip() for line in out.splitlines())
 
 
+def test_queries_that_were_trained_on_are_said_once(base, tmp_path, capsys):
+    rows = make_examples(12)
+    write_examples(tmp_path / "train.jsonl", rows)
+    write_examples(tmp_path / "test.jsonl", [replace(row, id=f"t-{row.id}") for row in rows[:3]])
+    asked = [
+        "bench",
+        "--data",
+        tmp_path,
+        "--label-column",
+        "label",
+        "--seeds",
+        2,
+        "--model",
+        base,
+        "--method",
+        "random",
+    ]
+    code, _, err = run(capsys, *asked, "--out", tmp_path / "b", "--device", "cpu")
+    assert code == 0, err
+    assert err.count(f"{tmp_path}: 3 of 3 queries, the first 't-{rows[0].id}', stand in the training rows") == 1
+
+
 def test_a_folder_named_by_a_dot_has_the_name_of_the_folder(base, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine").mkdir()
     write_examples(tmp_path / "mine" / "train.jsonl", make_examples(12))

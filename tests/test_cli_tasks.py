@@ -146,6 +146,22 @@ def test_columns_of_the_own_set_can_be_named(capsys, tmp_path):
     assert sorted(str(row.label) for row in read_examples(tmp_path / "t.jsonl")) == sorted("xyz" * 5)
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_queries_that_were_trained_on_are_counted(times, capsys, tmp_path):
+    rows = [{"prompts": f"q {i}", "response": "a", "variation": "ab"[i % 2]} for i in range(20)]
+    own = jsonl(tmp_path / "own.jsonl", *[row for row in rows for _ in range(times)])
+    code, _, err = run(capsys, "build", "--data", own, "--out", tmp_path / "t.jsonl", "--seed", 2)
+    assert code == 0, err
+    trained = {row.messages for row in read_examples(tmp_path / "t.jsonl")}
+    queries = read_examples(tmp_path / "t-queries.jsonl")
+    found = [row.id for row in queries if row.messages in trained]
+    said = [line for line in err.splitlines() if "word for word" in line]
+    if times == 1:
+        assert not found and not said
+    else:
+        assert len(said) == 1 and f"{own}: {len(found)} of {len(queries)} queries, the first {found[0]!r}," in said[0]
+
+
 def test_the_column_of_ids_is_named_as_the_error_says(capsys, tmp_path):
     rows = [{"prompts": f"q {i}", "response": "a", "variation": "ab"[i % 2], "id": "x", "key": i} for i in range(8)]
     asked = ["build", "--data", jsonl(tmp_path / "own.jsonl", *rows), "--out", tmp_path / "t.jsonl"]

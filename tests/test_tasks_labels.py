@@ -6,6 +6,7 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from finetrace.examples import Example
 from finetrace.tasks.emotion import EMOTIONS, SHIPPED, emotion, emotion_rows
 from finetrace.tasks.external import external
 from finetrace.tasks.mislabelled import mislabelled
+from finetrace.tasks.repeated import say_repeated
 from finetrace.tasks.task import Task
 
 datasets.disable_progress_bars()
@@ -289,6 +291,19 @@ def test_saved_datasets(tmp_path: Path) -> None:
     (tmp_path / "both" / "dataset_dict.json").write_text("{")
     with pytest.raises(FinetraceError, match="cannot be read"):
         external(tmp_path / "both", "variation")
+
+
+def test_queries_of_a_given_split_that_were_trained_on_are_counted(tmp_path: Path) -> None:
+    jsonl(tmp_path / "set" / "train.jsonl", released({"a": 3, "b": 3}))
+    jsonl(
+        tmp_path / "set" / "test.jsonl",
+        [{**row, "id": f"t{n}"} for n, row in enumerate(released({"a": 4, "b": 1}, start=2))],
+    )
+    task = external(tmp_path / "set", "variation")
+    assert say_repeated(task, "set").startswith("set: 2 of 5 queries, the first 't0', stand in the training rows")
+    once = replace(task, queries=task.queries[:2])
+    assert "1 of 2 queries, the first 't0', stands in the training rows" in say_repeated(once, "set")
+    assert say_repeated(replace(task, queries=task.queries[1:2]), "set") == ""
 
 
 def test_a_hub_id_gives_the_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -132,20 +132,23 @@ def bench(
         from finetrace.benchmark.protocol import beside
         from finetrace.benchmark.report import report
         from finetrace.benchmark.runner import Plan, Source, cells, run_all
-        from finetrace.tasks import TASKS, RealData, real_task, recipe
+        from finetrace.tasks import TASKS, RealData, real_task, recipe, say_repeated
 
         source = real = None
         names = list(dict.fromkeys(tasks or TASKS))
         if given and tasks:
             real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
-            real_task(names[0], real, task_seed, size)
+            made = real_task(names[0], real, task_seed, size)
         elif data is not None:
             source = Source(
                 data, label_column or "variation", prompt_column, response_column, split=split, id_column=id_column
             )
-            names = [source.task(task_seed, 1.0).name]
+            made = source.task(task_seed, size)
+            names = [made.name]
             if not names[0]:
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
+        if data is not None and (notice := say_repeated(made, data)):
+            options.say(notice)
         for name in names if source is None else ():
             recipe(name)
         wanted = [*ABLATION, "repsim"] if ablation else method or []

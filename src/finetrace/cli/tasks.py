@@ -80,12 +80,14 @@ def build(
     options.new_files({"--out": (out, ROWS), "--queries": (asked, ROWS)})
     with options.quiet_libraries() if data or benign else contextlib.nullcontext():
         from finetrace.reading import write_examples
-        from finetrace.tasks import RealData
+        from finetrace.tasks import RealData, say_repeated
 
         real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
         task = _made(name, real, seed, size)
         write_examples(asked, task.queries)
         write_examples(out, task.train)
+    if data is not None and (notice := say_repeated(task, data)):
+        options.say(notice)
     options.say(
         f"queries: {asked}   {len(task.queries)} rows"
         + ("" if task.answered else ", some without a response: the fine-tuned model is to answer them")
