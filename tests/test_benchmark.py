@@ -164,9 +164,20 @@ def test_what_sees_the_same_stands_together(finished):
     lines = (finished[0] / "tables" / "inputs-corrected.md").read_text().splitlines()[2:]
     found = [line.split(" | ")[:2] for line in lines]
     assert found == [["| prompt", "repsim"], ["| response", "gradcos"], ["| response", "ekfac cosine"], *found[3:]]
-    assert [each[1] for each in found[3:]] == ["bm25 (control)", "tfidf (control)"]
+    assert found[3:] == [["| both", "bm25 (control)"], ["| both", "tfidf (control)"], ["| none", "random (control)"]]
     specs = {make(spec).label for each in INPUTS.values() for spec in each}
     assert specs <= {make(spec).label for spec in PROTOCOLS["corrected"].methods}
+
+
+@pytest.mark.parametrize("name", ["corrected", "paper"])
+def test_controls_that_look_at_no_query_stand_with_what_methods_see(finished, tmp_path, name):
+    specs = [make(spec).label for spec in LEAST]
+    rows = [replace(finished[2][0], protocol=name, spec=spec, title=make(spec).title, control=True) for spec in specs]
+    write_tables(tmp_path, rows)
+    lines = (tmp_path / f"inputs-{name}.md").read_text().splitlines()[2:]
+    found = [line.split(" | ")[1] for line in lines if line.startswith("| none |")]
+    assert found == [f"{make(spec).title} (control)" for spec in ("random", "length", "gradnorm")]
+    assert len(lines) == len(rows)
 
 
 def test_cells_come_in_the_order_of_the_list(finished, tmp_path):

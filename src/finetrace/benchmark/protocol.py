@@ -38,7 +38,8 @@ CONTROLS = tuple(
     if spec.split(":")[0] in ("random", "length", "gradnorm", "selfinf", *LEXICAL) and "at=start" not in spec
 )
 
-# what a method sees: the prompt, the response under its prompt, or both texts; a probe is one answer under every prompt
+# what a method sees: the prompt, the response under its prompt, or both texts; a probe is one answer under every prompt;
+# none: the query is not looked at
 INPUTS = {
     "prompt": (
         "bm25:text=prompt",
@@ -57,6 +58,7 @@ INPUTS = {
         "ekfac:normalise=cosine",
     ),
     "both": ("bm25", "tfidf", "repsim:pooling=last-token", "gradcos:loss_on=all"),
+    "none": ("random", "length", "gradnorm", "gradnorm:at=start"),
 }
 LEAST = tuple(
     spec for spec in CONTROLS if not spec.startswith("selfinf")
