@@ -599,6 +599,15 @@ def test_the_list_names_every_task(capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+@pytest.mark.parametrize(("command", "flag"), [(["bench"], "--task-seed"), (["tasks", "build"], "--seed")])
+def test_the_help_says_which_tasks_have_one_draw(capsys, command, flag):
+    assert all(recipe(name).build(1) == recipe(name).build(0) for name in ("mixed-small", "mixed-large"))
+    code, out, _ = run(capsys, *command, "--help")
+    assert code == 0
+    said = " ".join(out[out.rindex(f" {flag} ") :].split())
+    assert "the mixed sets that ship have one draw" in said
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -31,7 +31,13 @@ def bench(
     protocol: Annotated[list[str] | None, typer.Option(help="corrected or paper; may repeat.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each task: data order and adapter.")] = 3,
     size: Annotated[float, typer.Option(help="Share of every class, above 0 and at most 1.")] = 1.0,
-    task_seed: Annotated[int, typer.Option(min=0, help="Of the task's rows: other sentences, other split.")] = 0,
+    task_seed: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Of the task's rows: other sentences, other split; the mixed sets that ship have one draw.",
+        ),
+    ] = 0,
     method: Annotated[list[str] | None, typer.Option(help="NAME or NAME:parameter=value,...; may repeat.")] = None,
     ablation: Annotated[
         bool,

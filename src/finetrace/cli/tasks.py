@@ -58,7 +58,10 @@ def build(
         typer.Option(help="File of the held-out queries; if not given, that of --out with `-queries` after its stem."),
     ] = None,
     size: Annotated[float, typer.Option(help="Share of every class, above 0 and at most 1.")] = 1.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the rows and the split.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(min=0, help="Of the rows and the split; the mixed sets that ship have one draw."),
+    ] = 0,
     data: Annotated[
         str | None,
         typer.Option(
