@@ -54,11 +54,11 @@ def main() -> None:
             lines += [f'??? note "{title}"', "", *(f"    {line}" for line in table), ""]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
-        times = ", ".join(seconds.get((task, protocol), []))
+        times = _spent(seconds.get((task, protocol), []))
         lines += [
             f"## {task}, {protocol}",
             "",
-            f"{first['n_train']} rows, {first['n_queries']} queries, {_seeds(first['seeds'])}; {times}, everything included.",
+            f"{first['n_train']} rows, {first['n_queries']} queries, {_seeds(first['seeds'])}; {times}.",
             "",
             _table(args.folder, f"{task}-{protocol}"),
         ]
@@ -77,6 +77,13 @@ def main() -> None:
 
 def _seeds(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
+
+
+def _spent(times: list[str]) -> str:
+    """The time of every seed; one sentence where all were resumed."""
+    if set(times) == {"resumed"}:
+        return "resumed, so no time is known"
+    return f"{', '.join(times)}, everything included"
 
 
 def _table(folder: Path, name: str) -> str:

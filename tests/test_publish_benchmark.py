@@ -1,0 +1,42 @@
+"""The page of a finished benchmark."""
+
+from __future__ import annotations
+
+import json
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+
+
+@pytest.mark.parametrize(
+    ("resumed", "words"),
+    [
+        ([False, False], "2 seeds; 12 s, 12 s, everything included."),
+        ([True, False], "2 seeds; resumed, 12 s, everything included."),
+        ([True, True], "2 seeds; resumed, so no time is known."),
+    ],
+)
+def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    script = import_module("publish_benchmark")
+    monkeypatch.setattr(script, "DOCS", tmp_path / "docs")
+    (tmp_path / "docs").mkdir()
+    folder = tmp_path / "bench"
+    (folder / "tables").mkdir(parents=True)
+    for name in ("summary-corrected", "emotion-corrected"):
+        (folder / "tables" / f"{name}.md").write_text("| method |\n")
+    record = {"task": "emotion", "protocol": "corrected", "seeds": 2, "n_train": 15, "n_queries": "5"}
+    (folder / "results.json").write_text(json.dumps({"records": [record]}))
+    for seed, again in enumerate(resumed):
+        cell = folder / "emotion" / "corrected" / f"seed-{seed}"
+        cell.mkdir(parents=True)
+        config = {"task": "emotion", "protocol": "corrected"}
+        (cell / "records.json").write_text(json.dumps({"config": config, "resumed": again, "seconds": 12.3}))
+    asked = ["publish_benchmark.py", str(folder), "page", "--title", "A page", "--command", "finetrace bench emotion"]
+    monkeypatch.setattr(sys, "argv", asked)
+    script.main()
+    assert f"15 rows, 5 queries, {words}" in (tmp_path / "docs" / "page.md").read_text().splitlines()
