@@ -7,10 +7,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from finetrace import fingerprint
 from finetrace.atomic import write_atomically
@@ -20,7 +22,11 @@ from finetrace.examples import Example, Message
 from finetrace.index.manifest import Manifest
 
 NAME = "examples.parquet"
+AT_ONCE = 512  # rows that are read at a time
+BUFFER = 1 << 20  # bytes of a column that are read at a time
 REMEDY = "run finetrace index again on this folder to write it anew."
+
+N = TypeVar("N", np.int32, np.float32)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,7 @@ def _write(path: Path, examples: Sequence[Example], encoded: Sequence[Encoded]) 
 def read(folder: Path, about: Manifest) -> Rows:
     """Read the examples of an index back; `FinetraceError` where they are broken or of other data than the manifest says."""
     found = [_read(folder / name) for name, _, _ in parts(about)]
+    pa.default_memory_pool().release_unused()  # else Arrow keeps about half as much again
     whole = Rows(
         tuple(each for part in found for each in part.examples), tuple(each for part in found for each in part.encoded)
     )
@@ -93,24 +100,37 @@ def read(folder: Path, about: Manifest) -> Rows:
 
 
 def _read(path: Path) -> Rows:
+    """The rows of one file, some at a time, so that little but what is returned is in memory."""
+    examples: list[Example] = []
+    encoded: list[Encoded] = []
     try:
-        columns = pq.read_table(path, page_checksum_verification=True).to_pydict()
-        examples = tuple(
-            Example(id_, tuple(Message(*turn) for turn in json.loads(messages)), label, json.loads(metadata))
-            for id_, messages, label, metadata in zip(
-                columns["id"], columns["messages"], columns["label"], columns["metadata"], strict=True
-            )
-        )
-        encoded = tuple(
-            Encoded(np.asarray(ids, dtype=np.int32), np.asarray(weights, dtype=np.float32), length, padding)
-            for ids, weights, length, padding in zip(
-                columns["input_ids"],
-                columns["loss_weights"],
-                columns["prompt_length"],
-                columns.get("padding") or [0] * len(columns["id"]),
-                strict=True,
-            )
-        )
+        with pq.ParquetFile(path, buffer_size=BUFFER, page_checksum_verification=True) as file:
+            for batch in file.iter_batches(AT_ONCE):
+                texts = batch.select(["id", "messages", "label", "metadata"]).to_pydict()
+                examples += (
+                    Example(id_, tuple(Message(*turn) for turn in json.loads(messages)), label, json.loads(metadata))
+                    for id_, messages, label, metadata in zip(*texts.values(), strict=True)
+                )
+                padded = "padding" in batch.schema.names
+                encoded += (
+                    Encoded(ids, weights, length, padding)
+                    for ids, weights, length, padding in zip(
+                        _lists(batch["input_ids"], np.int32),
+                        _lists(batch["loss_weights"], np.float32),
+                        batch["prompt_length"].to_pylist(),
+                        batch["padding"].to_pylist() if padded else [0] * len(batch),
+                        strict=True,
+                    )
+                )
     except (OSError, KeyError, ValueError, TypeError) as error:
         raise FinetraceError(f"{path}: cannot be read ({error}); {REMEDY}") from error
-    return Rows(examples, encoded)
+    return Rows(tuple(examples), tuple(encoded))
+
+
+def _lists(column: pa.Array, dtype: type[N]) -> list[NDArray[N]]:
+    """A column of lists as slices of one array."""
+    if not pa.types.is_list(column.type) or column.null_count:
+        raise TypeError(f"a column of {column.type} where lists should be")
+    offsets = column.offsets.to_numpy()
+    values = column.values.slice(offsets[0], offsets[-1] - offsets[0]).to_numpy(zero_copy_only=False).astype(dtype)
+    return np.split(values, offsets[1:-1] - offsets[0]) if len(column) else []
