@@ -40,8 +40,8 @@ def main() -> None:
             cells = []
             for text in ("prompt", "response", "both"):
                 found = []
-                for words in ("usual", "all"):
-                    scores = make(f"{method}:text={text},words={words}").matrix(problem)
+                for every in ("false", "true"):
+                    scores = make(f"{method}:text={text},all_words={every}").matrix(problem)
                     found.append(100 * float(np.nanmean(METRICS[args.metric](scores, relevant))))
                 cells.append(f"{found[0]:.0f}, {found[1]:.0f}")
             print(f"| {task} | {method} | {' | '.join(cells)} |", flush=True)

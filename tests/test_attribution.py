@@ -226,10 +226,10 @@ def test_words_of_one_letter_and_stop_words_count_where_all_words_are_asked_for(
     rows = [Example.from_prompt("p", text, id=text) for text in ("x 1 2", "I do", "word other")]
     problem = SimpleNamespace(rows=SimpleNamespace(examples=rows), queries=[rows[0], rows[1]], m=2, n=3)
     for name in ("bm25", "tfidf"):
-        everything = make(name, text="response", words="all").matrix(problem)
+        everything = make(name, text="response", all_words=True).matrix(problem)
         assert everything[0, 0] > 0 and everything[1, 1] > 0 and not everything[:, 2].any()
         assert not make(name, text="response").matrix(problem)[0].any()
-    assert make("bm25:words=all").label == "bm25:words=all" and make("bm25:words=usual").label == "bm25"
+    assert make("bm25:all_words=true").label == "bm25:all_words=true" and make("bm25:all_words=false").label == "bm25"
 
 
 def test_openings_are_counted_up_to_the_first_word_that_differs(index):

@@ -19,8 +19,6 @@ from finetrace.attribution.problem import Problem
 from finetrace.examples import Example
 
 Text = Literal["prompt", "response", "both"]
-# as the libraries have it: words of two characters or more, and for BM25 no English stop words; or every word
-Words = Literal["usual", "all"]
 EVERY = r"(?u)\b\w+\b"
 LEXICAL = ("bm25", "tfidf", "opening")  # the methods of this file
 
@@ -49,7 +47,7 @@ def _texts(examples: Sequence[Example], which: Text) -> list[str]:
 class BM25(Method):
     """BM25 of the query's words in the example's text (Lucene's variant, k1 = 1.5, b = 0.75); prompt, response or both.
 
-    `words=usual` leaves out words of one character and English stop words, as bm25s does; `words=all` takes them in.
+    Words of one character and English stop words are left out, as bm25s does; `all_words` takes them in.
 
     sum over the query's words w of idf(w) tf(w) / (tf(w) + k1 (1 - b + b length / mean length)).
     """
@@ -57,12 +55,12 @@ class BM25(Method):
     needs: ClassVar[tuple[Need, ...]] = ("text",)
     control: ClassVar[bool] = True
     text: Text = "both"
-    words: Words = "usual"
+    all_words: bool = False
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) BM25 scores; 0 where no word is shared."""
         bm25s = _bm25s()
-        how = {"stopwords": "en"} if self.words == "usual" else {"stopwords": None, "token_pattern": EVERY}
+        how = {"stopwords": None, "token_pattern": EVERY} if self.all_words else {"stopwords": "en"}
         corpus = bm25s.tokenize(_texts(problem.rows.examples, self.text), show_progress=False, **how)
         if not any(corpus.ids):
             return np.zeros((problem.m, problem.n))
@@ -83,19 +81,19 @@ class BM25(Method):
 class TfIdf(Method):
     """Cosine of TF-IDF vectors of the two texts (scikit-learn's defaults, fitted on the training texts).
 
-    `words=usual` leaves out words of one character, as scikit-learn does; `words=all` takes them in.
+    Words of one character are left out, as scikit-learn does; `all_words` takes them in.
     """
 
     needs: ClassVar[tuple[Need, ...]] = ("text",)
     control: ClassVar[bool] = True
     text: Text = "both"
-    words: Words = "usual"
+    all_words: bool = False
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) cosines; 0 where no word is shared."""
         from sklearn.feature_extraction.text import TfidfVectorizer
 
-        vectorizer = TfidfVectorizer(**({} if self.words == "usual" else {"token_pattern": EVERY}))
+        vectorizer = TfidfVectorizer(**({"token_pattern": EVERY} if self.all_words else {}))
         try:
             train = vectorizer.fit_transform(_texts(problem.rows.examples, self.text))  # (n, words)
         except ValueError:  # no text has a word in it
