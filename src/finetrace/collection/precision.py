@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
+from finetrace.attention import HALF as HALF
 from finetrace.prefix import Prefix, frozen_prefix
-
-HALF = (torch.bfloat16, torch.float16)
-
 
 Narrowing = Callable[[], AbstractContextManager[Any]]
 

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from finetrace.attention import HALF
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
@@ -85,8 +86,8 @@ def pool(hidden: Tensor, batch: Batch, pooling: Pooling) -> Tensor:
         chosen = hidden[every, last]
     else:
         tokens = hidden.reshape(-1, hidden.shape[-1])[batch.rows + 1]  # the loss tokens themselves
-        tokens = tokens.float() if hidden.dtype in (torch.bfloat16, torch.float16) else tokens
+        tokens = tokens.float() if hidden.dtype in HALF else tokens
         total = torch.zeros(len(batch), hidden.shape[-1], dtype=tokens.dtype, device=hidden.device)
         counts = torch.tensor(batch.counts, device=hidden.device).unsqueeze(1)
         chosen = total.index_add(0, batch.example, tokens) / counts
-    return chosen.float() if chosen.dtype in (torch.bfloat16, torch.float16) else chosen
+    return chosen.float() if chosen.dtype in HALF else chosen

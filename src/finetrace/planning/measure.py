@@ -112,9 +112,7 @@ def run(
     device = next(collector.model.parameters()).device
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    collector.collect(
-        items, names, factors=sums, skip_bad=True
-    )  # whoever collects the rows says what is wrong with one
+    collector.collect(items, names, factors=sums, skip_bad=True)  # a bad row is named where it is collected
     _wait(device)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     operations = shape.collection(*piece.shape, labels)
