@@ -76,6 +76,7 @@ def test_what_is_said_of_removals() -> None:
     assert "all of them taken into account for 1 of 3 methods (exact)" in few
     assert "most by exact (+0.40 [+0.30, +0.50] more), seen afterwards; rows of the class +0.50 [+0.40, +0.60]." in few
     assert "for all 3 methods, with all of them taken into account for all 3 methods" in many
+    assert "most by exact and 1 other (+0.50" in many
     assert alike == "t: over 3 methods, LDS and the rise without 10 rows are rank-correlated by 0.87."
 
 

@@ -11,6 +11,7 @@ from finetrace.evaluation.removal import CLASS, RANDOM
 from finetrace.studies.plots import legend, line, panels, whole
 from finetrace.studies.records import Records, cell, one, tasks_of, where
 from finetrace.tracing import BEST, SIMILAR
+from finetrace.units import many
 
 # told apart in the figure; all others are thin lines there, and stand in the tables
 DRAWN = (BEST, "exact", "datainf", SIMILAR, "repsim", "bm25:text=response", RANDOM, CLASS)
@@ -87,10 +88,12 @@ def said(records: Records, task: str) -> Iterator[str]:
         told = [r for r in here if (r.get("over_random_low") or 0) > 0]
         sure = [r for r in here if r.get("above_chance")]
         best = max(here, key=lambda r: r["value"])
+        alike = sum(r["value"] == best["value"] for r in here) - 1  # the same rows, or rows that do the same
+        others = f" and {many(alike, 'other')}" if alike else ""
         text = (
             f"{task}, {count} rows removed: loss rises by more than without {count} random ones for "
             f"{_named(told, len(here))}, with all of them taken into account for {_named(sure, len(here))}; "
-            f"most by {best['spec']} ({cell(best, 'over_random', '+')} more), seen afterwards"
+            f"most by {best['spec']}{others} ({cell(best, 'over_random', '+')} more), seen afterwards"
         )
         labels = one(records, measure="drop", task=task, removed=count, spec=CLASS)
         yield text + (f"; rows of the class {cell(labels, 'over_random', '+')}." if labels else ".")
