@@ -164,6 +164,17 @@ def test_the_label_can_be_named(tmp_path: Path) -> None:
         make_judge(model, "nice")
 
 
+def test_an_identity_is_that_of_all_that_decides_a_verdict(tmp_path: Path) -> None:
+    labels = {0: "safe", 1: "harmful"}
+    first = make_judge(make_classifier(tmp_path / "judge", labels))
+    assert make_judge(str(tmp_path / "judge")).identity == first.identity
+    others = [make_judge(str(tmp_path / "judge"), "safe"), RefusalPrefixJudge()]
+    others.append(make_judge(make_classifier(tmp_path / "judge", {0: "harmful", 1: "safe"})))  # in the same place
+    others.append(make_judge(make_classifier(tmp_path / "judge", labels, winner=0)))
+    assert len({first.identity, *(each.identity for each in others)}) == 5
+    assert RefusalPrefixJudge().identity == RefusalPrefixJudge().identity
+
+
 def test_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(FinetraceError, match=r"--judge .*nowhere: no text-classification model can be loaded there"):
         ClassifierJudge(str(tmp_path / "nowhere"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,73 @@ def test_answers_are_those_of_the_model_that_was_trained(base_folder: Path, tmp_
     assert found.answers is not None
     assert len(found.answers) == 3
     assert make(base_folder, tmp_path / "r", answer_tokens=4).run([Subset((0, 1, 2))])[0].answers == found.answers
+
+
+class _Starts:
+    """Answers that start with one letter comply."""
+
+    name = "starts"
+
+    def __init__(self, letters: str) -> None:
+        self.identity, self.letters, self.asked = f"starts {letters}", letters, 0
+
+    def complied(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        self.asked += len(answers)
+        return [answer[:1] == self.letters for answer in answers]
+
+
+def test_verdicts_are_kept_with_a_retraining_under_their_judge(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r", answer_tokens=4)
+    subsets = [Subset((0, 1, 2)), Subset((3, 4)), Subset((0, 1, 2))]
+    first = about.run(subsets)
+    answers = [each.answers or () for each in first]
+    opening = answers[0][0][:1]
+    expected = [[answer[:1] == opening for answer in given] for given in answers]
+    judge, other = _Starts(opening), _Starts("\0")  # no answer starts so, and an empty one with nothing
+    assert about.judged(judge, subsets).tolist() == expected
+    assert judge.asked == 6  # the third is the first
+    assert not make(base_folder, tmp_path / "r", answer_tokens=4).judged(other, subsets).any()
+    assert make(base_folder, tmp_path / "r", answer_tokens=4).judged(judge, subsets).tolist() == expected
+    assert judge.asked == 6  # read
+    again = about.run(subsets)
+    assert again[1].verdicts == {judge.identity: tuple(expected[1]), other.identity: (False, False, False)}
+    for one, two in zip(first, again, strict=True):
+        assert one.answers == two.answers
+        assert all(np.array_equal(one.losses[name], two.losses[name]) for name in ("response", "refusal"))
+        assert (one.seed, one.rows, one.seconds) == (two.seed, two.rows, two.seconds)
+
+
+def test_a_retraining_without_answers_is_not_judged(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    about.run([Subset((0, 1))])
+    with pytest.raises(FinetraceError, match="no answers to judge; ask for them with answer_tokens"):
+        about.judged(_Starts("a"), [Subset((0, 1))])
+
+
+def test_retrainings_with_and_without_answers_are_announced_together(base_folder: Path, tmp_path: Path) -> None:
+    talking, silent = make(base_folder, tmp_path / "r", answer_tokens=3), make(base_folder, tmp_path / "r")
+    one, two = [Subset((0, 1)), Subset((2, 3))], [Subset((0, 1)), Subset((4, 5, 6))]
+    said: list[str] = []
+    answered, quiet = retraining.run_all([(talking, one), (silent, two)], say=said.append)
+    assert said[0] == "4 retrainings, 0 more are there already"
+    assert said[1].endswith("steps timed now, and the answers of 2 models come on top")
+    assert said[2].startswith("the first took")
+    assert said[3].startswith("4 retrainings in")
+    assert all(each.answers is not None for each in answered)
+    assert all(each.answers is None for each in quiet)
+    assert np.array_equal(answered[0].losses["response"], quiet[0].losses["response"])
+    assert [each.rows for each in quiet] == [each.rows for each in two]
+
+
+def test_what_two_parts_share_is_trained_once(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, trained, fit = make(base_folder, tmp_path / "r"), [], retraining.fit
+    monkeypatch.setattr(retraining, "fit", lambda *a, **more: trained.append(1) or fit(*a, **more))
+    parts = [(make(base_folder, tmp_path / "r"), [Subset((0, 1))]), (about, [Subset((0, 1)), Subset((2,))])]
+    one, two = retraining.run_all(parts)
+    assert len(trained) == 2
+    assert np.array_equal(one[0].losses["response"], two[0].losses["response"])
 
 
 def test_the_base_is_left_as_it_was(base_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ from commands import run, tuned_index
 from finetrace.attribution import Problem, make
 from finetrace.cli.validate import finetuning_of
 from finetrace.errors import FinetraceError
-from finetrace.evaluation import retraining
+from finetrace.evaluation import retrained, retraining
 from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.evaluation.removal import CLASS, RANDOM, groups, order
-from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining
+from finetrace.evaluation.retrained import Retrained
+from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
+from finetrace.execution import Engine
 from finetrace.finetune_config import PRESETS, FinetuneConfig, found_config
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
@@ -276,6 +279,22 @@ def test_rows_are_left_out_singly_and_a_judge_counts_answers(place: Path, tmp_pa
     assert all((each["answers"] is None) == (len(each["rows"]) == 11) for each in kept if len(each["rows"]) != 12)
 
 
+def _instead_of_training(
+    monkeypatch: pytest.MonkeyPatch, known: Callable[[Retraining, Sequence[int]], tuple[Any, tuple[str, ...]]]
+) -> None:
+    """Losses and answers of every retraining are what `known` says of its rows."""
+
+    def train(self: Retraining, missing: Sequence[Subset], engine: Engine) -> Iterator[tuple[int, float]]:
+        for place, each in enumerate(missing):
+            losses, answers = known(self, each.rows)
+            given = answers if self.answer_tokens else None
+            retrained.write(self._path(each), Retrained({RESPONSE: losses}, given, 0, each.seed, each.rows))
+            yield place, 0.0
+
+    monkeypatch.setattr(Retraining, "_train", train)
+    monkeypatch.setattr(retraining, "FORECAST", 10**6)
+
+
 def test_in_a_known_world_every_measure_has_its_known_value(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -285,16 +304,11 @@ def test_in_a_known_world_every_measure_has_its_known_value(
     problem = Problem(index, queries)
     scores = make("gradcos").score(problem).values
 
-    def run_known(self: Retraining, subsets: Any, **_: Any) -> list[Retrained]:
-        assert self.base.trust_remote_code  # as the index's own model was loaded
-        return [
-            Retrained(
-                {RESPONSE: 5 - scores[:, list(each.rows)].sum(1)}, ("Sure." if 0 in each.rows else "I cannot.",) * 3, 0
-            )
-            for each in subsets
-        ]
+    def known(about: Retraining, rows: Sequence[int]) -> tuple[Any, tuple[str, ...]]:
+        assert about.base.trust_remote_code  # as the index's own model was loaded
+        return 5 - scores[:, list(rows)].sum(1), ("Sure." if 0 in rows else "I cannot.",) * 3
 
-    monkeypatch.setattr(Retraining, "run", run_known)
+    _instead_of_training(monkeypatch, known)
     plan = Validation(
         ("gradcos", "random"), ("lds", "loo", "drop"), subsets=8, seeds=2, counts=(3,), draws=40, left_out=12
     )
@@ -322,13 +336,11 @@ def test_the_rate_is_that_of_the_queries_for_which_rows_were_removed(
     [group] = groups([each.label for each in queries], 1)
     assert 0 < len(group.queries) < len(queries)
 
-    def run_known(self: Retraining, subsets: Any, **_: Any) -> list[Retrained]:
-        def answers(rows: tuple[int, ...]) -> tuple[str, ...]:
-            return tuple("Sure." if q in group.queries and 0 in rows else "I cannot." for q in range(len(queries)))
+    def known(about: Retraining, rows: Sequence[int]) -> tuple[Any, tuple[str, ...]]:
+        given = ("Sure." if q in group.queries and 0 in rows else "I cannot." for q in range(len(queries)))
+        return np.ones(len(queries)), tuple(given)
 
-        return [Retrained({RESPONSE: np.ones(len(queries))}, answers(each.rows), 0) for each in subsets]
-
-    monkeypatch.setattr(Retraining, "run", run_known)
+    _instead_of_training(monkeypatch, known)
     plan = Validation(("gradcos",), ("drop",), seeds=1, counts=(11,), draws=4, groups=1)
     found = validate(index, queries, plan, FinetuneConfig(), tmp_path, judge=RefusalPrefixJudge())
     said = next(line for line in found.verdict if line.startswith("The judge counts"))

@@ -252,14 +252,12 @@ def retrain(
     ]
     numbers = range(finetuning.seed, finetuning.seed + seeds)
     plan = [Subset(rows, seed) for _, each in choices for rows in each for seed in numbers]
-    done = iter(again.run(plan, workers=workers, say=say))
-    outcomes = []
+    losses = np.stack([found.losses[RESPONSE] for found in again.run(plan, workers=workers, say=say)])
+    verdicts = again.judged(judge, plan).astype(np.float64)
+    outcomes, start = [], 0
     for name, each in choices:
-        mine = [next(done) for _ in each for _ in numbers]
-        losses = np.stack([found.losses[RESPONSE] for found in mine])
-        prompts = [query.prompt for query in bad]
-        verdicts = np.array([judge.complied(prompts, list(found.answers or ())) for found in mine], dtype=np.float64)
-        outcomes.append(Outcome(name, len(each[0]), _estimate(losses), _estimate(verdicts)))
+        mine = slice(start, start := start + len(each) * seeds)
+        outcomes.append(Outcome(name, len(each[0]), _estimate(losses[mine]), _estimate(verdicts[mine])))
     return outcomes
 
 

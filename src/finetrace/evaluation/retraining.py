@@ -9,9 +9,8 @@ every retraining starts from them.
 from __future__ import annotations
 
 import json
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -22,11 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from finetrace import fingerprint
-from finetrace.atomic import write_atomically
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
+from finetrace.evaluation import retrained as kept
 from finetrace.evaluation.forecast import forecast
+from finetrace.evaluation.judging import Judge
+from finetrace.evaluation.retrained import Retrained
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.finetune_config import FinetuneConfig
@@ -52,21 +53,6 @@ class Subset:
     def name(self) -> str:
         """For messages."""
         return f"the retraining on {len(self.rows)} rows with seed {self.seed}"
-
-
-@dataclass(frozen=True, eq=False)
-class Retrained:
-    """What one retraining did to the queries.
-
-    Attributes:
-        losses: By name, (m,) mean loss of that answer to each query, in nats; `response` is the queries' own.
-        answers: The model's own greedy answers, where they were asked for.
-        seconds: How long it took.
-    """
-
-    losses: Mapping[str, NDArray[np.float64]]
-    answers: tuple[str, ...] | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -104,39 +90,37 @@ class Retraining:
         Raises:
             FinetraceError: A subset is empty or names a row that is not there, or a training diverged.
         """
-        self._check(subsets)
-        wanted = list(dict.fromkeys(subsets))
-        missing = [subset for subset in wanted if not self._path(subset).exists()]
-        if missing:
-            say(f"{many(len(missing), 'retraining')}, {len(wanted) - len(missing)} more are there already")
-        engine = Engine.of(workers)
-        if len(missing) == 1 and not isinstance(workers, Engine):
-            engine = Engine()
-        if len(missing) >= FORECAST:
-            say(self._forecast(missing, engine))
-        started = time.perf_counter()
+        return run_all([(self, subsets)], workers=workers, say=say)[0]
+
+    def judged(self, judge: Judge, subsets: Sequence[Subset]) -> NDArray[np.bool_]:
+        """(s, m) whether the judge takes the answers after these retrainings for compliance; kept with each of them.
+
+        Raises:
+            FinetraceError: A retraining has not been run, or its model was not asked to answer.
+        """
+        identity, prompts = judge.identity, [query.prompt for query in self.queries]
+        found: dict[Subset, Sequence[bool]] = {}
+        for subset, done in dict(zip(subsets, self._read(subsets), strict=True)).items():
+            if done.answers is None:
+                raise FinetraceError(f"{subset.name} has no answers to judge; ask for them with answer_tokens.")
+            if identity not in done.verdicts:
+                given = judge.complied(prompts, done.answers)
+                done = replace(done, verdicts={**done.verdicts, identity: given})
+                kept.write(self._path(subset), done)
+            found[subset] = done.verdicts[identity]
+        verdicts = [found[subset] for subset in subsets]
+        return np.array(verdicts, dtype=np.bool_).reshape(len(subsets), len(self.queries))
+
+    def _read(self, subsets: Sequence[Subset]) -> list[Retrained]:
+        found = {subset: kept.read(self._path(subset), len(self.queries)) for subset in dict.fromkeys(subsets)}
+        return [found[subset] for subset in subsets]
+
+    def _train(self, missing: Sequence[Subset], engine: Engine) -> Iterator[tuple[int, float]]:
+        """Each one's place and seconds, as they are done."""
         work = partial(_retrain, self)
         if not engine.in_process:
             work = partial(_retrain, replace(self, folder=self.folder.resolve()), expected=self._about)
-        retrained = engine.run_each(work, missing, name=lambda subset: subset.name, shared=self.folder)
-        for done, (place, seconds) in enumerate(retrained, 1):
-            if done == 1 and len(missing) > 1:
-                rows = sum(len(subset.rows) for subset in missing) / len(missing[place].rows)
-                left = (rows - 1) * seconds / min(engine.workers, len(missing))
-                say(f"the first took {seconds:.0f} s; the others take about {duration(left)}")
-            elif done == len(missing):
-                say(f"{done} retrainings in {duration(time.perf_counter() - started)}")
-        found = {subset: self._read(subset) for subset in wanted}
-        return [found[subset] for subset in subsets]
-
-    def _forecast(self, subsets: Sequence[Subset], engine: Engine) -> str:
-        trainer = _trainer(self)
-        sizes = [len(subset.rows) for subset in subsets]
-        seconds = forecast(trainer.loaded, trainer.train, trainer.measured, self.config, sizes)
-        if engine.name == "ray" or trainer.loaded.model.device.type != "cpu":  # workers on one CPU share its cores
-            seconds /= min(engine.workers, len(subsets))
-        beside = ", and the models' answers come on top" if self.answer_tokens else ""
-        return f"they will take about {duration(seconds)} by a few steps timed now{beside}"
+        yield from engine.run_each(work, missing, name=lambda subset: subset.name, shared=self.folder)
 
     @property
     def everything(self) -> tuple[int, ...]:
@@ -185,19 +169,49 @@ class Retraining:
         rows = "".join(self._rows[row] for row in subset.rows)
         return self.folder / FOLDER / f"{fingerprint.of_text(f'{self._about} {subset.seed} {rows}')}.json"
 
-    def _read(self, subset: Subset) -> Retrained:
-        path = self._path(subset)
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            losses = {name: np.array(values, dtype=np.float64) for name, values in found["losses"].items()}
-            answers = tuple(found["answers"]) if found["answers"] is not None else None
-            if any(values.shape != (len(self.queries),) for values in losses.values()):
-                raise ValueError("not one loss a query")
-            return Retrained(losses, answers, float(found["seconds"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise FinetraceError(
-                f"{path}: this retraining cannot be read ({error}); remove the file and it is done again."
-            ) from error
+
+def run_all(
+    parts: Sequence[tuple[Retraining, Sequence[Subset]]],
+    *,
+    workers: int | Engine = 1,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[list[Retrained]]:
+    """`Retraining.run` of several, which differ in what is asked of their models alone; their time is said for all together."""
+    for about, subsets in parts:
+        about._check(subsets)
+    wanted = {about._path(subset): (about, subset) for about, subsets in parts for subset in subsets}
+    absent = [each for path, each in wanted.items() if not path.exists()]
+    todo = [(about, [subset for whose, subset in absent if whose is about]) for about, _ in parts]
+    lacking = [subset for _, subset in absent]
+    if lacking:
+        there = len(wanted) - len(lacking)
+        say(f"{many(len(lacking), 'retraining')}, {there} more are there already")
+    engine = Engine() if len(lacking) == 1 and not isinstance(workers, Engine) else Engine.of(workers)
+    if len(lacking) >= FORECAST:
+        answering = sum(len(missing) for about, missing in todo if about.answer_tokens)
+        say(_forecast(parts[0][0], lacking, engine, answering))
+    started, done = time.perf_counter(), 0
+    for about, missing in todo:
+        for place, seconds in about._train(missing, engine):
+            done += 1
+            if done == 1 and len(lacking) > 1:
+                rows = sum(len(subset.rows) for subset in lacking) / len(missing[place].rows)
+                left = (rows - 1) * seconds / min(engine.workers, len(lacking))
+                say(f"the first took {seconds:.0f} s; the others take about {duration(left)}")
+            elif done == len(lacking):
+                say(f"{done} retrainings in {duration(time.perf_counter() - started)}")
+    return [about._read(subsets) for about, subsets in parts]
+
+
+def _forecast(about: Retraining, subsets: Sequence[Subset], engine: Engine, answering: int) -> str:
+    trainer = _trainer(about)
+    sizes = [len(subset.rows) for subset in subsets]
+    seconds = forecast(trainer.loaded, trainer.train, trainer.measured, about.config, sizes)
+    if engine.name == "ray" or trainer.loaded.model.device.type != "cpu":  # workers on one CPU share its cores
+        seconds /= min(engine.workers, len(subsets))
+    whose = "the models' answers" if answering == len(subsets) else f"the answers of {many(answering, 'model')}"
+    beside = f", and {whose} come on top" if answering else ""
+    return f"they will take about {duration(seconds)} by a few steps timed now{beside}"
 
 
 class _Trainer:
@@ -215,7 +229,7 @@ class _Trainer:
             name: asked.encode_all(given)[0] for name, given in {RESPONSE: about.queries, **about.others}.items()
         }
 
-    def __call__(self, subset: Subset) -> tuple[dict[str, list[float]], list[str] | None]:
+    def __call__(self, subset: Subset) -> tuple[dict[str, list[float]], tuple[str, ...] | None]:
         config = self.about.config.model_copy(update={"seed": subset.seed, "validation": 0.0})
         model = new_adapter(self.loaded, config)
         try:
@@ -233,7 +247,7 @@ class _Trainer:
                 given = answer(
                     tuned, self.about.queries, max_new_tokens=self.about.answer_tokens, template=self.template
                 )
-                answers = [each.response if each.has_response else "" for each in given]
+                answers = tuple(each.response if each.has_response else "" for each in given)
             return {name: values.tolist() for name, values in losses.items()}, answers
         finally:
             self.loaded.model = model.unload()
@@ -275,11 +289,6 @@ def _retrain(about: Retraining, subset: Subset, expected: str | None = None) -> 
     started = time.perf_counter()
     losses, answers = trainer(subset)
     seconds = time.perf_counter() - started
-    found = {"seed": subset.seed, "rows": list(subset.rows), "losses": losses, "answers": answers, "seconds": seconds}
-    path = about._path(subset)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise FinetraceError(f"{path.parent}: cannot be written ({error}); choose another folder.") from error
-    write_atomically(path, json.dumps(found).encode(), str(os.getpid()))  # another run may be at the same one
+    found = Retrained({name: np.array(v) for name, v in losses.items()}, answers, seconds, subset.seed, subset.rows)
+    kept.write(about._path(subset), found)
     return seconds

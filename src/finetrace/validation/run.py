@@ -18,7 +18,8 @@ from finetrace.evaluation.lds import Comparison, compare, draw_subsets, leave_ou
 from finetrace.evaluation.metrics import relevance
 from finetrace.evaluation.own_loss import own_loss
 from finetrace.evaluation.removal import CLASS, Effect, effects, groups, refuse_counts, removals
-from finetrace.evaluation.retraining import RESPONSE, Retrained, Retraining, Subset
+from finetrace.evaluation.retrained import Retrained
+from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset, run_all
 from finetrace.evaluation.tail_patch import refuse_projected, tail_patch
 from finetrace.examples import Example
 from finetrace.execution import Engine
@@ -168,23 +169,20 @@ def _retrained(
         }  # chance is drawn anew
         gone = removals(named, asked, config.removed(n), problem.rows.labels, draws=config.draws, seed=first)
 
-    def trained(which: Retraining, rows: Sequence[tuple[int, ...]]) -> list[Retrained]:
-        return which.run([Subset(each, seed) for each in rows for seed in seeds], workers=workers, say=say)
+    def under(rows: Sequence[tuple[int, ...]]) -> list[Subset]:
+        return [Subset(each, seed) for each in rows for seed in seeds]
 
     def losses(done: Sequence[Retrained]) -> NDArray[np.float64]:  # (rows, k, m)
         return np.stack([each.losses[RESPONSE] for each in done]).reshape(-1, config.seeds, problem.m)
 
     members = [tuple(np.flatnonzero(row).tolist()) for row in (*subsets, *singly)]
     kept = [each.kept(n) for each in gone]
-    answering = judge is not None and bool(kept)
-    named_rows, seeds_each = [again.everything, *kept], config.seeds
-    if answering:
-        done = trained(replace(again, answer_tokens=ANSWER_TOKENS), named_rows) + trained(again, members)
-    else:
-        done = trained(again, [*named_rows, *members])
-    whole, removed = done[:seeds_each], done[seeds_each : len(named_rows) * seeds_each]
+    named_rows, seeds_each = under([again.everything, *kept]), config.seeds
+    talking = replace(again, answer_tokens=ANSWER_TOKENS if judge is not None and kept else 0)
+    told, drawn = run_all([(talking, named_rows), (again, under(members))], workers=workers, say=say)
+    whole, removed = told[:seeds_each], told[seeds_each:]
     before = losses(whole)[0]
-    after = losses(done)[len(named_rows) :].transpose(1, 0, 2)
+    after = losses(drawn).transpose(1, 0, 2) if members else before[:, None]
     found = _Found(losses=(own_loss(problem), float(before.mean())))
     if len(subsets):
         found.lds = compare({**scores, **_labels_alone(problem)}, subsets, after[:, : len(subsets)])
@@ -192,9 +190,10 @@ def _retrained(
         found.loo = compare(dict(scores), singly, after[:, len(subsets) :])
     if gone:
         found.drops = effects(gone, losses(removed), before)
-    if judge is not None and answering:
-        silent = -_verdicts(judge, again.queries, whole, config.seeds)[0]  # a fall of the rate counts as a rise
-        found.rates = effects(gone, -_verdicts(judge, again.queries, removed, config.seeds), silent, step=1)
+    if judge is not None and talking.answer_tokens:
+        refused = -talking.judged(judge, named_rows).astype(np.float64).reshape(-1, config.seeds, problem.m)
+        silent = refused[0]  # a fall of the rate counts as a rise
+        found.rates = effects(gone, refused[1:], silent, step=1)
         asked_about = sorted(
             {query for each in gone for query in each.group.queries}
         )  # not those of classes beyond --groups
@@ -206,14 +205,6 @@ def _labels_alone(problem: Problem) -> dict[str, NDArray[np.float64]]:
     """What class labels predict by themselves, 1 for each row of the query's class; nothing where they tell no rows apart."""
     relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
     return {CLASS: relevant.astype(np.float64)} if relevant.any() and not relevant.all() else {}
-
-
-def _verdicts(
-    judge: Judge, queries: Sequence[Example], done: Sequence[Retrained], seeds: int
-) -> NDArray[np.float64]:  # (rows, k, m)
-    prompts = [query.prompt for query in queries]
-    said = [judge.complied(prompts, list(each.answers or ())) for each in done]
-    return np.array(said, dtype=np.float64).reshape(-1, seeds, len(queries))
 
 
 def _records(
