@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetrace.batching import batches
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.examples import Example
+from finetrace.execution import Engine
 from finetrace.index import build_index
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded
@@ -272,6 +274,52 @@ def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path
         )
     assert any("batches measured" in line for line in said)
     assert not any("own first" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("engine", "cores", "told", "threads", "slower"),
+    [
+        (Engine("processes", 2), 8, None, 8, 2),  # four threads each, where this process has eight
+        (Engine("processes", 2), 8, "1", 1, 1),
+        (Engine("processes", 4), 2, "1", 1, 2),  # four threads on two cores
+        (Engine("ray", 2, address="auto"), 2, None, 2, 2),  # one thread each on other machines
+        (Engine("ray", 8, address="auto", threads=2), 2, None, 2, 1),
+    ],
+)
+def test_workers_are_as_fast_as_their_cores(tiny_loaded, tmp_path, monkeypatch, engine, cores, told, threads, slower):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("torch.get_num_threads", lambda: threads)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if told is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", told)
+    plan = planned(tiny_loaded, make_examples(160), tmp_path / "idx", measuring=True, rows_per_shard=16)
+    assert len(plan.left.shards) == 10
+    announcer = Announcer(print, engine)
+    announcer.startup = 3.0
+    shards = [each * slower for each in plan.measured.shards]
+    assert announcer._shared(plan).seconds == pytest.approx(schedule(shards, engine.workers, 3.0).seconds)
+
+
+def test_an_index_of_workers_says_their_time_before_they_begin(tiny_loaded, tmp_path, monkeypatch):
+    monkeypatch.setattr("finetrace.planning.announce.SHARE", 1.0)
+    examples, said = make_examples(60), []
+    announcer = Announcer(said.append, Engine("processes", 4))
+
+    class Begins(Exception):
+        pass
+
+    def begin(*given):
+        announcer.begin(*given)
+        raise Begins
+
+    options = {"rows_per_shard": 20, "batch_tokens": 100}
+    with pytest.raises(Begins), announcer.announcing(examples, tmp_path / "a", None, 0.0, 2.0):
+        build_index(tiny_loaded, examples, tmp_path / "a", Encoder(tiny_loaded.tokenizer), begin=begin, **options)
+    assert not (tmp_path / "a").exists()
+    line = next(line for line in said if "workers" in line)
+    assert re.match(r"about [\d.]+ s with 4 workers, loading included, at [\d,]+ tokens/s, 1 of them idle", line)
+    assert "; peak memory of each about" in line
+    assert line.endswith("batches measured")
 
 
 def test_a_batch_that_may_not_fit_is_named_before_it_runs(tiny_loaded, tmp_path, monkeypatch):

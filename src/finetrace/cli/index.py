@@ -156,7 +156,7 @@ def index(
             options.say(note)
         startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)
-        announcer = announcer or Announcer(options.say, alone=chosen_engine.in_process)
+        announcer = announcer or Announcer(options.say, chosen_engine)
         with announcer.announcing(examples, out, labels, began, startup):
             built, _ = build_index(
                 loaded,

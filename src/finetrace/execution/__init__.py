@@ -105,6 +105,11 @@ class Engine:
 
         return ProcessPool(work, self._threads(workers))
 
+    def cores_each(self, workers: int) -> float:
+        """Cores that each of so many workers has to itself: as many as it has threads, or its share of this machine's."""
+        threads = self._threads(workers)
+        return threads if self.address is not None else min(threads, (os.cpu_count() or 1) / workers)
+
     def _threads(self, workers: int) -> int:
         if self.threads is not None:
             return max(1, self.threads)

@@ -9,12 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from finetrace.execution import Engine
 from finetrace.index.sizing import available_memory
 from finetrace.planning import measure, words
 from finetrace.planning.counts import Piece
 from finetrace.planning.extrapolation import extrapolate, measure_plan
 from finetrace.planning.measure import Timing
 from finetrace.planning.plan import Plan, plan_index
+from finetrace.planning.schedule import Schedule, schedule
 from finetrace.progress import hearing
 from finetrace.units import duration
 
@@ -35,14 +39,14 @@ class Announcer:
 
     Counts and disk are said before anything is written. Time and memory are measured on a few batches where those are at
     most `SHARE` of the work; else the time is said once the work's own first batches, `SHARE` of it and `BATCHES` at least,
-    are done. Where workers do it, whose speed together no batch here tells, no time is said before. The last line is how long
-    it took.
+    are done. Workers are taken to be as fast as this process by thread, or each on a device like this one; nothing is heard of
+    their batches, so of work too short to be measured beforehand no time is said. The last line is how long it took.
     """
 
-    def __init__(self, say: Callable[[str], None], *, alone: bool = True) -> None:
-        """`say` hears the lines; `alone` is whether this process does the work."""
+    def __init__(self, say: Callable[[str], None], engine: Engine = Engine()) -> None:
+        """`say` hears the lines; `engine` does the work."""
         self._say = say
-        self._alone = alone
+        self._engine = engine
         self._plan: Plan | None = None
         self._said: float | None = None  # seconds of the whole work
         self._coming: list[Piece | int] = []  # batches, or the rows of a shard that is there already
@@ -76,13 +80,17 @@ class Announcer:
         self._say(words.to_do(plan))
         self._say(words.disk(plan))
         self._warn(plan)
-        probes = measure.choose(plan.left.pieces, plan.shape) if self._alone else []
+        probes = measure.choose(plan.left.pieces, plan.shape)
         if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
             plan = measure_plan(plan, collector, encoded, self.folder)
             assert plan.measured is not None
             self._said = plan.measured.seconds
-            self._say(f"{words.time(plan)}, from {len(probes)} batches measured")
-        elif self._alone:
+            line = words.time(plan)
+            if not self._engine.in_process:
+                shared = self._shared(plan)
+                self._said, line = shared.seconds, words.shared(plan, shared)
+            self._say(f"{line}, from {len(probes)} batches measured")
+        elif self._engine.in_process:
             left = set(plan.left.shards)
             there = [shard for shard in plan.whole.shards if shard not in left]
             self._coming = [sum(len(piece.rows) for piece in shard) for shard in there]  # they are heard of first
@@ -90,6 +98,16 @@ class Announcer:
             self._coming.reverse()
         self._plan = plan
         self._worked = time.perf_counter()
+
+    def _shared(self, plan: Plan) -> Schedule:
+        """The time of the engine's workers, each of which loads the model once."""
+        measured, workers = plan.measured, min(self._engine.workers, max(1, len(plan.left.shards)))
+        assert measured is not None
+        slower = 1.0
+        if plan.device == "cpu":
+            slower = torch.get_num_threads() / self._engine.cores_each(workers)
+        shards = [slower * seconds for seconds in measured.shards]
+        return schedule(shards, self._engine.workers, self.startup, after=measured.finishing)
 
     def _warn(self, plan: Plan) -> None:
         """Say before any batch runs where memory may not suffice: a system that is out of it may end the process unasked."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from finetrace.planning.plan import Plan
+from finetrace.planning.schedule import Schedule
 from finetrace.units import duration, many, size
 
 
@@ -60,4 +61,16 @@ def time(plan: Plan) -> str:
     if measured.memory is not None:
         words += f"; peak memory about {size(measured.memory.peak)}"
         words += f", {size(measured.memory.device)} on the device" if measured.memory.device else ""
+    return words
+
+
+def shared(plan: Plan, by: Schedule) -> str:
+    """How long what is left takes with several workers, in a line."""
+    rate = plan.left.tokens / by.seconds if by.seconds else 0.0
+    words = f"about {duration(by.seconds)} with {many(by.workers, 'worker')}, loading included, at {rate:,.0f} tokens/s"
+    if by.workers > len(plan.left.shards):
+        words += f", {by.workers - len(plan.left.shards):,} of them idle"
+    if plan.measured is not None and plan.measured.memory is not None:
+        words += f"; peak memory of each about {size(plan.measured.memory.peak)}"
+        words += f", {size(plan.measured.memory.device)} on its device" if plan.measured.memory.device else ""
     return words
