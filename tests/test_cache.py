@@ -78,6 +78,41 @@ def test_solutions_of_the_same_queries_are_kept(copied, features, monkeypatch): 
     assert again.computed["residual"] == pytest.approx(first.computed["residual"])
 
 
+@pytest.mark.parametrize(
+    ("spec", "made"),
+    [
+        ("exact:solver=primal", "finetrace.curvature.primal.dense_fisher"),
+        ("exact:solver=primal,normalise=cosine", "finetrace.curvature.primal.dense_fisher"),
+        ("exact:solver=dual", "torch.linalg.cholesky"),
+        ("exact:solver=dual,scope=joint", "torch.linalg.cholesky"),
+        ("exact:solver=nystroem", "finetrace.attribution.exact.nystroem"),
+        ("datainf:normalise=cosine", "finetrace.curvature.datainf.dense_fisher"),
+    ],
+)
+def test_other_queries_find_the_factors_where_rows_are_streamed(
+    copied,
+    features,  # noqa: F811
+    spec,
+    made,
+    monkeypatch,
+):
+    def others(**more):
+        turned = features.some(torch.arange(3, -1, -1))
+        return Problem(copied, tiny_queries(4)[::-1], turned, step=6, **{"cache": 1 << 30, **more})
+
+    first = make(spec).score(problem(copied, features, step=6))
+    damped = spec + ",damping=0.4"
+    wanted = [make(each).score(others(cache=0)).values for each in (spec, damped)]
+    assert np.allclose(make(damped).score(others()).values, wanted[1], rtol=1e-9, atol=1e-14)  # factors of its own
+    monkeypatch.setattr(made, lambda *_, **__: pytest.fail("made again"))
+    found = make(spec).score(others())
+    assert np.allclose(found.values, wanted[0], rtol=1e-9, atol=1e-14)
+    assert not np.allclose(wanted[0], wanted[1])
+    assert found.computed.get("residual", 0) <= 1e-6
+    if "primal" in spec:  # what makes the factors is one pass, and a measured solution another
+        assert found.computed["passes"] == first.computed["passes"] - 1
+
+
 def test_another_damping_layer_or_query_is_another_value(copied, features):  # noqa: F811
     for spec in ("exact", "exact:damping=0.5", "exact:layers=1", "datainf:normalise=cosine,damping=0.3"):
         wanted = make(spec).score(problem(copied, features, cache=0)).values

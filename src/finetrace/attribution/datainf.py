@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, SpannedMethod
@@ -52,5 +53,6 @@ class DataInfMethod(SpannedMethod, StreamedMethod):
         """One pass for the queries, or d x d matrices that take none."""
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         if at.normalised and packed(at.widths, at.spare) is not None:
-            return DenseDataInfStream(at.rows, damping)
+            fetch = partial(at.fetch, damping=(self.damping, self.damping_rule))
+            return DenseDataInfStream(at.rows, damping, fetch)
         return DataInfStream(at.rows, damping)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, ClassVar
 
 import torch
 from pydantic import Field
+from torch import Tensor
 
 from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, ScopedMethod
 from finetrace.attribution.memory import held
@@ -19,7 +21,7 @@ from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, FisherDual, FisherPrimal, InverseCurvature, Products, fisher
 from finetrace.curvature.conjugate_gradients import IterativeStream
 from finetrace.curvature.dual import DualStream
-from finetrace.curvature.nystroem import nystroem
+from finetrace.curvature.nystroem import Sketch, nystroem
 from finetrace.curvature.primal import PrimalStream
 from finetrace.curvature.refinement import default_tolerance
 from finetrace.curvature.solvers import Solver, choose, packed, sketch_rank
@@ -106,14 +108,23 @@ class Exact(ScopedMethod, StreamedMethod):
         """By the solver chosen."""
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         solver, tolerance = self._solver(at), self._tolerance(at.problem)
+        fetch = partial(at.fetch, damping=(self.damping, self.damping_rule))
         if solver == "dual":
-            return DualStream(at.rows, damping, tolerance)
+            return DualStream(at.rows, damping, tolerance, fetch)
         if solver == "primal":
-            return PrimalStream(at.rows, damping, tolerance)
+            return PrimalStream(at.rows, damping, tolerance, fetch)
         if solver == "cg":
             return IterativeStream(at.rows, damping, tolerance)
-        rank = sketch_rank(at.widths, at.rows.n, at.spare) or 1
-        return IterativeStream(at.rows, damping, tolerance, nystroem(at.rows, rank))
+        rank, passed = sketch_rank(at.widths, at.rows.n, at.spare) or 1, 0
+
+        def make() -> dict[str, Tensor]:
+            nonlocal passed
+            passed += 1
+            drawn = nystroem(at.rows, rank)
+            return {"vectors": drawn.vectors, "values": drawn.values}
+
+        found = {name: tensor.to(at.rows.device) for name, tensor in at.fetch("sketch", make, rank=rank).items()}
+        return IterativeStream(at.rows, damping, tolerance, Sketch(**found), passed=passed)
 
     def _solver(self, at: Pass) -> Solver:
         if self.solver != "auto":

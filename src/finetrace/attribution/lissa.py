@@ -60,5 +60,5 @@ class LiSSAMethod(ScopedMethod, StreamedMethod):
         def make() -> dict[str, Tensor]:
             return {"largest": largest_eigenvalues(at.rows, vectors)}
 
-        found = at.problem.fetch_all("largest", at.rows.blocks, make, joint=at.rows.joint)
+        found = at.fetch("largest", make)
         return SeriesStream.of(at.rows, damping, found["largest"], self.iterations)

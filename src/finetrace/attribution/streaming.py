@@ -6,7 +6,7 @@ one last pass gives the scores of all rows, block after block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, get_args
 
@@ -57,6 +57,10 @@ class Pass:
     def widths(self) -> list[int]:
         """Of the segments."""
         return [s.stop - s.start for s in self.rows.segments]
+
+    def fetch(self, name: str, make: Callable[[], dict[str, Tensor]], **depends: Any) -> dict[str, Tensor]:
+        """Tensors that depend on these rows, from the index's cache or made now."""
+        return self.problem.fetch_all(name, self.rows.blocks, make, joint=self.rows.joint, **depends)
 
     def part(self, blocks: Sequence[Block]) -> Pass:
         """The same for a group of blocks."""

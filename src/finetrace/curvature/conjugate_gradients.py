@@ -23,12 +23,15 @@ class IterativeStream(Streamed):
 
     passes = True
 
-    def __init__(self, rows: TrainRows, damping: Tensor, tolerance: float, sketch: Sketch | None = None) -> None:
+    def __init__(
+        self, rows: TrainRows, damping: Tensor, tolerance: float, sketch: Sketch | None = None, *, passed: int = 0
+    ) -> None:
+        """`passed` passes over the rows were made for the sketch."""
         self.rows = rows
         self.damping = damping.to(rows.device)
         self.tolerance = tolerance
         self.sketch = sketch
-        self.found = Solution("cg" if sketch is None else "nystroem", passes=int(sketch is not None))
+        self.found = Solution("cg" if sketch is None else "nystroem", passes=passed)
 
     def apply(self, vectors: Tensor) -> Tensor:
         """(m, D) solutions, as near as `tolerance`."""

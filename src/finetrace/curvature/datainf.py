@@ -10,7 +10,7 @@ from torch import Tensor
 from finetrace.curvature.passes import dense_fisher, through_rows
 from finetrace.curvature.products import Products, row_squares
 from finetrace.curvature.segments import reciprocal, spread
-from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.streamed import Fetch, Streamed, made
 from finetrace.curvature.train_rows import TrainRows
 
 
@@ -73,11 +73,19 @@ class DataInfStream(Streamed):
 class DenseDataInfStream(Streamed):
     """P = (I - G^T D G / n) / lambda as one d x d matrix a segment, which takes one pass to make and none to apply."""
 
-    def __init__(self, rows: TrainRows, damping: Tensor) -> None:
-        """`damping` is (S,) lambda; a segment whose damping is 0 is left out."""
+    def __init__(self, rows: TrainRows, damping: Tensor, fetch: Fetch = made) -> None:
+        """`damping` is (S,) lambda; a segment whose damping is 0 is left out. The matrices of these rows and this damping are
+        what is fetched.
+        """
         self.segments = rows.segments
         self.damping = damping
-        self.matrices = dense_fisher(rows, damping, lambda k, part: reciprocal(damping[k] + row_squares(part)))
+
+        def make() -> dict[str, Tensor]:
+            matrices = dense_fisher(rows, damping, lambda k, part: reciprocal(damping[k] + row_squares(part)))
+            return {str(k): matrix for k, matrix in enumerate(matrices) if matrix is not None}
+
+        found = {int(k): matrix.to(rows.device) for k, matrix in fetch("datainf-matrices", make).items()}
+        self.matrices = [found.get(k) for k in range(len(rows.segments))]
 
     def apply(self, vectors: Tensor) -> Tensor:
         """(v - v G^T D G / n) / lambda."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from finetrace.curvature.fisher import FisherDual
 from finetrace.curvature.products import Products
 from finetrace.curvature.refinement import Solution, refined
-from finetrace.curvature.streamed import Streamed
+from finetrace.curvature.streamed import Fetch, Streamed, made
 from finetrace.curvature.train_rows import ColumnRows, TrainRows
 
 
@@ -20,10 +20,14 @@ class DualStream(Streamed):
 
     passes = True
 
-    def __init__(self, rows: ColumnRows, damping: Tensor, tolerance: float) -> None:
+    def __init__(self, rows: ColumnRows, damping: Tensor, tolerance: float, fetch: Fetch = made) -> None:
+        """`damping` is (S,) lambda; a segment whose damping is 0 is left out. The factors of these rows and this damping are
+        what is fetched.
+        """
         self.rows = rows
         self.damping = damping.to(rows.device)
         self.tolerance = tolerance
+        self.fetch = fetch
         self.found = Solution("dual")
 
     def apply(self, vectors: Tensor) -> Tensor:
@@ -65,6 +69,9 @@ class DualStream(Streamed):
         return gram
 
     def _factor(self, k: int) -> Tensor:
-        shifted = self._gram(k)
-        shifted.diagonal().add_(self.rows.n * float(self.damping[k]))
-        return torch.linalg.cholesky(shifted)
+        def make() -> dict[str, Tensor]:
+            shifted = self._gram(k)
+            shifted.diagonal().add_(self.rows.n * float(self.damping[k]))
+            return {"factor": torch.linalg.cholesky(shifted)}
+
+        return self.fetch(f"dual-factor-{k}", make)["factor"].to(self.rows.device)

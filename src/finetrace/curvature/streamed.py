@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from finetrace.curvature.train_rows import TrainRows
+
+Fetch = Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]  # what is kept by a name, or made now
+
+
+def made(name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+    """A `Fetch` that keeps nothing."""
+    return make()
 
 
 class Streamed(ABC):
