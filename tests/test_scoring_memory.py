@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,7 @@ from finetrace.attribution.ranked import rank
 from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
 from finetrace.curvature import Products
+from finetrace.errors import FinetraceError
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, ShardRecord
 from test_streaming import tiny_queries
@@ -160,6 +162,35 @@ def test_inner_products_are_kept_beside_what_a_method_holds(tmp_path: Path) -> N
     assert problem.keeping.get(index, index.blocks[0].name) is not None
     make("exact:solver=cg").matrix(problem)  # streams, within all of the memory
     assert problem.keeping.get(index, index.blocks[0].name) is None
+
+
+def test_products_over_all_blocks_are_kept_within_the_budget_too(tmp_path: Path) -> None:
+    n, m = 60, 4
+    index, features, exact = large(tmp_path / "index", n, 64), asked(m, 64), make("exact:scope=joint")
+    held = exact.held_bytes(Problem(index, tiny_queries(m), features))
+    both = (8 + 4) * n * (n + m)  # beside those of the one block
+    for memory, wanted in ((held + both - 1, False), (held + both, True)):
+        problem = Problem(index, tiny_queries(m), features, memory=memory)
+        exact.matrix(problem)
+        assert (problem.joint is problem.joint) is wanted
+    problem.keeping.reserve(memory)  # another method that takes all of it
+    assert problem.joint is not problem.joint
+    rows = index.gradients(slice(0, 64)).double()
+    torch.testing.assert_close(problem.joint.gram, rows @ rows.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("spec", "matrix"), [("dual", "600 x 600"), ("primal", "1,024 x 1,024")])
+def test_a_solver_that_the_memory_does_not_hold_is_refused(tmp_path: Path, spec: str, matrix: str) -> None:
+    index, features = large(tmp_path / "index", 600, 1024), asked(3, 1024)
+    problem = Problem(index, tiny_queries(3), features, memory=8 << 20)
+    with pytest.raises(
+        FinetraceError, match=f"the {spec} solver holds a matrix of {matrix} .* leave the solver to auto"
+    ):
+        make(f"exact:solver={spec}").matrix(problem)
+    found = make("exact").matrix(problem)
+    wanted = make("exact").matrix(Problem(index, tiny_queries(3), features, memory=1 << 30))
+    assert next(iter(problem.computed.values()))["solver"] in ("cg", "nystroem")
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4 * np.abs(wanted).max())
 
 
 def test_views_of_a_problem_keep_within_one_budget() -> None:

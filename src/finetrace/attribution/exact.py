@@ -24,9 +24,10 @@ from finetrace.curvature.dual import DualStream
 from finetrace.curvature.nystroem import Sketch, nystroem
 from finetrace.curvature.primal import PrimalStream
 from finetrace.curvature.refinement import default_tolerance
-from finetrace.curvature.solvers import Solver, choose, packed, sketch_rank
+from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, Solver, choose, packed, sketch_rank
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
+from finetrace.units import size
 
 
 @register("exact")
@@ -108,6 +109,7 @@ class Exact(ScopedMethod, StreamedMethod):
         """By the solver chosen."""
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         solver, tolerance = self._solver(at), self._tolerance(at.problem)
+        self._refuse_beyond(at)
         fetch = partial(at.fetch, damping=(self.damping, self.damping_rule))
         if solver == "dual":
             return DualStream(at.rows, damping, tolerance, fetch)
@@ -125,6 +127,18 @@ class Exact(ScopedMethod, StreamedMethod):
 
         found = {name: tensor.to(at.rows.device) for name, tensor in at.fetch("sketch", make, rank=rank).items()}
         return IterativeStream(at.rows, damping, tolerance, Sketch(**found), passed=passed)
+
+    def _refuse_beyond(self, at: Pass) -> None:
+        """Stop where the solver that was asked for holds a matrix that the memory does not."""
+        sides = {"dual": (at.rows.n, DUAL_BYTES), "primal": (max(at.widths), DENSE_BYTES)}
+        if self.solver in sides:
+            side, entry = sides[self.solver]
+            if (need := entry * side**2) > at.plan.memory:
+                raise FinetraceError(
+                    f"{self.label}: the {self.solver} solver holds a matrix of {side:,} x {side:,} and what becomes of it, "
+                    f"{size(need)}, more than the memory of {size(at.plan.memory)}; give it more (--memory), or leave the "
+                    "solver to auto."
+                )
 
     def _solver(self, at: Pass) -> Solver:
         if self.solver != "auto":

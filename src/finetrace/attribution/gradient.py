@@ -200,8 +200,8 @@ class ScopedMethod(SpannedMethod):
         """One part a block, or a single one."""
         if self.scope == "block":
             yield from super().parts(problem)
-        elif float(problem.joint.train_sq.max()) > 0:
-            yield self.inverse(problem.joint, sum(block.size for block in problem.blocks))
+        elif float((joint := problem.joint).train_sq.max()) > 0:
+            yield self.inverse(joint, sum(block.size for block in problem.blocks))
 
 
 def divide(values: Tensor, norms: Tensor) -> Tensor:

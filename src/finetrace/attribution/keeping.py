@@ -9,16 +9,16 @@ MOST = 2 << 30  # bytes
 
 
 class Keeping:
-    """The products of single blocks of a problem and of its views, within one budget.
+    """The products of single blocks of a problem and of its views, and of all blocks as one, within one budget.
 
-    An index's products are kept all or not at all.
+    Those of an index's single blocks are kept all or not at all.
     """
 
     def __init__(self, memory: int) -> None:
         """`memory` is the budget in bytes."""
         self._memory = memory
         self._room = min(MOST, memory)
-        self._taken: dict[Index, int] = {}
+        self._taken: dict[tuple[Index, str], int] = {}
         self._kept: dict[tuple[Index, str], Products] = {}
 
     def reserve(self, held: int) -> None:
@@ -32,10 +32,10 @@ class Keeping:
         """What is kept of a block."""
         return self._kept.get((index, block))
 
-    def put(self, index: Index, block: str, products: Products, whole: int) -> None:
-        """Keep a block's products, if those of all blocks, `whole` bytes, fit."""
-        if index not in self._taken:
+    def put(self, index: Index, block: str, products: Products, whole: int, together: str = "") -> None:
+        """Keep a block's products, if those of all that are kept `together` with them, `whole` bytes, fit."""
+        if (index, together) not in self._taken:
             if sum(self._taken.values()) + whole > self._room:
                 return
-            self._taken[index] = whole
+            self._taken[index, together] = whole
         self._kept[index, block] = products

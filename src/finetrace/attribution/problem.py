@@ -19,7 +19,7 @@ from finetrace.collection.factors import Labels
 from finetrace.curvature import KroneckerBasis, Products
 from finetrace.curvature.passes import Sizes
 from finetrace.curvature.passes import sizes as sizes_of
-from finetrace.curvature.products import Gradients, Kept, Made, inner_products, row_squares
+from finetrace.curvature.products import Gradients, Kept, Made, inner_products, row_squares, summed
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -107,7 +107,6 @@ class Problem:
             part = copy(self)  # shares the products of single blocks
             part.blocks = select(self.index.blocks, layers, self.index.manifest.model.layers)
             part._whole, part._parts, part.sums, part.computed = self, {}, {}, {}
-            part.__dict__.pop("joint", None)
             part.__dict__.pop("train_norms", None)
             self._parts[layers] = part
         return self._parts[layers]
@@ -141,7 +140,6 @@ class Problem:
         part.keeping = Keeping(self.memory)
         part._parts, part.sums, part.computed, part._kept_queries = {}, {}, {}, None
         part._whole, part._features, part._larger = None, None, (self, chosen)
-        part.__dict__.pop("joint", None)
         return part
 
     @property
@@ -221,24 +219,15 @@ class Problem:
     def _nothing(self) -> Tensor:
         return torch.zeros(self.m, self.n, dtype=torch.float64)
 
-    @cached_property
+    @property
     def joint(self) -> Products:
         """All blocks as one."""
-        cross = torch.zeros(self.m, self.n, dtype=torch.float64)
-        train_sq, query_sq = torch.zeros(self.n, dtype=torch.float64), torch.zeros(self.m, dtype=torch.float64)
-
-        def make() -> Tensor:
-            gram = torch.zeros(self.n, self.n, dtype=torch.float64)
-            for _, products in self.products():
-                gram += products.gram
-            return gram
-
-        gram = self.kept(self.blocks).fetch("joint", make)
-        for _, products in self.products():
-            cross += products.cross
-            train_sq += products.train_sq
-            query_sq += products.query_sq
-        return Products.known(gram, cross, train_sq, query_sq, self.kept(self.blocks))
+        name = f"joint: {' '.join(block.name for block in self.blocks)}"
+        found = self.keeping.get(self.index, name)
+        if found is None:
+            found = summed(lambda: (each for _, each in self.products()), self.m, self.n, self.kept(self.blocks))
+            self.keeping.put(self.index, name, found, 8 * self.n * (self.n + self.m), name)
+        return found
 
     @cached_property
     def train_norms(self) -> Tensor:

@@ -137,6 +137,25 @@ class Products:
         return self.gradients
 
 
+def summed(parts: Callable[[], Iterable[Products]], m: int, n: int, kept: Kept) -> Products:
+    """Several blocks as one, of (m, n) products C; K is taken from what is `kept`, or summed in a pass of its own."""
+
+    def make() -> Tensor:
+        gram = torch.zeros(n, n, dtype=torch.float64)
+        for part in parts():
+            gram += part.gram
+        return gram
+
+    gram = kept.fetch("joint", make)
+    cross = torch.zeros(m, n, dtype=torch.float64)
+    train_sq, query_sq = torch.zeros(n, dtype=torch.float64), torch.zeros(m, dtype=torch.float64)
+    for part in parts():
+        cross += part.cross
+        train_sq += part.train_sq
+        query_sq += part.query_sq
+    return Products.known(gram, cross, train_sq, query_sq, kept)
+
+
 def inner_products(left: Tensor, right: Tensor) -> Tensor:
     """(a, b) inner products of (a, d) and (b, d) rows, float64: those of `COLUMNS` entries at a time, summed."""
     total = torch.zeros(len(left), len(right), dtype=torch.float64, device=left.device)
