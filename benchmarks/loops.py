@@ -5,8 +5,9 @@ iteration and one row after another, each product of two matrices entry by entry
 squared entry of a matrix), and for LiSSA the damping subtracted and the update divided by 1000. They are run for one query over
 all matrices of the embedded model's adapter and counted as often as there are queries; every score of that query is compared.
 Beside them stand the same formulas of this library on all queries, once with nothing computed before and once with the inner
-products of the training rows in the index's cache; and the two products of matrices alone that DataInf cannot do without, float32
-in memory: queries with rows, and that with the rows' Gram matrix. Everything is random numbers; ratios are of times within one round.
+products of the training rows in the index's cache; and the two products of matrices that DataInf cannot do without, in float32
+with all operands in memory: queries with rows, and that with the Gram matrix of the rows. Everything is random numbers; ratios
+are of times within one round.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def main() -> None:
         print(
             f"{spec}: loop {base:,.0f} s (one query's, times {args.queries}), scores apart by {apart:.0e}", flush=True
         )
-        for name in ("cold", "cached", "products"):
+        for name in ("cold", "cached", "products") if loop is loop_datainf else ("cold", "cached"):
             ratios = sorted(a / b for a, b in zip(times["loop"], times[name], strict=True))
             print(
                 f"  {TITLES[name]}: {statistics.median(times[name]):.2f} s, {statistics.median(ratios):,.0f} times faster "
