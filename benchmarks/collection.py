@@ -2,8 +2,10 @@
 
 The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
 response positions alone. Floor and collection run in turn; the ratio is taken within each round. `--kronecker` times the
-index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries. Shares of the matrix rate are what
-the plain pass multiplies for unpadded tokens, a second, over the fastest of three products timed in the same round.
+index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries. `--task NAME --size S` takes a
+task's rows; with `--kronecker` its queries too, if they have responses: the index with factors, the queries' gradients and
+their scores by `ekfac` together, over the floor of rows and queries. Shares of the matrix rate are what the plain pass
+multiplies for unpadded tokens, a second, over the fastest of three products timed in the same round.
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from finetrace.attribution import Problem, make
 from finetrace.batching import length_batches
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoded, Encoder
@@ -25,7 +28,7 @@ from finetrace.examples import Example
 from finetrace.forward import Batch, example_losses, token_losses
 from finetrace.index import build_index
 from finetrace.models import EMBEDDED, Loaded, ModelSpec, load
-from finetrace.tasks import mixed
+from finetrace.tasks import TASKS, build
 
 
 def with_adapter(dtype: str, model: str = EMBEDDED) -> Loaded:
@@ -94,18 +97,24 @@ def matrix_rate(dtype: torch.dtype) -> float:
 def main() -> None:
     """Print one line a dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=96)
+    parser.add_argument("--task", choices=list(TASKS), default="mixed-large")
+    parser.add_argument("--size", type=float, default=1.0, help="of the task")
+    parser.add_argument("--rows", type=int, help="the first of the task's; 96, or all where a size is given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kronecker", action="store_true")
     args = parser.parse_args()
-    examples = list(mixed().train[: args.rows])
+    task = build(args.task, size=args.size)
+    examples = list(task.train[: args.rows or (96 if args.size == 1.0 else None)])
+    asked = [query for query in task.queries if query.has_response]
     for dtype in args.dtype:
-        print(measure(dtype, examples, args.rounds, args.batch_tokens, args.kronecker), flush=True)
+        print(measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker), flush=True)
 
 
-def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int, kronecker: bool) -> str:
+def measure(
+    dtype: str, examples: list[Example], asked: list[Example], rounds: int, batch_tokens: int, kronecker: bool
+) -> str:
     """Floor, collection in memory and index on disk in turn; the ratios of each round."""
     loaded = with_adapter(dtype)
     encoder = Encoder(loaded.tokenizer)
@@ -115,15 +124,19 @@ def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int,
     collector = Collector(loaded.model, track(loaded.model), batch_tokens=batch_tokens)
     ids = [example.id for example in examples]
 
-    def index(labels: Literal["model"] | None = None) -> None:
+    def index(labels: Literal["model"] | None = None, queries: Sequence[Example] = ()) -> None:
         with tempfile.TemporaryDirectory() as work:
-            build_index(loaded, examples, Path(work) / "index", encoder, batch_tokens=batch_tokens, kronecker=labels)
+            folder = Path(work) / "index"
+            made, _ = build_index(loaded, examples, folder, encoder, batch_tokens=batch_tokens, kronecker=labels)
+            if queries:
+                make("ekfac").score(Problem(made, queries))
 
     contenders: list[Callable[[], object]] = [
         lambda: floor(loaded, items, batch_tokens),
         lambda: collector.collect(items, ids),
         index,
         *([lambda: index("model")] if kronecker else []),
+        *([lambda: index("model", asked)] if kronecker and asked else []),
     ]
     floor(loaded, items[:8], batch_tokens)  # warm up
     peak, times = [], []
@@ -134,7 +147,11 @@ def measure(dtype: str, examples: list[Example], rounds: int, batch_tokens: int,
     shares = [[needed / each[i] / rate for each, rate in zip(times, peak, strict=True)] for i in (0, 1)]
     base = statistics.median(each[0] for each in times)
     ratio, disk, *factors = ([each[i] / each[0] for each in times] for i in range(1, len(contenders)))
-    fitted = "".join(f"; with EK-FAC's factors {_spread(each)}" for each in factors)
+    fitted = f"; with EK-FAC's factors {_spread(factors[0])}" if factors else ""
+    if len(factors) > 1:
+        more = 1 + sum(len(item.ids) for item in encoder.encode_all(asked)[0]) / sum(lengths)
+        whole = _spread([each / more for each in factors[1]])
+        fitted += f"; EK-FAC of {len(asked)} queries, end to end, over the floor of rows and queries {whole}"
     return (
         f"{dtype}: floor {base:.2f} s ({sum(lengths) / base:.0f} tokens/s, {len(items)} rows, padding "
         f"{padded / sum(lengths) - 1:.1%}); collection / floor median {_spread(ratio)}; "
