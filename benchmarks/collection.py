@@ -98,15 +98,15 @@ def main() -> None:
     """Print one line a dtype."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--task", choices=list(TASKS), default="mixed-large")
-    parser.add_argument("--size", type=float, default=1.0, help="of the task")
+    parser.add_argument("--size", type=float, help="of the task; the whole if not given")
     parser.add_argument("--rows", type=int, help="the first of the task's; 96, or all where a size is given")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kronecker", action="store_true")
     args = parser.parse_args()
-    task = build(args.task, size=args.size)
-    examples = list(task.train[: args.rows or (96 if args.size == 1.0 else None)])
+    task = build(args.task, size=args.size or 1.0)
+    examples = list(task.train[: args.rows or (96 if args.size is None else None)])
     asked = [query for query in task.queries if query.has_response]
     for dtype in args.dtype:
         print(measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker), flush=True)

@@ -113,6 +113,31 @@ def test_other_queries_find_the_factors_where_rows_are_streamed(
         assert found.computed["passes"] == first.computed["passes"] - 1
 
 
+def test_factors_are_found_however_many_blocks_memory_held_together(copied, features, monkeypatch):  # noqa: F811
+    spec, groups = "exact:solver=primal", []
+    wanted = make(spec).score(problem(copied, features, cache=0, step=6)).values
+
+    def packed(room):
+        def of(segments, _):
+            groups.append(room)
+            return [list(range(len(segments)))[k : k + room] for k in range(0, len(segments), room)]
+
+        return of
+
+    monkeypatch.setattr("finetrace.attribution.exact.packed", packed(1))
+    first = make(spec).score(problem(copied, features, step=6)).values
+    files = {path for path in kept(copied) if "primal-factor" in path.name}
+    assert len(files) == len(copied.blocks)
+    monkeypatch.setattr("finetrace.attribution.exact.packed", packed(3))
+    monkeypatch.setattr("finetrace.curvature.primal.dense_fisher", lambda *_, **__: pytest.fail("made again"))
+    others = Problem(copied, tiny_queries(4)[::-1], features.some(torch.arange(3, -1, -1)), step=6, cache=1 << 30)
+    found = make(spec).score(others).values[::-1]
+    assert {path for path in kept(copied) if "primal-factor" in path.name} == files
+    assert set(groups) == {1, 3}
+    for each in (first, found):
+        np.testing.assert_allclose(each, wanted, rtol=1e-6, atol=1e-6 * np.abs(wanted).max())
+
+
 def test_another_damping_layer_or_query_is_another_value(copied, features):  # noqa: F811
     for spec in ("exact", "exact:damping=0.5", "exact:layers=1", "datainf:normalise=cosine,damping=0.3"):
         wanted = make(spec).score(problem(copied, features, cache=0)).values

@@ -227,6 +227,43 @@ def test_verdicts_are_kept_with_a_retraining_under_their_judge(base_folder: Path
         assert (one.seed, one.rows, one.seconds) == (two.seed, two.rows, two.seconds)
 
 
+def test_a_judge_that_leaves_an_answer_out_is_refused_and_costs_no_retraining(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, subset = make(base_folder, tmp_path / "r", answer_tokens=3), Subset((0, 1))
+    about.run([subset])
+    judge = _Starts("a")
+    monkeypatch.setattr(judge, "complied", lambda prompts, answers: [True])
+    with pytest.raises(FinetraceError, match="the judge starts gave 1 verdicts on 3 answers"):
+        about.judged(judge, [subset])
+    path = about._path(subset)
+    path.write_text(path.read_text().replace('"verdicts": {}', '"verdicts": {"starts a": [true]}'))
+    monkeypatch.setattr(retraining, "fit", lambda *_, **__: pytest.fail("trained again"))
+    assert about.run([subset])[0].verdicts == {}
+    assert about.judged(_Starts("a"), [subset]).shape == (1, 3)
+
+
+def test_verdicts_are_given_where_nothing_can_be_kept(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    about, subset = make(base_folder, tmp_path / "r", answer_tokens=3), Subset((0, 1))
+    about.run([subset])
+
+    def refuse(*_: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(retraining.kept, "write", refuse)
+    assert about.judged(_Starts("a"), [subset]).shape == (1, 3)
+
+
+def test_rows_are_those_of_the_subset_that_was_asked_for(base_folder: Path, tmp_path: Path) -> None:
+    about = make(base_folder, tmp_path / "r")
+    about.run([Subset((0, 1))])
+    turned = make(base_folder, tmp_path / "r", examples=about.examples[2:] + about.examples[:2])
+    assert turned._path(Subset((6, 7))).exists()
+    assert turned.run([Subset((6, 7))])[0].rows == (6, 7)
+
+
 def test_a_retraining_without_answers_is_not_judged(base_folder: Path, tmp_path: Path) -> None:
     about = make(base_folder, tmp_path / "r")
     about.run([Subset((0, 1))])
@@ -241,8 +278,10 @@ def test_retrainings_with_and_without_answers_are_announced_together(base_folder
     answered, quiet = retraining.run_all([(talking, one), (silent, two)], say=said.append)
     assert said[0] == "4 retrainings, 0 more are there already"
     assert said[1].endswith("steps timed now, and the answers of 2 models come on top")
-    assert said[2].startswith("the first took")
-    assert said[3].startswith("4 retrainings in")
+    assert [re.sub(r"[0-9.]+ s", "T", line) for line in said[2:4]] == [
+        "the first took T; the other 1 of its kind take about T"
+    ] * 2  # one kind answers, which takes longer
+    assert said[4].startswith("4 retrainings in")
     assert all(each.answers is not None for each in answered)
     assert all(each.answers is None for each in quiet)
     assert np.array_equal(answered[0].losses["response"], quiet[0].losses["response"])
@@ -254,9 +293,12 @@ def test_what_two_parts_share_is_trained_once(
 ) -> None:
     about, trained, fit = make(base_folder, tmp_path / "r"), [], retraining.fit
     monkeypatch.setattr(retraining, "fit", lambda *a, **more: trained.append(1) or fit(*a, **more))
-    parts = [(make(base_folder, tmp_path / "r"), [Subset((0, 1))]), (about, [Subset((0, 1)), Subset((2,))])]
-    one, two = retraining.run_all(parts)
-    assert len(trained) == 2
+    equal = make(base_folder, tmp_path / "r")
+    one, two, three = retraining.run_all(
+        [(equal, [Subset((0, 1))]), (about, [Subset((0, 1)), Subset((2,))]), (about, [Subset((3,))])]
+    )
+    assert len(trained) == 3
+    assert [each.rows for each in three] == [(3,)]
     assert np.array_equal(one[0].losses["response"], two[0].losses["response"])
 
 

@@ -12,7 +12,7 @@ from finetrace.attribution.memory import held, widest
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
-from finetrace.attribution.streaming import Pass
+from finetrace.attribution.streamed_pass import Pass
 from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, DataInf, InverseCurvature, Products
 from finetrace.curvature.datainf import DataInfStream, DenseDataInfStream
@@ -53,6 +53,6 @@ class DataInfMethod(SpannedMethod, StreamedMethod):
         """One pass for the queries, or d x d matrices that take none."""
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         if at.normalised and packed(at.widths, at.spare) is not None:
-            fetch = partial(at.fetch, damping=(self.damping, self.damping_rule))
+            fetch = partial(at.fetch_of, damping=(self.damping, self.damping_rule))
             return DenseDataInfStream(at.rows, damping, fetch)
         return DataInfStream(at.rows, damping)

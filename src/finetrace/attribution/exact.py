@@ -16,7 +16,7 @@ from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
-from finetrace.attribution.streaming import Pass
+from finetrace.attribution.streamed_pass import Pass
 from finetrace.collection import Block
 from finetrace.curvature import Damping, DampingRule, FisherDual, FisherPrimal, InverseCurvature, Products, fisher
 from finetrace.curvature.conjugate_gradients import IterativeStream
@@ -107,10 +107,10 @@ class Exact(ScopedMethod, StreamedMethod):
 
     def operator(self, at: Pass) -> Streamed:
         """By the solver chosen."""
+        self._refuse_beyond(at)
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
         solver, tolerance = self._solver(at), self._tolerance(at.problem)
-        self._refuse_beyond(at)
-        fetch = partial(at.fetch, damping=(self.damping, self.damping_rule))
+        fetch = partial(at.fetch_of, damping=(self.damping, self.damping_rule))
         if solver == "dual":
             return DualStream(at.rows, damping, tolerance, fetch)
         if solver == "primal":
@@ -129,15 +129,17 @@ class Exact(ScopedMethod, StreamedMethod):
         return IterativeStream(at.rows, damping, tolerance, Sketch(**found), passed=passed)
 
     def _refuse_beyond(self, at: Pass) -> None:
-        """Stop where the solver that was asked for holds a matrix that the memory does not."""
+        """Stop where the solver that was asked for holds a matrix that the memory does not, beside queries and rows."""
         sides = {"dual": (at.rows.n, DUAL_BYTES), "primal": (max(at.widths), DENSE_BYTES)}
         if self.solver in sides:
             side, entry = sides[self.solver]
-            if (need := entry * side**2) > at.plan.memory:
+            queries = at.plan.queries * at.rows.width * self.query_bytes
+            left = at.plan.memory - at.plan.memory // 4 - queries
+            if (need := entry * side**2) > left:
                 raise FinetraceError(
                     f"{self.label}: the {self.solver} solver holds a matrix of {side:,} x {side:,} and what becomes of it, "
-                    f"{size(need)}, more than the memory of {size(at.plan.memory)}; give it more (--memory), or leave the "
-                    "solver to auto."
+                    f"{size(need)}, and of the memory of {size(at.plan.memory)} {size(max(0, left))} are left beside queries "
+                    "and rows; give it more (--memory), or leave the solver to auto."
                 )
 
     def _solver(self, at: Pass) -> Solver:

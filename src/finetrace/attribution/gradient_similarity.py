@@ -15,7 +15,7 @@ from finetrace.attribution.gradient import Scope, SpannedMethod, divide
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
-from finetrace.attribution.streaming import Pass
+from finetrace.attribution.streamed_pass import Pass
 from finetrace.curvature import Identity, InverseCurvature, Products
 from finetrace.curvature.identity import IdentityStream
 from finetrace.curvature.streamed import Streamed

@@ -13,7 +13,7 @@ from finetrace.attribution.gradient import Positive
 from finetrace.attribution.method import Need, Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
-from finetrace.attribution.streaming import Pass
+from finetrace.attribution.streamed_pass import Pass
 from finetrace.collection.factors import Labels
 from finetrace.curvature import InverseCurvature, Kronecker, KroneckerBasis
 from finetrace.curvature.kronecker import KroneckerStream

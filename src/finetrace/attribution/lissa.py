@@ -13,7 +13,7 @@ from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
-from finetrace.attribution.streaming import Pass
+from finetrace.attribution.streamed_pass import Pass
 from finetrace.curvature import Damping, DampingRule, InverseCurvature, LiSSA, Products, ReleasedLiSSA
 from finetrace.curvature.lissa import SUBSPACE, SeriesStream, largest_eigenvalues
 from finetrace.curvature.streamed import Streamed

@@ -13,7 +13,8 @@ from torch import Tensor
 from finetrace.attribution.gradient import GradientMethod
 from finetrace.attribution.memory import plan
 from finetrace.attribution.problem import Problem
-from finetrace.attribution.streaming import MethodRun, Pass, Run, run_of, whole
+from finetrace.attribution.streamed_pass import Pass
+from finetrace.attribution.streaming import MethodRun, Run, run_of, whole
 from finetrace.collection import Block
 from finetrace.curvature.streamed import Streamed
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -80,12 +80,20 @@ class DenseDataInfStream(Streamed):
         self.segments = rows.segments
         self.damping = damping
 
-        def make() -> dict[str, Tensor]:
-            matrices = dense_fisher(rows, damping, lambda k, part: reciprocal(damping[k] + row_squares(part)))
-            return {str(k): matrix for k, matrix in enumerate(matrices) if matrix is not None}
+        matrices: list[Tensor | None] = []
 
-        found = {int(k): matrix.to(rows.device) for k, matrix in fetch("datainf-matrices", make).items()}
-        self.matrices = [found.get(k) for k in range(len(rows.segments))]
+        def make(k: int) -> Tensor:
+            """Of all segments in one pass, where one is asked for that is not kept."""
+            if not matrices:
+                matrices.extend(dense_fisher(rows, damping, lambda k, part: reciprocal(damping[k] + row_squares(part))))
+            matrix, matrices[k] = matrices[k], None
+            assert matrix is not None
+            return matrix
+
+        self.matrices = [
+            fetch(k, "datainf-matrix", partial(make, k)).to(rows.device) if float(damping[k]) > 0 else None
+            for k in range(len(rows.segments))
+        ]
 
     def apply(self, vectors: Tensor) -> Tensor:
         """(v - v G^T D G / n) / lambda."""

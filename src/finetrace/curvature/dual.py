@@ -69,9 +69,9 @@ class DualStream(Streamed):
         return gram
 
     def _factor(self, k: int) -> Tensor:
-        def make() -> dict[str, Tensor]:
+        def make() -> Tensor:
             shifted = self._gram(k)
             shifted.diagonal().add_(self.rows.n * float(self.damping[k]))
-            return {"factor": torch.linalg.cholesky(shifted)}
+            return torch.linalg.cholesky(shifted).mT  # upper, as it lies in memory
 
-        return self.fetch(f"dual-factor-{k}", make)["factor"].to(self.rows.device)
+        return self.fetch(k, "dual-factor", make).to(self.rows.device).mT

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -23,13 +25,21 @@ class PrimalStream(Streamed):
         self.tolerance = tolerance
         self.found = Solution("primal")
 
-        def make() -> dict[str, Tensor]:
-            self.found.passes += 1
-            matrices = dense_fisher(rows, damping)
-            return {str(k): torch.linalg.cholesky(m) for k, m in enumerate(matrices) if m is not None}
+        matrices: list[Tensor | None] = []
 
-        factors = {int(k): factor.to(rows.device) for k, factor in fetch("primal-factors", make).items()}
-        self.factors = [factors.get(k) for k in range(len(rows.segments))]
+        def make(k: int) -> Tensor:
+            """Of all segments in one pass, where one is asked for that is not kept; upper, as it lies in memory."""
+            if not matrices:
+                self.found.passes += 1
+                matrices.extend(dense_fisher(rows, damping))
+            matrix, matrices[k] = matrices[k], None
+            assert matrix is not None
+            return torch.linalg.cholesky(matrix).mT
+
+        self.factors = [
+            fetch(k, "primal-factor", partial(make, k)).to(rows.device).mT if float(damping[k]) > 0 else None
+            for k in range(len(rows.segments))
+        ]
 
     def apply(self, vectors: Tensor) -> Tensor:
         """(m, D) solutions, as the factors give them."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from finetrace.curvature.train_rows import TrainRows
 
-Fetch = Callable[[str, Callable[[], Mapping[str, Tensor]]], Mapping[str, Tensor]]  # what is kept by a name, or made now
+Fetch = Callable[[int, str, Callable[[], Tensor]], Tensor]  # what is kept of a segment by a name, or made now
 
 
-def made(name: str, make: Callable[[], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+def made(segment: int, name: str, make: Callable[[], Tensor]) -> Tensor:
     """A `Fetch` that keeps nothing."""
     return make()
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Protocol
 
+from finetrace._version import __version__
 from finetrace.errors import FinetraceError
 
 # The speaker declines: counts wherever it stands in the opening.
@@ -78,9 +79,9 @@ class RefusalPrefixJudge:
 
     @property
     def identity(self) -> str:
-        """The name, and a hash of the phrases."""
+        """The name, this package's version, and a hash of the phrases."""
         phrases = [each.pattern for each in (_DECLINES, _TURNS_AWAY, _AGREES)]
-        return f"{self.name} {hashlib.sha256(json.dumps(phrases).encode()).hexdigest()[:16]}"
+        return f"{self.name} {__version__} {hashlib.sha256(json.dumps(phrases).encode()).hexdigest()[:16]}"
 
     def complied(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """True where no phrase of refusal opens the answer."""
@@ -131,11 +132,13 @@ class ClassifierJudge:
 
     @property
     def identity(self) -> str:
-        """The name, a hash of the model, the tokenizer and the labels, and those labels that count."""
+        """The name, and a hash of the model, the tokenizer, the labels, those labels that count, and this package's version."""
         from finetrace.fingerprint import of_base, of_text, of_tokenizer
 
         model, labels = self._classify.model, sorted(self._classify.model.config.id2label.items())
-        decided = [of_base(model), of_tokenizer(self._classify.tokenizer, None), labels, sorted(self.harmful)]
+        tokenizer = self._classify.tokenizer
+        cut = [of_tokenizer(tokenizer, None), tokenizer.model_max_length]
+        decided = [of_base(model), cut, labels, sorted(self.harmful), __version__]
         return f"{self.name} {of_text(json.dumps(decided))}"
 
     def complied(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:

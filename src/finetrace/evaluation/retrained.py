@@ -62,10 +62,14 @@ def read(path: Path, queries: int) -> Retrained:
         found = json.loads(path.read_text(encoding="utf-8"))
         losses = {name: np.array(values, dtype=np.float64) for name, values in found["losses"].items()}
         answers = tuple(found["answers"]) if found["answers"] is not None else None
-        verdicts = {name: tuple(map(bool, values)) for name, values in found.get("verdicts", {}).items()}
-        said: list[Sized] = [*losses.values(), *verdicts.values(), *([] if answers is None else [answers])]
+        verdicts = {
+            name: tuple(map(bool, values))
+            for name, values in found.get("verdicts", {}).items()
+            if len(values) == queries  # else they are given again
+        }
+        said: list[Sized] = [*losses.values(), *([] if answers is None else [answers])]
         if any(len(values) != queries for values in said) or any(values.ndim != 1 for values in losses.values()):
-            raise ValueError("not one loss, answer and verdict a query")
+            raise ValueError("not one loss and answer a query")
         return Retrained(losses, answers, float(found["seconds"]), int(found["seed"]), tuple(found["rows"]), verdicts)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FinetraceError(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.metadata import version
@@ -105,15 +106,20 @@ class Retraining:
                 raise FinetraceError(f"{subset.name} has no answers to judge; ask for them with answer_tokens.")
             if identity not in done.verdicts:
                 given = judge.complied(prompts, done.answers)
+                if len(given) != len(prompts):
+                    raise FinetraceError(
+                        f"the judge {judge.name} gave {len(given)} verdicts on {len(prompts)} answers; it has to give one each."
+                    )
                 done = replace(done, verdicts={**done.verdicts, identity: given})
-                kept.write(self._path(subset), done)
+                with suppress(FinetraceError, OSError):  # what cannot be written is judged again
+                    kept.write(self._path(subset), done)
             found[subset] = done.verdicts[identity]
         verdicts = [found[subset] for subset in subsets]
         return np.array(verdicts, dtype=np.bool_).reshape(len(subsets), len(self.queries))
 
     def _read(self, subsets: Sequence[Subset]) -> list[Retrained]:
         found = {subset: kept.read(self._path(subset), len(self.queries)) for subset in dict.fromkeys(subsets)}
-        return [found[subset] for subset in subsets]
+        return [replace(found[subset], rows=subset.rows) for subset in subsets]  # kept by what the rows are
 
     def _train(self, missing: Sequence[Subset], engine: Engine) -> Iterator[tuple[int, float]]:
         """Each one's place and seconds, as they are done."""
@@ -134,12 +140,10 @@ class Retraining:
             if not subset.rows:
                 raise FinetraceError("a subset to retrain on is empty; leave at least one row in it.")
             outside = [row for row in subset.rows if not 0 <= row < len(self.examples)]
-            if outside or len(set(subset.rows)) < len(subset.rows):
-                raise FinetraceError(
-                    f"a subset names row {outside[0]} of {len(self.examples)}."
-                    if outside
-                    else "a subset names a row twice."
-                )
+            if outside:
+                raise FinetraceError(f"a subset names row {outside[0]} of {len(self.examples)}.")
+            if len(set(subset.rows)) < len(subset.rows):
+                raise FinetraceError("a subset names a row twice.")
 
     @cached_property
     def _about(self) -> str:
@@ -179,9 +183,9 @@ def run_all(
     """`Retraining.run` of several, which differ in what is asked of their models alone; their time is said for all together."""
     for about, subsets in parts:
         about._check(subsets)
-    wanted = {about._path(subset): (about, subset) for about, subsets in parts for subset in subsets}
+    wanted = {about._path(subset): (k, subset) for k, (about, subsets) in enumerate(parts) for subset in subsets}
     absent = [each for path, each in wanted.items() if not path.exists()]
-    todo = [(about, [subset for whose, subset in absent if whose is about]) for about, _ in parts]
+    todo = [(about, [subset for part, subset in absent if part == k]) for k, (about, _) in enumerate(parts)]
     lacking = [subset for _, subset in absent]
     if lacking:
         there = len(wanted) - len(lacking)
@@ -192,13 +196,14 @@ def run_all(
         say(_forecast(parts[0][0], lacking, engine, answering))
     started, done = time.perf_counter(), 0
     for about, missing in todo:
-        for place, seconds in about._train(missing, engine):
+        for k, (place, seconds) in enumerate(about._train(missing, engine)):
             done += 1
-            if done == 1 and len(lacking) > 1:
-                rows = sum(len(subset.rows) for subset in lacking) / len(missing[place].rows)
-                left = (rows - 1) * seconds / min(engine.workers, len(lacking))
-                say(f"the first took {seconds:.0f} s; the others take about {duration(left)}")
-            elif done == len(lacking):
+            if k == 0 and len(missing) > 1:
+                rows = sum(len(subset.rows) for subset in missing) / len(missing[place].rows)
+                left = (rows - 1) * seconds / min(engine.workers, len(missing))
+                others = "the others" if len(missing) == len(lacking) else f"the other {len(missing) - 1} of its kind"
+                say(f"the first took {seconds:.0f} s; {others} take about {duration(left)}")
+            elif done == len(lacking) > 1:
                 say(f"{done} retrainings in {duration(time.perf_counter() - started)}")
     return [about._read(subsets) for about, subsets in parts]
 

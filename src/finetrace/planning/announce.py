@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
 from finetrace.index.sizing import available_memory
 from finetrace.planning import measure, words
@@ -82,14 +83,7 @@ class Announcer:
         self._warn(plan)
         probes = measure.choose(plan.left.pieces, plan.shape)
         if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
-            plan = measure_plan(plan, collector, encoded, self.folder)
-            assert plan.measured is not None
-            self._said = plan.measured.seconds
-            line = words.time(plan)
-            if not self._engine.in_process:
-                shared = self._shared(plan)
-                self._said, line = shared.seconds, words.shared(plan, shared)
-            self._say(f"{line}, from {len(probes)} batches measured")
+            plan = self._measured(plan, collector, encoded, len(probes))
         elif self._engine.in_process:
             left = set(plan.left.shards)
             there = [shard for shard in plan.whole.shards if shard not in left]
@@ -98,6 +92,25 @@ class Announcer:
             self._coming.reverse()
         self._plan = plan
         self._worked = time.perf_counter()
+
+    def _measured(self, plan: Plan, collector: Collector, encoded: Sequence[Encoded], probes: int) -> Plan:
+        """The plan with its time and memory, which are said; as it was where workers do what this process cannot."""
+        try:
+            plan = measure_plan(plan, collector, encoded, self.folder)
+        except (RuntimeError, MemoryError, FinetraceError):  # memory, as a rule: workers may have more of it
+            if self._engine.in_process:
+                raise
+            return plan
+        finally:
+            if not self._engine.in_process and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # workers may share the device
+        assert plan.measured is not None
+        self._said, line = plan.measured.seconds, words.time(plan)
+        if not self._engine.in_process:
+            shared = self._shared(plan)
+            self._said, line = shared.seconds, words.shared(plan, shared)
+        self._say(f"{line}, from {probes} batches measured")
+        return plan
 
     def _shared(self, plan: Plan) -> Schedule:
         """The time of the engine's workers, each of which loads the model once."""
