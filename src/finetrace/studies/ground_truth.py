@@ -154,7 +154,7 @@ GROUND_TRUTH = Study(
     "ground-truth",
     "beyond",
     "LDS, removal and tail patch of every method, by retraining on five tasks",
-    55,
+    130,
     1,
     pieces,
     outcome,
