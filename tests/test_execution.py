@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from collections import deque
+from collections.abc import Hashable
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from finetrace.errors import FinetraceError
 from finetrace.execution import run_each
+from finetrace.execution.dispatch import TRIES, Event, Pool, dispatch
 
 
 def square(number: int) -> int:
@@ -68,3 +71,36 @@ def test_a_worker_that_dies_is_one_sentence() -> None:
         list(run_each(die, [0, 1, 2], 2))
     with pytest.raises(FinetraceError, match="--workers 0"):
         list(run_each(square, [1], 0))
+
+
+class Frail(Pool):
+    """One worker does an item and dies when it has none, as on machines that come and go; the first `unborn` never get that far."""
+
+    def __init__(self, unborn: int) -> None:
+        self.unborn, self.started, self.events = unborn, 0, deque[Event]()
+
+    def start(self) -> None:
+        self.started += 1
+        if self.started <= self.unborn:
+            self.events.append(Event(self.started, "died", "killed"))
+        else:
+            self.events.append(Event(self.started, "ready"))
+
+    def give(self, worker: Hashable, item: int) -> None:
+        self.events.append(Event(worker, "done", item * item))
+        self.events.append(Event(f"idle {self.started}", "died", "killed"))
+
+    def wait(self) -> list[Event]:
+        return [self.events.popleft()]
+
+    def close(self) -> None:
+        pass
+
+
+def test_workers_that_come_and_go_do_not_end_a_run_that_goes_on() -> None:
+    assert dict(dispatch(Frail(TRIES - 1), list(range(6)), 1)) == {k: k * k for k in range(6)}
+
+
+def test_workers_that_never_begin_end_it() -> None:
+    with pytest.raises(FinetraceError, match="died 3 times while it had nothing to do and nothing was done meanwhile"):
+        dict(dispatch(Frail(TRIES), [1, 2], 1))

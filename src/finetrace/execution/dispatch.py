@@ -68,7 +68,8 @@ def dispatch(
     finished and its results come before the error.
 
     Raises:
-        FinetraceError: An item has been begun `TRIES` times and its worker died each time, or so did workers that had none.
+        FinetraceError: An item has been begun `TRIES` times and its worker died each time, or so many workers that had none
+            died while no item was done.
     """
     waiting = deque(range(len(items)))
     given: dict[Hashable, int] = {}
@@ -85,6 +86,7 @@ def dispatch(
             if event.kind != "died":
                 idle.add(event.worker)
             if event.kind == "done" and place is not None:
+                unborn = 0  # work goes on, so that machines which come and go over a long run do not end it
                 yield place, event.value
             elif event.kind == "failed":
                 failure = failure or event.value
@@ -123,6 +125,7 @@ def _hopeless(
         )
     if unborn >= TRIES:
         return FinetraceError(
-            f"a worker process died {TRIES} times while it had nothing to do ({how}); try again with fewer --workers. {kept}"
+            f"a worker process died {TRIES} times while it had nothing to do and nothing was done meanwhile ({how}); try again "
+            f"with fewer --workers. {kept}"
         )
     return None
