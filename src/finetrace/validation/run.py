@@ -179,7 +179,11 @@ def _retrained(
     kept = [each.kept(n) for each in gone]
     named_rows, seeds_each = under([again.everything, *kept]), config.seeds
     talking = replace(again, answer_tokens=ANSWER_TOKENS if judge is not None and kept else 0)
-    told, drawn = run_all([(talking, named_rows), (again, under(members))], workers=workers, say=say)
+    if talking.answer_tokens:
+        told, drawn = run_all([(talking, named_rows), (again, under(members))], workers=workers, say=say)
+    else:  # all alike, so that no worker waits for one kind to end
+        done = again.run(named_rows + under(members), workers=workers, say=say)
+        told, drawn = done[: len(named_rows)], done[len(named_rows) :]
     whole, removed = told[:seeds_each], told[seeds_each:]
     before = losses(whole)[0]
     after = losses(drawn).transpose(1, 0, 2) if members else before[:, None]
