@@ -301,7 +301,7 @@ def test_workers_are_as_fast_as_their_cores(tiny_loaded, tmp_path, monkeypatch, 
 
 
 def test_an_index_of_workers_says_their_time_before_they_begin(tiny_loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr("finetrace.planning.announce.SHARE", 1.0)
+    monkeypatch.setattr("finetrace.planning.announce.WORKERS_SHARE", 1.0)
     examples, said = make_examples(60), []
     announcer = Announcer(said.append, Engine("processes", 4))
 

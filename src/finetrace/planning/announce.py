@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from finetrace.index.manifest import Manifest
 
 SHARE = 0.02  # of the work that measuring may cost before it begins; else the work's own first batches are looked at
+WORKERS_SHARE = 0.1  # the same where workers do it, whose own batches are not heard
 BATCHES = 3  # of its own that are looked at, at least, after the one that warms up
 TITLE = "collecting gradients"
 
@@ -39,9 +40,10 @@ class Announcer:
     """Says what an index will take.
 
     Counts and disk are said before anything is written. Time and memory are measured on a few batches where those are at
-    most `SHARE` of the work; else the time is said once the work's own first batches, `SHARE` of it and `BATCHES` at least,
-    are done. Workers are taken to be as fast as this process by thread, or each on a device like this one; nothing is heard of
-    their batches, so of work too short to be measured beforehand no time is said. The last line is how long it took.
+    most `SHARE` of the work, or `WORKERS_SHARE` with workers; else the time is said once the work's own first batches, `SHARE`
+    of it and `BATCHES` at least, are done. Workers are taken to be as fast as this process by thread, or each on a device like
+    this one; nothing is heard of their batches, so of work too short to be measured beforehand no time is said. The last line
+    is how long it took.
     """
 
     def __init__(self, say: Callable[[str], None], engine: Engine = Engine()) -> None:
@@ -82,7 +84,8 @@ class Announcer:
         self._say(words.disk(plan))
         self._warn(plan)
         probes = measure.choose(plan.left.pieces, plan.shape)
-        if probes and sum(piece.padded for piece in probes) <= SHARE * plan.left.padded:
+        share = SHARE if self._engine.in_process else WORKERS_SHARE
+        if probes and sum(piece.padded for piece in probes) <= share * plan.left.padded:
             plan = self._measured(plan, collector, encoded, len(probes))
         elif self._engine.in_process:
             left = set(plan.left.shards)
