@@ -322,6 +322,32 @@ def test_an_index_of_workers_says_their_time_before_they_begin(tiny_loaded, tmp_
     assert line.endswith("batches measured")
 
 
+def test_what_cannot_be_measured_here_costs_workers_the_line_alone(tiny_loaded, tmp_path, monkeypatch):
+    for name in ("SHARE", "WORKERS_SHARE"):
+        monkeypatch.setattr(f"finetrace.planning.announce.{name}", 1.0)
+
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("finetrace.planning.announce.measure_plan", fails)
+    examples = make_examples(60)
+    options = {"rows_per_shard": 20, "batch_tokens": 100}
+    for engine, said in ((Engine("processes", 2), []), (Engine(), [])):
+        announcer = Announcer(said.append, engine)
+
+        class Begins(Exception):
+            pass
+
+        def begin(*given, announcer=announcer, begins=Begins):
+            announcer.begin(*given)
+            raise begins
+
+        wanted = RuntimeError if engine.in_process else Begins
+        with pytest.raises(wanted), announcer.announcing(examples, tmp_path / "a", None, 0.0, 0.0):
+            build_index(tiny_loaded, examples, tmp_path / "a", Encoder(tiny_loaded.tokenizer), begin=begin, **options)
+        assert not any("about" in line for line in said)
+
+
 def test_a_batch_that_may_not_fit_is_named_before_it_runs(tiny_loaded, tmp_path, monkeypatch):
     examples = make_examples(6)
     examples[3] = Example.from_prompt("a b c " * 40, "d e f", id="long")
