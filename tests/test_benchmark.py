@@ -296,15 +296,15 @@ def test_a_summary_of_many_methods_says_so_and_keeps_the_controls(finished, caps
         replace(
             row, spec=f"m{i}", title=f"m{i:02d}", control=False, metrics={**value, "auprc": Estimate(i / 99, 0, 1, 5)}
         )
-        for i in range(61)
+        for i in range(65)
     ]
     low = replace(row, spec="length", title="length", control=True, metrics={**value, "auprc": Estimate(0, 0, 0, 5)})
     print_summary([low, *many], Console(width=80))
     out = capsys.readouterr().out
     titles = [line.split()[0] for line in out.splitlines() if re.match(r" (m\d\d|length)\b", line)]
-    assert titles == [*(f"m{i:02d}" for i in range(60, 20, -1)), "length"]
-    assert "the 40 best by AUPRC of 62 methods, and the controls" in " ".join(out.split())
-    print_summary(many[:60], Console(width=80))
+    assert titles == [*(f"m{i:02d}" for i in range(64, 24, -1)), "length"]
+    assert "the 40 best by AUPRC of 66 methods, and the controls" in " ".join(out.split())
+    print_summary(many[:64], Console(width=80))
     assert "best by AUPRC" not in capsys.readouterr().out
 
 

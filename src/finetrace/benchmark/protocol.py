@@ -21,8 +21,16 @@ RELEASED = (
     "lissa:damping=0.1,damping_rule=entry,recurrence=released",
     "repsim",
 )
-# what else the corrected protocol asks: which layers and which tokens carry the attribution
+# lexical search that leaves no word out: "I" in a refusal and the 1 of a rule's number tell classes apart
+EVERY_WORD = {
+    text: tuple(f"{name}:text={text},all_words=true" for name in ("bm25", "tfidf"))
+    for text in ("prompt", "response", "both")
+}
+# what else the corrected protocol asks: which words, which layers and which tokens carry the attribution
 MORE = (
+    *EVERY_WORD["prompt"],
+    *EVERY_WORD["response"],
+    *EVERY_WORD["both"],
     "gradcos:loss_on=all",
     "gradcos:layers=last-fifth",
     "exact:normalise=cosine,layers=last-fifth",
@@ -44,6 +52,7 @@ INPUTS = {
     "prompt": (
         "bm25:text=prompt",
         "tfidf:text=prompt",
+        *EVERY_WORD["prompt"],
         "repsim",
         "gradcos:loss_on=probe",
         "ekfac:normalise=cosine,loss_on=probe",
@@ -51,13 +60,14 @@ INPUTS = {
     "response": (
         "bm25:text=response",
         "tfidf:text=response",
+        *EVERY_WORD["response"],
         "opening",
         "repsim:pooling=mean-response",
         SIMILAR,
         "gradcos",
         "ekfac:normalise=cosine",
     ),
-    "both": ("bm25", "tfidf", "repsim:pooling=last-token", "gradcos:loss_on=all"),
+    "both": ("bm25", "tfidf", *EVERY_WORD["both"], "repsim:pooling=last-token", "gradcos:loss_on=all"),
     "none": ("random", "length", "gradnorm", "gradnorm:at=start"),
 }
 LEAST = tuple(
