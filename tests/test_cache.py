@@ -169,14 +169,14 @@ def test_what_is_broken_is_computed_again(copied, features, damage, monkeypatch)
 
 
 def test_a_checksum_is_compared_once_and_again_when_the_file_is_another(copied, monkeypatch):
-    counted, digest = [], cache_module._digest
+    counted, checksum = [], cache_module._checksum
     cache = Cache(copied.folder, copied.manifest)
 
     def value(made=2.0):
         return cache.fetch("x", copied.blocks, lambda: torch.full((3,), made))
 
     value()
-    monkeypatch.setattr(cache_module, "_digest", lambda tensors: counted.append(1) or digest(tensors))
+    monkeypatch.setattr(cache_module, "_checksum", lambda tensors: counted.append(1) or checksum(tensors))
     for _ in range(3):
         assert torch.equal(value(), torch.full((3,), 2.0))
     assert len(counted) == 1
@@ -192,6 +192,20 @@ def test_a_checksum_is_compared_once_and_again_when_the_file_is_another(copied, 
     os.utime(path.with_suffix(".other"), ns=times)
     path.with_suffix(".other").replace(path)  # the same size and time, another inode
     assert torch.equal(value(7.0), torch.full((3,), 7.0))
+
+
+def test_what_is_read_is_nobody_elses_and_stays(copied):
+    cache = Cache(copied.folder, copied.manifest)
+    values = torch.arange(5000.0)
+    cache.fetch("x", copied.blocks, lambda: values)
+    found = cache.fetch("x", copied.blocks, lambda: pytest.fail("made again"))
+    found[:10] = -1  # a caller that writes to it
+    again = cache.fetch("x", copied.blocks, lambda: pytest.fail("made again"))
+    assert torch.equal(again, values)
+    (path,) = kept(copied)
+    path.unlink()
+    assert torch.equal(again, values)
+    assert torch.equal(found[10:], values[10:])
 
 
 def test_a_cache_of_somebody_else_is_read(copied, monkeypatch):

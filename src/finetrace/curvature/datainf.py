@@ -41,7 +41,7 @@ class DataInf:
         else:
             gram = self.of.kept_gram  # no solve: K's own rounding weighs as much as that of this product
             second = (weighted.to(gram.dtype) @ gram).double()
-        return (self.of.cross - second / self.of.n) / self.damping
+        return second.div_(-self.of.n).add_(self.of.cross).div_(self.damping)
 
     def train_self(self) -> Tensor:
         """(n,) [K_ii - sum_j D_j K_ij^2 / n] / lambda."""
