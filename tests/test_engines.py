@@ -151,6 +151,23 @@ def carried(monkeypatch: pytest.MonkeyPatch) -> Engine:
     return TWO
 
 
+def test_a_worker_finds_its_own_device(
+    base_folder: Path, adapter_folder: Path, tmp_path: Path, carried: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[str] = []
+
+    def noted(spec: ModelSpec) -> Loaded:
+        found.append(spec.device)
+        return load(spec)
+
+    monkeypatch.setattr("finetrace.index.work.load", noted)
+    for asked in ("auto", "cpu"):
+        build(
+            load(ModelSpec(str(base_folder), str(adapter_folder), "float64", asked)), tmp_path / asked, engine=carried
+        )
+    assert found == ["auto", "cpu"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -46,6 +46,7 @@ def test_dtypes(base_folder: Path, adapter_folder: Path, dtype: Any) -> None:
     assert loaded.spec.dtype == str(loaded.model.dtype).removeprefix("torch.")
     assert loaded.spec.dtype in ("float32", "bfloat16") if dtype == "auto" else loaded.spec.dtype == dtype
     assert loaded.spec.device != "auto"
+    assert loaded.elsewhere == replace(loaded.spec, device="auto")
     assert torch.isfinite(logits(loaded.model)).all()
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -51,11 +51,20 @@ class ModelSpec:
 
 @dataclass
 class Loaded:
-    """A model in eval mode on its device or devices, its tokenizer, and the spec with `auto` and relative folders resolved."""
+    """A model in eval mode on its device or devices, its tokenizer, and the spec with `auto` and relative folders resolved.
+
+    `asked` is the device that was asked for, where `auto` was resolved for this machine.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     spec: ModelSpec
+    asked: str | None = None
+
+    @property
+    def elsewhere(self) -> ModelSpec:
+        """The spec for a worker, which finds `auto` for itself: a machine without a GPU may coordinate those that have some."""
+        return self.spec if self.asked is None else replace(self.spec, device=self.asked)
 
 
 def load(spec: ModelSpec) -> Loaded:
@@ -83,7 +92,7 @@ def load(spec: ModelSpec) -> Loaded:
         spec.trust_remote_code,
         placement.found_from_everywhere(spec.device_map),
     )
-    return Loaded(model.to(device) if spec.device_map is None else model, tokenizer, resolved)
+    return Loaded(model.to(device) if spec.device_map is None else model, tokenizer, resolved, spec.device)
 
 
 def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = False) -> PreTrainedModel:

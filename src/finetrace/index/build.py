@@ -150,7 +150,16 @@ def build_index(
                 f"{folder}: {left_out_sentence(started)} Give --skip-bad as before, or mend such rows and choose another --out."
             )
         collect_shards(
-            folder, started, collector, examples, encoded, kronecker, loaded.spec, engine, skip_bad=skip_bad, say=say
+            folder,
+            started,
+            collector,
+            examples,
+            encoded,
+            kronecker,
+            loaded.elsewhere,
+            engine,
+            skip_bad=skip_bad,
+            say=say,
         )
     return Index(folder, loaded), lengths
 

@@ -124,7 +124,7 @@ class ShardWork:
     Attributes:
         folder: The index, by its whole path.
         about: Its manifest when collection began.
-        spec: How the coordinator loaded the model; a worker takes the adapter that the index keeps.
+        spec: How the coordinator loaded the model (`Loaded.elsewhere`); a worker takes the adapter that the index keeps.
         labels: Of the Kronecker factors, where some are wanted.
         skip_bad: As in `collect_piece`.
     """
