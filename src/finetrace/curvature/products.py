@@ -124,9 +124,11 @@ class Products:
 
     @cached_property
     def _small(self) -> tuple[Tensor, Tensor]:
-        query, parts = self._known.query, list(gathered(self._known.parts))
-        cross = joined([query @ part.T for part in parts], dim=1)
-        return cross, self.kept.fetch("squares", lambda: joined([row_squares(part) for part in parts], dim=0))
+        query, parts = self._known.query, self._known.parts
+        cross = joined([query @ part.T for part in gathered(parts)], dim=1)  # one copy of rows at a time
+        return cross, self.kept.fetch(
+            "squares", lambda: joined([row_squares(part) for part in self._known.parts], dim=0)
+        )
 
     @cached_property
     def _query_sq(self) -> Tensor:
