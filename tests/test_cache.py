@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from finetrace.attribution import Problem, make
+from finetrace.curvature.passes import Sizes
 from finetrace.index import cache as cache_module
 from finetrace.index import open_index
 from finetrace.index.cache import Cache
@@ -113,6 +114,32 @@ def test_other_queries_find_the_factors_where_rows_are_streamed(
         assert found.computed["passes"] == first.computed["passes"] - 1
 
 
+@pytest.mark.parametrize("spec", ["exact:damping=1e-3", "exact:scope=joint,solver=cg"])
+def test_streamed_or_found_the_rounding_of_products_is_named_as_in_memory(copied, features, spec):  # noqa: F811
+    wanted = make(spec.replace(",solver=cg", "")).score(problem(copied, features, cache=0)).computed["rounding"]
+    for _ in ("made", "found"):
+        assert make(spec).score(problem(copied, features, step=6)).computed["rounding"] == pytest.approx(
+            wanted, rel=1e-6
+        )
+    assert wanted > 0
+
+
+def test_a_block_that_a_norm_leaves_out_is_not_taken_from_what_has_none(copied, features, monkeypatch):  # noqa: F811
+    """Where a block's rows are all zero, cosines leave it out, and bare products need not look."""
+
+    def without(self, rows):
+        found = sizes(self, rows)
+        return Sizes(found.squares, found.traces * (torch.arange(len(found.traces)) > 0))
+
+    sizes = Problem.sizes
+    monkeypatch.setattr(Problem, "sizes", without)
+    spec = "ekfac:labels=data"
+    wanted = make(f"{spec},normalise=cosine").score(problem(copied, features, cache=0, step=6)).values
+    make(spec).score(problem(copied, features, step=6))
+    found = make(f"{spec},normalise=cosine").score(problem(copied, features, step=6)).values
+    assert np.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+
+
 def test_factors_are_found_however_many_blocks_memory_held_together(copied, features, monkeypatch):  # noqa: F811
     spec, groups = "exact:solver=primal", []
     wanted = make(spec).score(problem(copied, features, cache=0, step=6)).values
@@ -206,6 +233,20 @@ def test_what_is_read_is_nobody_elses_and_stays(copied):
     path.unlink()
     assert torch.equal(again, values)
     assert torch.equal(found[10:], values[10:])
+
+
+def test_a_file_that_another_process_removes_while_it_is_opened_is_made_again(copied, monkeypatch):
+    cache = Cache(copied.folder, copied.manifest)
+    cache.fetch("x", copied.blocks, lambda: torch.ones(3))
+    (path,) = kept(copied)
+    opened = torch.UntypedStorage.from_file
+
+    def gone(*given, **named):
+        path.unlink(missing_ok=True)
+        return opened(*given, **named)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", gone)
+    assert torch.equal(cache.fetch("x", copied.blocks, lambda: torch.full((3,), 2.0)), torch.full((3,), 2.0))
 
 
 def test_a_cache_of_somebody_else_is_read(copied, monkeypatch):

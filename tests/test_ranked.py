@@ -10,9 +10,10 @@ import pytest
 from safetensors.numpy import load_file
 
 from commands import run, tuned_index
-from finetrace.attribution import Problem, make
+from finetrace.attribution import Problem, make, ranked
 from finetrace.attribution.ranked import Strongest, rank
 from finetrace.attribution.score_files import writing_scores
+from finetrace.collection import Collector
 from finetrace.errors import FinetraceError
 from test_streaming import features, index, tiny_queries  # noqa: F401  (fixtures)
 from tiny import make_examples
@@ -141,3 +142,21 @@ def test_trace_keeps_the_strongest_rows_where_the_matrix_does_not_fit(work, caps
     code, _, said = run(capsys, *common, "--memory", "lots")
     assert code == 2
     assert "--memory lots: not a size" in said
+
+
+def test_queries_of_several_losses_are_collected_once_though_some_are_scored_at_a_time(index, monkeypatch):  # noqa: F811
+    method = make("gradcos:loss_on=response+probe")
+    wanted = rank(method, Problem(index, tiny_queries(6)), 3)
+    problem = Problem(index, tiny_queries(6))
+    method.warm(method.prepared(problem))
+    collected, collect = [], Collector.collect
+
+    def noted(self, items, ids, *given, **named):
+        collected.append(tuple(ids))
+        return collect(self, items, ids, *given, **named)
+
+    monkeypatch.setattr(Collector, "collect", noted)
+    monkeypatch.setattr(ranked, "CELL", problem.memory // 2 // problem.n // 4)
+    found = rank(method, problem, 3)
+    assert collected == []
+    np.testing.assert_allclose(found.top(3).values, wanted.top(3).values, rtol=1e-5)

@@ -187,6 +187,17 @@ def test_memory_of_this_machine_is_known() -> None:
     assert found > 1 << 20
 
 
+def test_files_that_were_read_do_not_count_as_memory_that_a_container_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
+    assert sizing.available_memory() == 10 << 20
+    (tmp_path / "memory.stat").write_text(f"anon {20 << 20}\ninactive_file {50 << 20}\nactive_file {20 << 20}\n")
+    assert sizing.available_memory() == 80 << 20
+
+
 def test_what_auto_chose_stays(whole: Loaded, tmp_path: Path) -> None:
     size = plan(ROWS).disk(track(whole.model, [ALL_LINEAR])) * 2  # float64
     size = size // 3 + ROWS * beside(whole)

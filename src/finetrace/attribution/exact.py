@@ -24,6 +24,7 @@ from finetrace.curvature.dual import DualStream
 from finetrace.curvature.nystroem import Sketch, nystroem
 from finetrace.curvature.primal import PrimalStream
 from finetrace.curvature.refinement import default_tolerance
+from finetrace.curvature.segments import reciprocal
 from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, Solver, choose, packed, sketch_rank
 from finetrace.curvature.streamed import Streamed
 from finetrace.errors import FinetraceError
@@ -106,9 +107,15 @@ class Exact(ScopedMethod, StreamedMethod):
         return [[at.rows.blocks[k] for k in group] for group in fit]
 
     def operator(self, at: Pass) -> Streamed:
-        """By the solver chosen."""
+        """By the solver chosen; products with the rows round as those in memory do (`parts`)."""
         self._refuse_beyond(at)
         damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        found = self._solving(at, damping)
+        share = at.sizes.traces.to(damping) * reciprocal(damping)  # 0 where a segment is left out
+        found.rounding = torch.finfo(at.rows.dtype).eps / 2 * float(share.max())
+        return found
+
+    def _solving(self, at: Pass, damping: Tensor) -> Streamed:
         solver, tolerance = self._solver(at), self._tolerance(at.problem)
         fetch = partial(at.fetch_of, damping=(self.damping, self.damping_rule))
         if solver == "dual":

@@ -57,8 +57,8 @@ class _KroneckerMethod(StreamedMethod):
         return KroneckerStream(at.rows.segments, chosen, eigenvalues, self.damping)
 
     def depends(self, problem: Problem) -> dict[str, Any]:
-        """On the factors, which may be fitted again."""
-        return {"factors": factors_digest(problem.index.folder, self.labels)}
+        """On the factors, which may be fitted again, and on whether blocks without a gradient are left out."""
+        return {"factors": factors_digest(problem.index.folder, self.labels), "normalised": self.normalise != "none"}
 
     @abstractmethod
     def eigenvalues(self, basis: KroneckerBasis) -> Tensor:

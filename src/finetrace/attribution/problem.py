@@ -85,7 +85,10 @@ class Problem:
         self._larger: tuple[Problem, slice] | None = None  # of which this one has some queries
         self._parts: dict[str, Problem] = {}
         self._bases: dict[str, dict[str, KroneckerBasis]] = {}
-        self.memory = memory if memory is not None else (available_memory() or UNKNOWN) // 2
+        if memory is None:
+            found = available_memory()
+            memory = (UNKNOWN if found is None else found) // 2
+        self.memory = memory
         self.keeping = Keeping(self.memory)
         self.step = step
         self.cache = Cache(index.folder, index.manifest, cache) if cache else None
@@ -140,6 +143,9 @@ class Problem:
         part.keeping = Keeping(self.memory)
         part._parts, part.sums, part.computed, part._kept_queries = {}, {}, {}, None
         part._whole, part._features, part._larger = None, None, (self, chosen)
+        for name, each in self._parts.items():  # other losses and moments, whose queries are collected once
+            if each.index is not self.index:
+                part._parts[name] = each.some(chosen)
         return part
 
     @property

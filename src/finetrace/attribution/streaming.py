@@ -154,13 +154,17 @@ class MethodRun:
             return {}
         names: list[str] = list(get_args(Solver))
         return {
-            "solved": torch.tensor([names.index(self._solved["solver"]), self._solved["residual"]], dtype=torch.float64)
+            "solved": torch.tensor(
+                [names.index(self._solved["solver"]), self._solved["residual"], self._solved["rounding"]],
+                dtype=torch.float64,
+            )
         }
 
     def _say(self, found: dict[str, Tensor]) -> None:
         if "solved" in found and "solver" not in self._solved:
-            number, residual = found["solved"].tolist()
-            self._solved = {"solver": get_args(Solver)[int(number)], "residual": residual, "passes": 0}
+            number, residual, rounding = found["solved"].tolist()
+            solver = get_args(Solver)[int(number)]
+            self._solved = {"solver": solver, "residual": residual, "rounding": rounding, "passes": 0}
 
     def _operators(self) -> Iterator[tuple[slice | Tensor, Pass, Streamed]]:
         """Every group's columns, rows and inverse curvature."""
@@ -184,7 +188,8 @@ class MethodRun:
         found = getattr(operator, "found", None)
         if isinstance(found, Solution):
             worst = max(found.residual, self._solved.get("residual", 0.0))
-            self._solved = {"solver": found.solver, "residual": worst, "passes": found.passes}
+            rounding = max(operator.rounding, self._solved.get("rounding", 0.0))
+            self._solved = {"solver": found.solver, "residual": worst, "rounding": rounding, "passes": found.passes}
 
 
 class MeanRun:

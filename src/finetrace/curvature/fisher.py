@@ -58,12 +58,11 @@ class FisherDual:
 
         Where n lambda is so much larger than K that the difference would cancel, K F^{-1} is summed entry by entry.
         """
-        eye = torch.eye(self.of.n, dtype=torch.float64, device=self._factor.device)
-        half = torch.linalg.solve_triangular(self._factor, eye, upper=False)  # L^{-1}
+        inverse = torch.cholesky_inverse(self._factor)  # F^{-1}
         shift = self.of.n * self.damping
         if shift < 1e3 * float(self.of.train_sq.min()):
-            return self.of.n * (1 - shift * half.square().sum(0))
-        return self.of.n * (self.of.gram * (half.T @ half)).sum(1)
+            return self.of.n * (1 - shift * inverse.diagonal())
+        return self.of.n * torch.einsum("ij,ij->i", self.of.gram, inverse)
 
     def query_self(self) -> Tensor:
         """(m,) (||v||^2 - diag(C (K + n lambda I)^{-1} C^T)) / lambda."""

@@ -23,9 +23,11 @@ class Streamed(ABC):
 
     Attributes:
         passes: Whether `apply` goes over the training rows.
+        rounding: What products in the rows' precision may add to the residual of what was solved.
     """
 
     passes: bool = False
+    rounding: float = 0.0
 
     @abstractmethod
     def apply(self, vectors: Tensor) -> Tensor:

@@ -89,7 +89,13 @@ class Cache:
                 self._used(path, before)
                 self._needed.add(path)
                 return tensors
-        except (OSError, SafetensorError, ValueError, TypeError):
+        except (
+            OSError,
+            SafetensorError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ):  # the last where another process removes it
             pass
         return None
 
@@ -145,7 +151,7 @@ class Cache:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
-            excess -= bytes_
+                excess -= bytes_
         return True
 
 

@@ -170,6 +170,6 @@ class ShardReader:
         path = self.checked(shard)
         try:
             return safe_open(str(path), framework="pt")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             remedy = self.remedy or "run finetrace index again on this folder."
             raise FinetraceError(f"{path}: this shard cannot be read ({error}); {remedy}") from error

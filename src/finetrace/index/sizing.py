@@ -140,6 +140,18 @@ def parse_bytes(flag: str, text: str | None) -> int | None:
     return int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]])
 
 
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def _held() -> int:
+    """Bytes of a container that it cannot give back: files that were read stay in its memory for as long as there is room."""
+    used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
+    with contextlib.suppress(OSError, ValueError):
+        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
+        used -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
+    return used
+
+
 def available_memory() -> int | None:
     """Bytes that can be taken without swapping, within a container's limit; `None` where the system does not say."""
     found = []
@@ -147,10 +159,9 @@ def available_memory() -> int | None:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-            found.append(max(0, int(limit) - used))
+            found.append(max(0, int(limit) - _held()))
     except (OSError, ValueError):
         pass
     if found:
