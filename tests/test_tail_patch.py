@@ -18,15 +18,17 @@ from finetrace.models import Loaded, ModelSpec
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 
 
-def test_a_patch_is_a_step_of_torchs_adam(tmp_path: Path) -> None:
+@pytest.mark.parametrize("loss_on", ["response", "all"])
+def test_a_patch_is_a_step_of_torchs_adam(tmp_path: Path, loss_on: str) -> None:
+    """On the index's own loss; what falls is the loss of the answers alone."""
     loaded = Loaded(with_lora(make_llama()), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
     examples, queries = make_examples(7), make_examples(3, seed=5)
-    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer))
+    index, _ = build_index(loaded, examples, tmp_path / "i", Encoder(loaded.tokenizer, loss_on))
     scores = make("gradsim").score(Problem(index, queries)).values
     found = tail_patch(index, queries, {"m": scores, "again": 2 * scores, "minus": -scores}, 3, 1e-3)
     assert np.array_equal(found["m"], found["again"])
-    encoder = Encoder(loaded.tokenizer)
-    asked = encoder.encode_all(queries)[0]
+    encoder = Encoder(loaded.tokenizer, loss_on)
+    asked = Encoder(loaded.tokenizer).encode_all(queries)[0]
     for q in range(3):
         model = with_lora(make_llama())
         weights = [p for name, p in model.named_parameters() if "lora_" in name]
@@ -42,7 +44,8 @@ def test_a_patch_is_a_step_of_torchs_adam(tmp_path: Path) -> None:
         optimizer.step()
         expected = float(before - mean_losses(model, [asked[q]]))
         assert found["m"][q] == pytest.approx(expected, rel=1e-6)
-    assert found["m"].mean() > 0 > found["minus"].mean()  # proponents help, opponents harm
+    if loss_on == "response":  # which is what the scores are of
+        assert found["m"].mean() > 0 > found["minus"].mean()  # proponents help, opponents harm
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from finetrace.attribution import Scores, make
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.reporting.tables import print_methods
 from finetrace.tracing import Result
-from finetrace.verdict import TOP, verdict
+from finetrace.verdict import TOP, _shared, verdict
 from tiny import make_examples
 
 
@@ -141,3 +141,16 @@ def test_a_table_says_over_how_many_queries_its_intervals_are(asked: str, few: b
     said = " ".join(console.export_text().split())
     assert f"95% interval over {len(asked)} quer" in said
     assert ("too few to tell methods apart" in said) is few
+
+
+def test_what_two_lists_share_does_not_hang_on_the_order_of_rows_that_tie() -> None:
+    first = np.zeros((1, 100))
+    first[0, :20] = np.arange(20, 0, -1)
+    k = min(TOP, 100)
+    assert _shared(first, np.zeros((1, 100))) == pytest.approx(k / 100)  # nothing is known of the second's order
+    assert _shared(first, first) == pytest.approx(1)
+    tied = np.zeros((1, 100))
+    tied[0, :40] = 1
+    assert _shared(first, tied) == pytest.approx(min(1, k / 40))
+    turned = np.random.default_rng(0).permutation(100)
+    assert _shared(first[:, turned], tied[:, turned]) == pytest.approx(_shared(first, tied))

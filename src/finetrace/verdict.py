@@ -100,7 +100,7 @@ def _by_agreement(results: Sequence[Result]) -> list[str]:
     random = next((r for r in others if r.method.name == "random"), None)
     if random is not None:
         sentences.append(f"Random order names {agreement[random.method.title]:.0%} of them.")
-    rank = [_spearman(chosen.scores.values, r.scores.values) for r in peers]
+    rank = [found for r in peers if np.isfinite(found := _spearman(chosen.scores.values, r.scores.values))]
     if rank:
         sentences.append(f"Rank correlation with the other methods over all rows: mean {np.mean(rank):.2f}.")
     return sentences
@@ -179,10 +179,16 @@ def _article(word: str) -> str:
 
 
 def _shared(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Mean over queries of the share of a's top rows that are among b's."""
+    """Mean over queries of the share of a's top rows that are among b's, expected over all orders of what ties."""
     k = min(TOP, a.shape[1])
-    first, second = np.argsort(-a, axis=1, kind="stable")[:, :k], np.argsort(-b, axis=1, kind="stable")[:, :k]
-    return float(np.mean([len(set(x) & set(y)) / k for x, y in zip(first, second, strict=True)]))
+    return float((_among(a, k) * _among(b, k)).sum(1).mean() / k)
+
+
+def _among(values: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """(m, n) chances of being among the first k: those that tie at the cut share the places left."""
+    cut = -np.partition(-values, k - 1, axis=1)[:, k - 1 : k]  # (m, 1)
+    above, tied = values > cut, values == cut
+    return above + tied * (k - above.sum(1, keepdims=True)) / tied.sum(1, keepdims=True)
 
 
 def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:

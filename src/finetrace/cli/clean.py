@@ -48,7 +48,10 @@ def clean(
     top: Annotated[int | None, typer.Option(min=1, help="Remove the first so many rows.")] = None,
     share: Annotated[float | None, typer.Option(help="Remove this share of the rows.")] = None,
     expected: Annotated[
-        float, typer.Option(help="Without --top and --share: rows that chance may take out, which sets the threshold.")
+        float,
+        typer.Option(
+            help="Without --top and --share: rows that as many random rows would take out; answers alike take out more."
+        ),
     ] = 1.0,
     retrain: Annotated[
         bool,

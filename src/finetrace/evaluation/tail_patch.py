@@ -53,7 +53,7 @@ def tail_patch(
         raise FinetraceError(f"a step on {count} of {len(index)} rows cannot be taken; give 1 to {len(index)}.")
     loaded = index.model()
     weights = _weights(loaded.model, index)
-    encoded, _ = index.encoder().encode_all(queries)
+    encoded, _ = index.encoder("response").encode_all(queries)  # whatever the index's own loss is on, as in retraining
     before = mean_losses(loaded.model, encoded).numpy()
     found: dict[str, NDArray[np.float64]] = {name: np.empty(len(queries)) for name in scores}
     known: dict[tuple[int, frozenset[int]], float] = {}

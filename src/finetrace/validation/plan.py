@@ -66,7 +66,7 @@ class Validation:
 
     def removed(self, n: int) -> tuple[int, ...]:
         """How many of n rows are removed."""
-        return self.counts or tuple(dict.fromkeys(max(1, round(n * share)) for share in (0.1, 0.25)))
+        return tuple(dict.fromkeys(self.counts or (max(1, round(n * share)) for share in (0.1, 0.25))))
 
 
 QUICK = Validation(
