@@ -73,10 +73,10 @@ class Cache:
         return made
 
     def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """The tensors of a file, where they are mapped; `None` where it is not there, or not what was written.
+        """The tensors of a file, copied; `None` where it is not there, or not what was written.
 
-        Its checksum is compared when this process first reads it, and again once it is another file. The mapping is private and
-        outlives the file's name, so that neither writing to a tensor nor removing the file touches the other.
+        Its checksum is compared when this process first reads it, and again once it is another file. They are not left
+        mapped: on shared storage another machine may remove the file.
         """
         try:
             before = _identity(path)
@@ -88,7 +88,7 @@ class Cache:
             ):
                 self._used(path, before)
                 self._needed.add(path)
-                return tensors
+                return {name: tensor.clone() for name, tensor in tensors.items()}
         except (
             OSError,
             SafetensorError,
