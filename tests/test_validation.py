@@ -253,6 +253,7 @@ def test_how_many_rows_are_removed() -> None:
     assert Validation().removed(100) == (10, 25)
     assert Validation().removed(3) == (1,)
     assert Validation(counts=(7,)).removed(100) == (7,)
+    assert Validation(counts=(7, 3, 7)).removed(100) == (7, 3)  # the same rows drawn twice are no more draws
     assert set(QUICK.methods) <= set(Validation().methods)
     assert "drop" not in QUICK.measures  # the most retrainings
     assert basis(Validation()) == basis(Validation(measures=("drop",), subsets=1)) == "Validated by retraining"

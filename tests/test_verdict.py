@@ -154,3 +154,13 @@ def test_what_two_lists_share_does_not_hang_on_the_order_of_rows_that_tie() -> N
     assert _shared(first, tied) == pytest.approx(min(1, k / 40))
     turned = np.random.default_rng(0).permutation(100)
     assert _shared(first[:, turned], tied[:, turned]) == pytest.approx(_shared(first, tied))
+
+
+@pytest.mark.parametrize("order", [0.0, 1.0])
+def test_a_method_without_an_order_correlates_with_none(order: float) -> None:
+    rows = -np.arange(30, dtype=np.float64)[None]
+    found = results(30, "same")
+    flat = Scores(order * rows, found[0].scores.queries, found[0].scores.train, "repsim", "none")
+    said = " ".join(verdict([*found, Result(make("repsim"), flat)]))
+    assert ("Rank correlation with the other methods over all rows: mean 1.00." in said) is (order == 1)
+    assert "nan" not in said
