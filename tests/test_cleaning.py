@@ -15,6 +15,7 @@ import pytest
 from commands import run, tuned_index
 from finetrace.attribution import Problem, make
 from finetrace.cleaning import rank as cleaning
+from finetrace.cleaning import threshold
 from finetrace.cleaning.files import write_rows
 from finetrace.cleaning.rank import Cut, Outcome, rank
 from finetrace.cli.clean import _interval, _record
@@ -115,7 +116,7 @@ def test_rows_that_few_words_single_out_are_found_though_most_scores_are_equal(p
             return SimpleNamespace(values=scores)
 
     monkeypatch.setattr(cleaning, "make", lambda spec: make(spec) if spec != "bm25" else Sparse())
-    monkeypatch.setattr(cleaning, "prepare", lambda problem, methods: None)
+    monkeypatch.setattr(threshold, "prepare", lambda problem, methods: None)
     monkeypatch.setattr(Sparse, "label", "bm25", raising=False)
     found = rank(Problem(index, bad), Cut(top=2), ["bm25"])
     assert found.gone == (7, 9)
@@ -136,14 +137,15 @@ def test_a_threshold_takes_out_what_chance_rarely_does(place: Path, monkeypatch:
             values[:, [2, 7]] += 5
         return values
 
-    monkeypatch.setattr(cleaning, "_standard", planted)
+    for module in (cleaning, threshold):
+        monkeypatch.setattr(module, "standard", planted)
     found = rank(Problem(index, bad), Cut(), ["gradcos"])
     assert set(found.gone[:2]) == {2, 7}
     assert found.removed <= 4  # and what chance takes out
     assert found.threshold is not None
     assert 0.5 < found.threshold < 3
     assert rank(Problem(index, bad), Cut(expected=6), ["gradcos"]).threshold < found.threshold
-    monkeypatch.setattr(cleaning, "_standard", lambda problem, methods: np.zeros((problem.m, problem.n)))
+    monkeypatch.setattr(cleaning, "standard", lambda problem, methods: np.zeros((problem.m, problem.n)))
     with pytest.raises(FinetraceError, match="no row stands out"):
         rank(Problem(index, bad), Cut(), ["gradcos"])
 
@@ -260,7 +262,7 @@ def test_it_is_said_where_the_order_of_the_data_decides(
     assert found.tied == 2
     assert replace(found, removed=1).tied == 0
     assert replace(found, removed=4).tied == 0
-    monkeypatch.setattr(cleaning, "_standard", lambda problem, methods: np.repeat([[3.0, 2, 2, 0]], 3, axis=1))
+    monkeypatch.setattr(cleaning, "standard", lambda problem, methods: np.repeat([[3.0, 2, 2, 0]], 3, axis=1))
     code, out, err = run(capsys, *command(place, tmp_path, "--top", 4))
     assert code == 0, err
     assert "5 kept rows with the same value as the last that goes" in " ".join(out.split())

@@ -132,16 +132,31 @@ def test_a_methods_removals_are_held_against_those_of_the_first() -> None:
     after = np.stack([np.tile(rises + more[what], (2, 1)) for what, _ in kinds])
     after += np.array([0.01, -0.01])[:, None] * np.array([1, 2, 1, 1, 1])[:, None, None]
     found = {(each.what, each.count): each for each in effects(done, after, np.zeros((2, 6)))}
-    assert found[RANDOM, 2].over_first is found[CLASS, 2].over_first is None
-    first, second = found["one", 2].over_first, found["two", 2].over_first
-    assert first is not None
+    assert found[RANDOM, 2].over_first is found[CLASS, 2].over_first is found["one", 2].over_first is None
+    second = found["two", 2].over_first
     assert second is not None
-    assert first.value == 0
     assert second.value == pytest.approx(0.2)
     assert 0.18 < second.low < 0.2 < second.high < 0.22
-    alone = found["two", 3].over_first
-    assert alone is not None
-    assert alone.value == 0  # the first that removed three
+    assert found["two", 3].over_first is None  # the first that removed three
+
+
+def test_intervals_of_losses_have_no_bounds_and_those_of_rates_have_theirs() -> None:
+    """Two methods that do the same to every query: of rates others may differ by 1 at most, of losses nothing is known."""
+    group = Group("a", tuple(range(4)))
+    done = [Removal(what, 0, group, (place,)) for place, what in enumerate(("one", "two", RANDOM))]
+    after = np.zeros((3, 1, 4))
+    for step in (0.0, 1.0):
+        second = effects(done, after, after[0] - step, step=step, resamples=10)[1]
+        assert second.over_first is not None
+        assert second.over_first.value == 0
+        ends = second.over_first.low, second.over_first.high
+        if step:
+            unseen = 3.8415 / (4 + 3.8415)  # of four verdicts that agree, by Wilson's interval
+            assert ends == pytest.approx((-unseen, unseen), abs=1e-4)
+            assert second.change.value == 1
+        else:
+            assert np.isnan(ends).all()
+            assert np.isnan([second.change.low, second.change.high]).all()
 
 
 def test_random_scores_are_rarely_more_than_random_rows() -> None:

@@ -6,14 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetrace.attribution import Method, Problem, make
+from finetrace.attribution import Problem, make
+from finetrace.cleaning.threshold import ROUNDING, standard, threshold
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import Estimate, bootstrap_mean
+from finetrace.evaluation.intervals import UNBOUNDED, Estimate
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.retraining import RESPONSE, Retraining, Subset
 from finetrace.evaluation.seeds import bootstrap_crossed
@@ -23,12 +23,7 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.generation import ANSWER_TOKENS
 from finetrace.index.store import Index
 from finetrace.models import ModelSpec
-from finetrace.tracing import BEST, prepare, unasked_method
-
-GROUPS = 200  # of training rows, drawn to see what values chance gives
-MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
-MAD = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
-MEAN_AD = 1.2533  # and this its mean absolute deviation
+from finetrace.tracing import BEST, unasked_method
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Cut:
     Attributes:
         top: Rows.
         share: Of the rows.
-        expected: Rows that the threshold would take out by chance, in the mean.
+        expected: Rows that the threshold would take out by chance, in the mean, if none had to do with the answers.
     """
 
     top: int | None = None
@@ -121,26 +116,26 @@ def rank(problem: Problem, cut: Cut, specs: Sequence[str] = (BEST,), seed: int =
     """
     methods = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in specs)]
     removed = cut.removed(problem.n)
-    scores = _standard(problem, methods)  # (m, n)
+    scores = standard(problem, methods)  # (m, n)
     values = scores.mean(axis=0)
-    n, threshold = len(values), None
-    if np.ptp(values) == 0:
+    n, above = len(values), None
+    if np.ptp(values) <= ROUNDING * np.abs(values).max():
         raise FinetraceError(
             f"no row stands out: all {n} have the same value by {' and '.join(method.title for method in methods)}; choose "
             "another --method."
         )
     if removed is None:
-        threshold = _threshold(problem.index, methods, problem.m, cut.expected, seed)
-        removed = int((values > threshold).sum())
+        above = threshold(problem.index, methods, scores, cut.expected, seed)
+        removed = int((values > above).sum())
         if removed == 0:
             raise FinetraceError(
-                f"no row stands out: none of {n} has a value above {threshold:.2f}, which chance gives {cut.expected:g} of "
+                f"no row stands out: none of {n} has a value above {above:.2f}, which chance gives {cut.expected:g} of "
                 "them; give --top or --share to remove the first ones all the same."
             )
         _some(removed, n)
     order = np.argsort(-values, kind="stable")
     titles = tuple(method.title for method in methods)
-    return Ranked(values, order, removed, threshold, scores.argmax(axis=0), titles)
+    return Ranked(values, order, removed, above, scores.argmax(axis=0), titles)
 
 
 def _some(removed: int, n: int) -> int:
@@ -149,41 +144,6 @@ def _some(removed: int, n: int) -> int:
             f"removing {removed} of {n} rows leaves nothing to do or nothing to train on; choose another cut."
         )
     return removed
-
-
-def _standard(problem: Problem, methods: Sequence[Method]) -> NDArray[np.float64]:
-    """(m, n) mean over methods of the scores in robust standard deviations of each query's."""
-    prepare(problem, methods)
-    total = np.zeros((problem.m, problem.n))
-    for method in methods:
-        values = np.asarray(method.score(problem).values, dtype=np.float64)
-        centred = values - np.median(values, axis=1, keepdims=True)
-        away = np.abs(centred)
-        spread = MAD * np.median(away, axis=1, keepdims=True)
-        spread = np.where(spread > 0, spread, MEAN_AD * away.mean(axis=1, keepdims=True))
-        total += centred / np.where(spread > 0, spread, np.inf)  # of scores that are all alike nothing is learnt
-    return total / len(methods)
-
-
-def _threshold(index: Index, methods: Sequence[Method], asked: int, expected: float, seed: int) -> float:
-    """The value that `expected` of the rows pass for as many answers as were asked about, drawn from the training rows.
-
-    A row's value for a group that it is in is left out.
-    """
-    n = len(index)
-    if n > MOST:
-        raise FinetraceError(
-            f"a threshold is calibrated on all pairs of rows, and {n} rows are many; give --top or --share."
-        )
-    own = _standard(Problem(index, index.rows.examples, kept_queries=index), methods)  # (n, n)
-    rng = np.random.default_rng([seed, n, asked])
-    drawn = []
-    for _ in range(GROUPS):
-        group = rng.choice(n, min(asked, n - 1), replace=False)
-        outside = np.ones(n, dtype=bool)
-        outside[group] = False
-        drawn.append(own[group][:, outside].mean(axis=0))
-    return float(np.quantile(np.concatenate(drawn), max(0.0, 1 - expected / n)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -257,10 +217,9 @@ def retrain(
     outcomes, start = [], 0
     for name, each in choices:
         mine = slice(start, start := start + len(each) * seeds)
-        outcomes.append(Outcome(name, len(each[0]), _estimate(losses[mine]), _estimate(verdicts[mine])))
+        outcomes.append(
+            Outcome(
+                name, len(each[0]), bootstrap_crossed(losses[mine], bounds=UNBOUNDED), bootstrap_crossed(verdicts[mine])
+            )
+        )
     return outcomes
-
-
-def _estimate(values: NDArray[Any]) -> Estimate:
-    """Of (trainings, answers)."""
-    return bootstrap_crossed(values) if len(values) > 1 else bootstrap_mean(values[0])

@@ -50,7 +50,7 @@ def clean(
     expected: Annotated[
         float,
         typer.Option(
-            help="Without --top and --share: rows that as many random rows would take out; answers alike take out more."
+            help="Without --top and --share: how many rows would go by chance if none had to do with the answers."
         ),
     ] = 1.0,
     retrain: Annotated[

@@ -11,7 +11,11 @@ from scipy.special import ndtr, ndtri
 
 from finetrace.errors import FinetraceError
 
-__all__ = ["Estimate", "bootstrap_mean", "paired_difference"]
+__all__ = ["UNBOUNDED", "Estimate", "bootstrap_mean", "paired_difference"]
+
+Bounds = tuple[float, float]
+SHARE: Bounds = (0.0, 1.0)  # of one value of a metric
+UNBOUNDED: Bounds = (float("nan"), float("nan"))  # of one value of a loss
 
 _BLOCK = 4_000_000  # values drawn at a time: bounds the memory of a bootstrap over many queries
 _ROUNDING = 1e-12  # differences below this share of the values' size are the arithmetic's, not the data's
@@ -34,7 +38,9 @@ class Estimate:
     n: int
 
 
-def bootstrap_mean(per_query: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+def bootstrap_mean(
+    per_query: NDArray[Any], *, bounds: Bounds = SHARE, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
     """Mean of per-query values (m,) with a BCa bootstrap interval over queries; NaN marks an excluded query.
 
     BCa is the bias-corrected and accelerated bootstrap (Efron, 1987, "Better Bootstrap Confidence Intervals"), which
@@ -42,16 +48,17 @@ def bootstrap_mean(per_query: NDArray[Any], *, level: float = 0.95, resamples: i
 
     - One query: low and high are NaN, since one value has no spread.
     - All n values equal c (20 queries of 20 right): every resample has the same mean, and [c, c] would claim a
-      certainty that 20 queries do not give. If 0 <= c <= 1, the values are read as a metric bounded by 0 and 1. The
-      Wilson interval for n successes of n says that a share w = z^2 / (n + z^2) of unseen queries may still differ, and
-      they may lie anywhere in [0, 1]: the interval is [c - w c, c + w (1 - c)]. For c = 1 and c = 0 this is the Wilson
-      interval itself (20 of 20: [0.839, 1]); in between it is conservative. Outside [0, 1]: low and high are NaN.
+      certainty that 20 queries do not give. The Wilson interval for n successes of n says that a share
+      w = z^2 / (n + z^2) of unseen queries may still differ, and they may lie anywhere in [0, 1], the bounds of a
+      metric: the interval is [c - w c, c + w (1 - c)]. For c = 1 and c = 0 this is the Wilson interval itself (20 of
+      20: [0.839, 1]); in between it is conservative. Of values without bounds, and outside them, low and high are NaN.
 
     The interval answers for other queries drawn like these, independently of each other. It does not cover another
     training run, another training set or queries that repeat one another.
 
     Args:
         per_query: (m,), one value a query.
+        bounds: The least and the largest that one value can be, those of a metric if not given; `UNBOUNDED` for losses.
         level: Confidence, between 0 and 1.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling; equal seeds and equal n draw the same queries.
@@ -60,22 +67,29 @@ def bootstrap_mean(per_query: NDArray[Any], *, level: float = 0.95, resamples: i
         FinetraceError: If no query is left, or a value is infinite.
     """
     values = _used(per_query)
-    return _estimate(values, (0.0, 1.0), level, resamples, seed)
+    return _estimate(values, bounds, level, resamples, seed)
 
 
 def paired_difference(
-    a: NDArray[Any], b: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    a: NDArray[Any],
+    b: NDArray[Any],
+    *,
+    bounds: Bounds = SHARE,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean of a - b over the queries that both have, with a BCa bootstrap interval of the paired difference.
 
     Each resample draws the same queries for both, so what makes a query easy for both methods cancels. A query that is
-    NaN in either is left out. One query, or differences that are all equal: as in `bootstrap_mean`, with a - b bounded
-    by -1 and 1 if all values of both lie in [0, 1] (two methods that are both right on 20 of 20 differ by
-    0 [-0.161, 0.161]), and NaN otherwise. A comparison such as `low > 0` is False for NaN.
+    NaN in either is left out. One query, or differences that are all equal: as in `bootstrap_mean`, with a - b of two
+    metrics bounded by -1 and 1 (two methods that are both right on 20 of 20 differ by 0 [-0.161, 0.161]), and NaN where
+    values have no bounds or lie outside. A comparison such as `low > 0` is False for NaN.
 
     Args:
         a: (m,), per-query values of one method.
         b: (m,), those of the other, same queries in the same order.
+        bounds: Of one value of either, not of their difference.
         level: Confidence, between 0 and 1.
         resamples: Number of bootstrap resamples.
         seed: Seed of the resampling.
@@ -90,9 +104,10 @@ def paired_difference(
             f"{second.shape}; pass one value a query for each method."
         )
     both = np.concatenate([first[~np.isnan(first)], second[~np.isnan(second)]])
-    within = bool(np.all((both >= 0) & (both <= 1)))
-    bounds = (-1.0, 1.0) if within else (np.nan, np.nan)
-    return _estimate(_used(first - second), bounds, level, resamples, seed)
+    lowest, highest = bounds
+    within = bool(np.all((both >= lowest) & (both <= highest)))  # never where the bounds are NaN
+    apart = highest - lowest if within else float("nan")
+    return _estimate(_used(first - second), (-apart, apart), level, resamples, seed)
 
 
 def _used(per_query: NDArray[Any]) -> NDArray[np.float64]:
@@ -114,9 +129,7 @@ def _used(per_query: NDArray[Any]) -> NDArray[np.float64]:
     return used
 
 
-def _estimate(
-    values: NDArray[np.float64], bounds: tuple[float, float], level: float, resamples: int, seed: int
-) -> Estimate:
+def _estimate(values: NDArray[np.float64], bounds: Bounds, level: float, resamples: int, seed: int) -> Estimate:
     """Mean and interval of values (n,); `bounds` are those of one value, NaN if unknown."""
     if not 0 < level < 1:
         raise FinetraceError(f"The confidence level is {level}; give a number between 0 and 1, such as 0.95.")
@@ -132,7 +145,7 @@ def _estimate(
     return Estimate(float(values.mean()), low, high, n)
 
 
-def _unanimous(value: float, n: int, bounds: tuple[float, float], level: float) -> tuple[float, float]:
+def _unanimous(value: float, n: int, bounds: Bounds, level: float) -> tuple[float, float]:
     """Interval of a mean when all n observations equal `value`: Wilson's for n of n, times the room in `bounds`."""
     lowest, highest = bounds
     if not lowest <= value <= highest:  # also where the bounds are NaN

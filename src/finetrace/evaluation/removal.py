@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.intervals import UNBOUNDED, Estimate
 from finetrace.evaluation.seeds import bootstrap_crossed, paired_crossed
 
 RANDOM, CLASS = "random rows", "rows of the class"
@@ -131,7 +131,7 @@ class Effect:
         sure: Whether it is above random rows with all the methods that removed as many taken into account (Bonferroni, at the
             same level), so that the best of them may be said to be.
         over_first: The change minus that of the first method that removed as many, for the same queries under the same seeds;
-            `None` for random rows and rows of the class. Its interval is over seeds and queries.
+            `None` for that method, random rows and rows of the class. Its interval is over seeds and queries.
     """
 
     what: str
@@ -169,10 +169,11 @@ def effects(
     found = []
     for what, count in kinds:
         changes = _changes((what, count), done, after, before)
-        change = bootstrap_crossed(changes, resamples=resamples)
         if step:  # two rates differ by -1 to 1, where an interval of one value would be cut at 0
-            rates = [np.clip(each + step, 0, step) for each in (before + changes, before)]
-            change = paired_crossed(*rates, resamples=resamples)
+            left, silent = (np.clip(each + step, 0, step) for each in (before + changes, before))
+            change = paired_crossed(left, silent, bounds=(0, step), resamples=resamples)
+        else:
+            left, change = changes, bootstrap_crossed(changes, bounds=UNBOUNDED, resamples=resamples)
         if what == RANDOM:
             found.append(Effect(what, count, change, None))
             continue
@@ -180,8 +181,9 @@ def effects(
         tried = sum(other not in (RANDOM, CLASS) and k == count for other, k in kinds)
         strict = _over_random(what, count, done, after, before, 1 - 0.05 / max(1, tried), step)
         over_first = None
-        if what != CLASS:
-            over_first = paired_crossed(changes, firsts.setdefault(count, changes), resamples=resamples)
+        if what != CLASS and firsts.setdefault(count, left) is not left:
+            bounds = (0, step) if step else UNBOUNDED
+            over_first = paired_crossed(left, firsts[count], bounds=bounds, resamples=resamples)
         found.append(Effect(what, count, change, over, strict is not None and strict.low > 0, over_first))
     return found
 

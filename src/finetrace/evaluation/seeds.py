@@ -10,10 +10,12 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
+from finetrace.evaluation.intervals import SHARE, Bounds, Estimate, bootstrap_mean, paired_difference
 
 
-def bootstrap_crossed(values: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+def bootstrap_crossed(
+    values: NDArray[Any], *, bounds: Bounds = SHARE, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> Estimate:
     """Mean of (seeds, queries) values with a percentile bootstrap interval over both.
 
     Each resample draws seeds and queries with replacement, independently, and takes the mean of the crossed cells, so
@@ -26,14 +28,21 @@ def bootstrap_crossed(values: NDArray[Any], *, level: float = 0.95, resamples: i
     """
     values = _matrix(values)
     if len(values) == 1 or np.nanmax(values) - np.nanmin(values) <= 1e-12:
-        return bootstrap_mean(np.nanmean(values, axis=0), level=level, resamples=resamples, seed=seed)
+        each = np.nanmean(values, axis=0)
+        return bootstrap_mean(each, bounds=bounds, level=level, resamples=resamples, seed=seed)
     means = _resampled(values, resamples, seed)
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Estimate(float(np.nanmean(values)), float(low), float(high), int(np.isfinite(values).any(0).sum()))
 
 
 def paired_crossed(
-    a: NDArray[Any], b: NDArray[Any], *, level: float = 0.95, resamples: int = 2000, seed: int = 0
+    a: NDArray[Any],
+    b: NDArray[Any],
+    *,
+    bounds: Bounds = SHARE,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean of a - b, both (seeds, queries), with an interval over both; what both methods share cancels."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -46,8 +55,8 @@ def paired_crossed(
         there = np.isfinite(first - second)
         both = [np.where(there, each, np.nan)[:, there.any(0)] for each in (first, second)]
         means = [np.nanmean(each, axis=0) for each in both]
-        return paired_difference(means[0], means[1], level=level, resamples=resamples, seed=seed)
-    return bootstrap_crossed(difference, level=level, resamples=resamples, seed=seed)
+        return paired_difference(means[0], means[1], bounds=bounds, level=level, resamples=resamples, seed=seed)
+    return bootstrap_crossed(difference, bounds=bounds, level=level, resamples=resamples, seed=seed)
 
 
 def over_seeds(

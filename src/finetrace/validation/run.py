@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetrace.attribution import Problem, make
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
+from finetrace.evaluation.intervals import UNBOUNDED, Estimate, bootstrap_mean, paired_difference
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.lds import Comparison, compare, draw_subsets, leave_out
 from finetrace.evaluation.metrics import relevance
@@ -108,9 +108,9 @@ def validate(
     if "tail-patch" in config.measures:
         count = min(config.patched, problem.n)
         falls = tail_patch(index, queries, scores, count, finetuning.learning_rate / 10)
-        patches = {name: bootstrap_mean(values) for name, values in falls.items()}
+        patches = {name: bootstrap_mean(values, bounds=UNBOUNDED) for name, values in falls.items()}
         first = next(iter(falls.values()))
-        beside = {name: paired_difference(values, first) for name, values in falls.items()}
+        beside = {name: paired_difference(values, first, bounds=UNBOUNDED) for name, values in falls.items()}
     found = _Found()
     if RETRAINED & set(config.measures):
         dtype: DType = index.manifest.model.dtype  # type: ignore[assignment]
@@ -229,7 +229,7 @@ def _records(
             if compared.agreement is not None:
                 possible = None if compared.reachable is None else round(compared.reachable, 6)
                 ceiling |= {**_numbers("ceiling", compared.agreement), "reachable": possible}
-            add(measure, name, value, **_numbers("difference", compared.differences[name]), **ceiling)
+            add(measure, name, value, **_beside(name, compared.differences), **ceiling)
     for measure, changed in (("drop", found.drops), ("drop-rate", found.rates)):
         for each in changed:
             over: dict[str, Any] = {}
@@ -239,8 +239,13 @@ def _records(
                 over |= _numbers("difference", each.over_first)
             add(measure, each.what, each.change, removed=each.count, **over)
     for name, value in patches.items():
-        add("tail-patch", name, value, **_numbers("difference", beside[name]))
+        add("tail-patch", name, value, **_beside(name, beside))
     return records
+
+
+def _beside(name: str, differences: Mapping[str, Estimate]) -> dict[str, float | None]:
+    """Of a method to the first one, which has none to itself."""
+    return {} if name == next(iter(differences)) else _numbers("difference", differences[name])
 
 
 def _numbers(name: str, value: Estimate) -> dict[str, float | None]:

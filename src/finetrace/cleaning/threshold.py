@@ -1,0 +1,93 @@
+"""Scores in robust standard deviations, and how far up them chance goes for as many answers that are as alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetrace.attribution import Method, Problem
+from finetrace.errors import FinetraceError
+from finetrace.index.store import Index
+from finetrace.tracing import prepare
+
+GROUPS = 200  # of training rows, drawn to see what values chance gives
+MOST = 3000  # rows, each of which is a query of its own when a threshold is calibrated
+MAD = 1.4826  # makes the median absolute deviation of a normal distribution its standard deviation
+MEAN_AD = 1.2533  # and this its mean absolute deviation
+ROUNDING = 4 * float(np.finfo(np.float32).eps)  # scores no further apart than this share of their size are equal
+
+Values = NDArray[np.float64]
+
+
+def spread(values: Values) -> tuple[Values, Values]:
+    """Median and robust standard deviation over the last axis, kept as an axis of one.
+
+    The deviation is 1.4826 MAD. Where more than half of the values are equal, up to the rounding of float32, MAD says nothing
+    and 1.2533 times the mean absolute deviation takes its place. It is infinite where all are equal: nothing is learnt of them.
+    """
+    middle = np.median(values, axis=-1, keepdims=True)
+    away = np.abs(values - middle)
+    rounding = ROUNDING * np.abs(values).max(axis=-1, keepdims=True)
+    deviation = MAD * np.median(away, axis=-1, keepdims=True)
+    deviation = np.where(deviation > rounding, deviation, MEAN_AD * away.mean(axis=-1, keepdims=True))
+    return middle, np.where(deviation > rounding, deviation, np.inf)
+
+
+def standard(problem: Problem, methods: Sequence[Method]) -> Values:
+    """(m, n) mean over methods of the scores in robust standard deviations of each query's."""
+    prepare(problem, methods)
+    total = np.zeros((problem.m, problem.n))
+    for method in methods:
+        total += _standardised(np.asarray(method.score(problem).values, dtype=np.float64))
+    return total / len(methods)
+
+
+def threshold(index: Index, methods: Sequence[Method], scores: NDArray[Any], expected: float, seed: int) -> float:
+    """The value that `expected` of the rows would pass if none had to do with the answers.
+
+    A row's value is its mean over m answers. Answers that have nothing to do with the rows give values that spread by
+    s = sqrt((1 + (m - 1) r) / m) standard deviations where their scores correlate by r: by chance the more, the more alike the
+    answers are. So values are read in their own robust standard deviations s, and compared with those of groups of
+    training rows, round(1 / s^2) in each, as many unlike rows as these answers are worth. A row's value for a group that it is
+    in is left out. What stands out for the rows of a group counts as chance: the threshold is rather too high than too low.
+
+    Args:
+        index: Of the training set.
+        methods: That gave the scores.
+        scores: (m, n), as `standard` has them.
+        expected: Rows, above 0.
+        seed: Of the groups.
+
+    Raises:
+        FinetraceError: The set is too large.
+    """
+    n = len(index)
+    if n > MOST:
+        raise FinetraceError(
+            f"a threshold is calibrated on all pairs of rows, and {n} rows are many; give --top or --share."
+        )
+    own = standard(Problem(index, index.rows.examples, kept_queries=index), methods)  # (n, n)
+    return calibrated(own, scores, expected, seed)
+
+
+def calibrated(own: Values, scores: Values, expected: float, seed: int) -> float:
+    """`threshold` of (n, n) standardised scores of the rows for each other and (m, n) of the answers."""
+    n, asked = len(own), len(scores)
+    middle, deviation = (float(each.item()) for each in spread(scores.mean(axis=0)))
+    size = min(max(1, round(1 / deviation**2)), asked, n - 1)
+    rng = np.random.default_rng([seed, n, asked])
+    drawn = []
+    for _ in range(GROUPS):
+        group = rng.choice(n, size, replace=False)
+        outside = np.ones(n, dtype=bool)
+        outside[group] = False
+        drawn.append(_standardised(own[group][:, outside].mean(axis=0)))
+    return middle + deviation * float(np.quantile(np.concatenate(drawn), max(0.0, 1 - expected / n)))
+
+
+def _standardised(values: Values) -> Values:
+    middle, deviation = spread(values)
+    return np.asarray((values - middle) / deviation)
