@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from scipy.stats import beta, binomtest, bootstrap
+from scipy.stats import beta, binomtest, bootstrap, norm
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate, bootstrap_mean, paired_difference
@@ -214,12 +215,20 @@ def test_settings_out_of_range(settings_: dict[str, float]) -> None:
         bootstrap_mean(np.array([0.0, 1.0]), **settings_)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("n", [2, 12, 60])
-def test_interval_is_scipys_bca(n: int) -> None:
+def test_the_interval_of_two_queries_spans_their_values() -> None:
+    found = bootstrap_mean(np.array([0.2, 0.7]))
+    assert (found.low, found.high) == (0.2, 0.7)
+
+
+@pytest.mark.parametrize("n", [3, 12, 60])
+def test_interval_is_scipys_bca_at_the_level_that_few_values_need(n: int) -> None:
+    wider = 2 * norm.cdf((n / (n - 1)) ** 0.5 * student.ppf(0.975, n - 1)) - 1
     values = np.random.default_rng(n).beta(6, 1, size=n)
     ours = bootstrap_mean(np.append(values, np.nan), resamples=40_000)
     with np.errstate(all="ignore"):
-        theirs = bootstrap((values,), np.mean, n_resamples=40_000, method="BCa")  # unseeded: the keyword varies
+        theirs = bootstrap(
+            (values,), np.mean, n_resamples=40_000, confidence_level=wider, method="BCa"
+        )  # unseeded: the keyword varies
     low, high = theirs.confidence_interval
     assert ours.n == n
     assert (ours.low, ours.high) == pytest.approx((low, high), abs=0.03 * (high - low))
@@ -231,6 +240,13 @@ def test_intervals_hold_the_true_mean_as_often_as_they_say() -> None:
         estimates = [bootstrap_mean(rng.beta(8, 2, 40), level=level, resamples=800, seed=i) for i in range(600)]
         hits = sum(estimate.low <= beta(8, 2).mean() <= estimate.high for estimate in estimates)
         assert abs(hits / 600 - level) < 0.04
+
+
+def test_of_six_queries_neither_of_two_like_methods_is_often_called_better() -> None:
+    rng = np.random.default_rng(0)
+    found = [paired_difference(*rng.beta(3, 0.5, (2, 6)), resamples=400, seed=i) for i in range(1000)]
+    assert sum(each.low > 0 for each in found) / 1000 < 0.055  # 0.085 if resamples are taken as they come
+    assert sum(each.high < 0 for each in found) / 1000 < 0.055
 
 
 def test_many_queries_are_resampled_in_bounded_memory() -> None:

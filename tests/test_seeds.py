@@ -139,8 +139,9 @@ def test_one_value_a_seed_has_students_interval():
     assert (found.value, found.low, found.high, found.n) == pytest.approx((2.0, 2 - reach, 2 + reach, 3))
     cut = over_seeds([1.0, 2.0, np.nan, 3.0], bounds=(0, 4))
     assert (cut.low, cut.high, cut.n) == (0, 4, 3)
-    alone = over_seeds([0.5])
-    assert alone.value == 0.5
-    assert np.isnan([alone.low, alone.high]).all()
+    for values in ([0.5], [0.5, 0.5, 0.5], [0.0, np.nan, 0.0]):  # of which none says how far seeds differ
+        alone = over_seeds(values, bounds=(0, 1))
+        assert (alone.value, alone.n) == (values[0], np.isfinite(values).sum())
+        assert np.isnan([alone.low, alone.high]).all()
     with pytest.raises(FinetraceError, match="no seed"):
         over_seeds([np.nan])

@@ -256,9 +256,20 @@ def test_how_many_rows_are_removed() -> None:
     assert Validation(counts=(7, 3, 7)).removed(100) == (7, 3)  # the same rows drawn twice are no more draws
     assert set(QUICK.methods) <= set(Validation().methods)
     assert "drop" not in QUICK.measures  # the most retrainings
-    assert basis(Validation()) == basis(Validation(measures=("drop",), subsets=1)) == "Validated by retraining"
-    assert basis(QUICK) == basis(Validation(seeds=1)) == "Looked at with few retrainings"
-    assert basis(Validation(measures=("tail-patch",))).startswith("Not validated by retraining; ")
+
+
+def test_a_verdict_says_where_it_rests_on_less_than_was_tried() -> None:
+    drop, loo = Validation(measures=("drop",)), Validation(measures=("loo", "drop"))
+    for plan in (Validation(), replace(drop, subsets=1), replace(drop, left_out=1), loo, replace(loo, left_out=100)):
+        assert basis(plan, 200) == "Validated by retraining"
+    few = (QUICK, Validation(seeds=1), replace(drop, draws=4), replace(loo, left_out=39), replace(loo, draws=1))
+    for plan in few:
+        assert basis(plan, 200) == "Looked at with few retrainings"
+    assert basis(replace(loo, left_out=12), 12) == "Validated by retraining"  # every row
+    assert basis(Validation(measures=("tail-patch",)), 200).startswith("Not validated by retraining; ")
+
+
+def test_presets_train_for_as_long_as_they_say() -> None:
     assert PRESETS["default"].epochs == 3
 
 

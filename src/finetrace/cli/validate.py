@@ -133,7 +133,7 @@ def validate(
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
         command = f"finetrace validate --index {index} --queries {queries}"
-        stronger = keep_verdict(index, found.verdict, command, basis(plan))
+        stronger = keep_verdict(index, found.verdict, command, basis(plan, len(opened)))
     console = Console()
     for sentence in found.verdict:
         console.print(f"- {sentence}", markup=False, highlight=False)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.special import ndtr, ndtri
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 
@@ -44,7 +45,9 @@ def bootstrap_mean(
     """Mean of per-query values (m,) with a BCa bootstrap interval over queries; NaN marks an excluded query.
 
     BCa is the bias-corrected and accelerated bootstrap (Efron, 1987, "Better Bootstrap Confidence Intervals"), which
-    follows the skewness of metrics that crowd at 1. Two cases where resampling has nothing to say:
+    follows the skewness of metrics that crowd at 1, widened for few queries (Hesterberg, 2015, "What Teachers Should
+    Know About the Bootstrap"), whose resamples vary less than the queries do. Two cases where resampling has nothing to
+    say:
 
     - One query: low and high are NaN, since one value has no spread.
     - All n values equal c (20 queries of 20 right): every resample has the same mean, and [c, c] would claim a
@@ -172,16 +175,18 @@ def _bca(values: NDArray[np.float64], means: NDArray[np.float64], level: float) 
 
     With z0 = Phi^-1(share of resampled means below the mean, ties counted half) and a = sum d^3 / (6 (sum d^2)^(3/2)),
     d the deviations from the mean (the jackknife's acceleration, in closed form for a mean), the ends are the quantiles
-    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the resampled means for z = Phi^-1((1 -+ level) / 2).
+    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the resampled means for z = -+ sqrt(n / (n - 1)) t with t Student's quantile
+    of (1 + level) / 2 and n - 1 degrees of freedom: resamples spread by sqrt((n - 1) / n) too little, and by an estimate.
     """
-    mean = values.mean()
+    n, mean = values.size, values.mean()
+    reach = np.sqrt(n / (n - 1)) * student.ppf(0.5 + level / 2, n - 1)
     deviations = (values - mean) / np.ptp(values)
     acceleration = np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5)
     margin = _ROUNDING * np.abs(values).max()  # a resample of the same mean, summed in another order, is a tie
     share = np.mean(means < mean - margin) + np.mean(np.abs(means - mean) <= margin) / 2
     half = 0.5 / means.size
     bias = ndtri(np.clip(share, half, 1 - half))
-    shifted = bias + ndtri(np.array([(1 - level) / 2, (1 + level) / 2]))
+    shifted = bias + np.array([-reach, reach])
     shares = ndtr(bias + shifted / np.maximum(1 - acceleration * shifted, 1e-9))
     low, high = np.quantile(means, shares)
     return float(low), float(high)

@@ -178,13 +178,18 @@ def compare(
 
 
 def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:
-    """(m, s) minus the sum of the scores of each subset's rows."""
+    """(m, s) minus the sum of the scores of each subset's rows, in units of a query's largest.
+
+    Sums that differ in the thirteenth digit alone are of the same scores, added in another order, and are made equal.
+    """
     values = np.asarray(scores, dtype=np.float64)
     if values.shape != (losses.shape[2], members.shape[1]):
         raise FinetraceError(
             f"scores of shape {values.shape} are not those of {losses.shape[2]} queries and {members.shape[1]} rows."
         )
-    return -(values @ members.T)
+    sums = values @ members.T
+    largest = np.abs(sums).max(axis=1, keepdims=True)
+    return np.asarray(-np.round(sums / np.where(largest > 0, largest, 1.0), 12))
 
 
 def _against(predicted: NDArray[np.float64], losses: Losses) -> NDArray[np.float64]:

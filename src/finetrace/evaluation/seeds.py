@@ -64,8 +64,9 @@ def over_seeds(
 ) -> Estimate:
     """Mean of one value a seed with Student's t interval, S - 1 degrees of freedom, cut at the bounds of one value.
 
-    NaN marks a seed without a value. One seed has no interval: low and high are NaN. With three seeds the interval is
-    2.5 standard deviations to each side; that is what three values say.
+    NaN marks a seed without a value. One seed has no interval, nor have seeds that all have the same value, whose spread
+    of 0 is no estimate of that of others: low and high are NaN. With three seeds the interval is 2.5 standard deviations
+    to each side; that is what three values say.
 
     Raises:
         FinetraceError: There is no value.
@@ -75,8 +76,8 @@ def over_seeds(
     if not known.size:
         raise FinetraceError("no seed has a value to average.")
     mean, n = float(known.mean()), int(known.size)
-    if n == 1:
-        return Estimate(mean, np.nan, np.nan, 1)
+    if np.ptp(known) <= 1e-12 * np.abs(known).max():
+        return Estimate(mean, np.nan, np.nan, n)
     reach = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
     return Estimate(mean, max(bounds[0], mean - reach), min(bounds[1], mean + reach), n)
 

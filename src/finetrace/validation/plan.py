@@ -86,12 +86,20 @@ QUICK = Validation(
 )
 
 
-def basis(plan: Validation) -> str:
-    """What a validation rests on, in the words that open its verdict on a page."""
+def basis(plan: Validation, rows: int) -> str:
+    """What a validation of an index of so many rows rests on, in the words that open its verdict on a page.
+
+    A retraining measure that was asked for with less than the defaults, which are what was tried, makes it few.
+    """
     if not RETRAINED & set(plan.measures):
         return STEPS
-    few = plan.seeds < Validation().seeds or ("lds" in plan.measures and plan.subsets < Validation().subsets)
-    return FEW if few else VALIDATED
+    least = Validation()
+    few = {
+        "lds": plan.subsets < least.subsets,
+        "drop": plan.draws < least.draws,
+        "loo": plan.left_out < min(least.left_out, rows),
+    }
+    return FEW if plan.seeds < least.seeds or any(few.get(name, False) for name in plan.measures) else VALIDATED
 
 
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:

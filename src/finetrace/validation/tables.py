@@ -64,7 +64,8 @@ def print_validation(records: Records, console: Console) -> None:
         for cells in lines_of(records, measure):
             table.add_row(*map(escape, cells))
         console.print(table)
-    note = "[low, high]: 95% intervals over queries, and over subsets or, where there are several, seeds"
+    note = "[low, high]: 95% intervals over queries, and over subsets or, where there are several, seeds: two or three are "
+    note += "too few for it where fine-tunings differ much"
     if any(r.get("over_random") is not None for r in records):
         note += "; minus random: over other draws of random rows"
     console.print(note, style="dim", markup=False)
