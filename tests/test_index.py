@@ -255,13 +255,15 @@ def test_interrupted_and_resumed(
     assert files(folder) == files(built)
 
 
-@pytest.mark.parametrize("moment", ["manifest", "rows", "adapter", "adapter half", "shard half", "shard not noted"])
+@pytest.mark.parametrize(
+    "moment", ["manifest", "rows", "adapter", "adapter half", "shard half", "shard not noted", "not folded"]
+)
 def test_killed_at_any_moment(
     tiny_loaded: Loaded, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """What a kill leaves on disk at the awkward moments; nothing that a handler could have tidied up."""
     folder = tmp_path / "i"
-    from finetrace.index import rows, shards, starting
+    from finetrace.index import notes, rows, shards, starting
 
     def die(*args: Any, **options: Any) -> Any:
         raise KeyboardInterrupt
@@ -284,16 +286,18 @@ def test_killed_at_any_moment(
         elif moment == "shard half":
             patch.setattr(shards, "write", die)
         else:
-            whole = manifests.write
-            patch.setattr(manifests, "write", lambda at, plan: whole(at, plan) if not plan.shards else die())
+            patch.setattr(notes.Notes, "add" if moment == "shard not noted" else "fold", die)
         if moment != "manifest":
             with pytest.raises(KeyboardInterrupt):
                 build(tiny_loaded, folder)
     if moment == "shard half":
         (folder / "shards").mkdir()
         (folder / "shards" / ".000000000.safetensors.part").write_bytes(b"half")
-    with pytest.raises(FinetraceError):
-        open_index(folder)
+    if moment == "not folded":  # the journal alone says that all shards are there
+        assert open_index(folder).manifest == open_index(built).manifest
+    else:
+        with pytest.raises(FinetraceError):
+            open_index(folder)
     build(tiny_loaded, folder)
     assert files(folder) == files(built)
 

@@ -1,8 +1,8 @@
-"""Collecting the shards that an index lacks, here or by workers: each is written whole and noted in the manifest."""
+"""Collecting the shards that an index lacks, here or by workers: each is written whole and noted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import get_args
@@ -13,7 +13,8 @@ from finetrace.encoding import Encoded
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.index import factors, manifest, sums
-from finetrace.index.manifest import LeftOutRecord, Manifest, ShardRecord
+from finetrace.index.manifest import Arrival, Manifest
+from finetrace.index.notes import Notes
 from finetrace.index.work import Collected, Piece, ShardWork, collect_piece, sweep
 from finetrace.models import ModelSpec
 from finetrace.progress import Tracker
@@ -34,7 +35,7 @@ def collect_shards(
 ) -> None:
     """Collect the shards and factor sums that are missing, in any order, and finish the factors.
 
-    The manifest notes each shard as soon as it is whole, so that a killed run goes on after those that are there; only then may
+    Each shard is noted as soon as it is whole, so that a killed run goes on after those that are there; only then may
     its sums be folded.
 
     Args:
@@ -49,6 +50,7 @@ def collect_shards(
         say: Hears of batches that did not fit in memory.
     """
     done = {shard.start: shard for shard in started.shards}
+    notes = Notes(folder, started)
     before = {shard.start: shard.sha256 for shard in manifest.read(folder).shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
@@ -95,14 +97,14 @@ def collect_shards(
                     if before.get(found.shard.start, found.shard.sha256) != found.shard.sha256:
                         _forget_factors(folder, say)
                     done[found.shard.start] = found.shard
-                    gone |= {record.row: record for record in found.left_out}
-                    manifest.write(folder, noted(started, done, gone))
+                    notes.add(Arrival(shard=found.shard, left_out=tuple(found.left_out)))
                 if running is not None:
                     running.arrived(done[pieces[place].start])
     finally:
         sweep(folder)
     if halved:
         say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
+    notes.fold()
     finished = manifest.read(folder)
     if running is not None and not running.agrees(finished.shards):
         say(f"{folder}: a shard is not bit by bit what it was, so its sums and those of all others are collected again")
@@ -119,9 +121,3 @@ def _forget_factors(folder: Path, say: Callable[[str], None]) -> None:
     for labels in get_args(Labels):
         if factors.remove(folder, labels):
             say(f"{factors.path(folder, labels)}: removed, since a shard is not bit by bit what it was")
-
-
-def noted(started: Manifest, done: Mapping[int, ShardRecord], gone: Mapping[int, LeftOutRecord]) -> Manifest:
-    """The manifest with these shards, by first row, and rows left out, by number."""
-    shard_records = tuple(done[start] for start in sorted(done))
-    return started.model_copy(update={"shards": shard_records, "left_out": tuple(gone[row] for row in sorted(gone))})

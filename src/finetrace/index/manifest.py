@@ -1,8 +1,12 @@
-"""The manifest: what an index holds, what it was made from, and which shards are whole."""
+"""The manifest: what an index holds, what it was made from, and which shards are whole.
+
+While shards are collected they are noted in a journal beside it (`index.notes`): `read` reads both.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -10,15 +14,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
-from finetrace.atomic import part_of, write_atomically
+from finetrace.atomic import part_of, remove_part, write_atomically
 from finetrace.collection.modules import Block, Tracking, track
 from finetrace.collection.projection import Projection
 from finetrace.errors import FinetraceError
+from finetrace.index import journal
 from finetrace.moments import Moment
 
 FORMAT = 1
 NAME = "manifest.json"
 PART = part_of(NAME)
+JOURNAL = "manifest.journal"
 
 
 class _Strict(BaseModel):
@@ -63,6 +69,13 @@ class LeftOutRecord(_Strict):
     id: str
     row: int
     reason: str
+
+
+class Arrival(_Strict):
+    """A shard that became whole, and the rows between its borders that are not in it: a line of the journal."""
+
+    shard: ShardRecord
+    left_out: tuple[LeftOutRecord, ...] = ()
 
 
 class AppendRecord(_Strict):
@@ -136,6 +149,15 @@ class Manifest(_Strict):
         """The layers of `model` that the index tracks, their gradients projected as the index's are."""
         return track(model, self.modules, Projection.parse(self.projection, self.projection_seed))
 
+    def having(self, arrivals: Iterable[Arrival]) -> Manifest:
+        """With these shards too, or in place of those with the same first row."""
+        done, gone = {shard.start: shard for shard in self.shards}, {each.row: each for each in self.left_out}
+        for arrival in arrivals:
+            done[arrival.shard.start] = arrival.shard
+            gone |= {each.row: each for each in arrival.left_out}
+        update = {"shards": tuple(done[start] for start in sorted(done))}
+        return self.model_copy(update=update | {"left_out": tuple(gone[row] for row in sorted(gone))})
+
     @property
     def computed_dtype(self) -> torch.dtype:
         """What gradients are computed in and widened to: float32, or float64 for a float64 model."""
@@ -168,12 +190,15 @@ def read(folder: Path) -> Manifest:
     if not folder.is_dir() or not path.exists():
         raise FinetraceError(f"{folder}: no index there (no {NAME}); build one with finetrace index.")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        document = json.loads(content.decode())
         if isinstance(document, dict) and document.get("format") != FORMAT:
             raise FinetraceError(
                 f"{path}: index format {document.get('format')}, this finetrace reads format {FORMAT}; build it again."
             )
         manifest = Manifest.model_validate(document)
+        arrived = [Arrival.model_validate_json(line) for line in journal.read(folder / JOURNAL, content)]
+        manifest = manifest.having(arrived) if arrived else manifest
     except (ValidationError, ValueError, OSError) as error:
         detail = str(error).splitlines()[0]
         raise FinetraceError(f"{path}: not a readable manifest ({detail}); build the index again.") from error
@@ -193,5 +218,12 @@ def inside(folder: Path, name: str) -> Path:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Replace the manifest in one step."""
+    """Replace the manifest in one step, and remove the journal of the one before."""
     write_atomically(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
+    forget_journal(folder)
+
+
+def forget_journal(folder: Path) -> None:
+    """Remove the journal, and what a kill left of one that was begun."""
+    for name in (JOURNAL, part_of(JOURNAL)):
+        remove_part(folder / name)

@@ -1,0 +1,46 @@
+"""Noting shards as they become whole: a line of the journal each, and the manifest itself when it is worth it.
+
+The manifest is written when the journal has as many lines as it has shards: all its writes together are a few of the last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetrace.index.journal import Journal
+from finetrace.index.manifest import JOURNAL, NAME, Arrival, Manifest, forget_journal, read, write
+
+FEWEST = 64  # lines that a journal may have, however few shards there are
+
+
+class Notes:
+    """Shards as they become whole.
+
+    Attributes:
+        manifest: With all of them.
+    """
+
+    def __init__(self, folder: Path, started: Manifest) -> None:
+        """`started` lacks shards that the manifest on the disk has if they were found broken: the first note takes them out."""
+        self.folder = folder
+        self.manifest = started
+        self._fewer = started.shards != read(folder).shards
+        self._journal = Journal(folder / JOURNAL, (folder / NAME).read_bytes())
+        self._arrived: list[Arrival] = []
+
+    def add(self, arrival: Arrival) -> None:
+        """On the disk when this returns."""
+        self._arrived.append(arrival)
+        if not self._fewer and self._journal.lines < max(FEWEST, len(self.manifest.shards)):
+            self._journal.add(arrival.model_dump_json())
+        else:
+            self.fold()
+
+    def fold(self) -> None:
+        """Bring the journal into the manifest."""
+        if self._arrived or self._journal.lines:
+            self.manifest, self._arrived = self.manifest.having(self._arrived), []
+            write(self.folder, self.manifest)
+            self._fewer = False
+            self._journal = Journal(self.folder / JOURNAL, (self.folder / NAME).read_bytes())
+        forget_journal(self.folder)  # that of a manifest before, too
