@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,25 @@ def spread(values: Values) -> tuple[Values, Values]:
     The deviation is 1.4826 MAD. Where more than half of the values are equal, up to the rounding of float32, MAD says nothing
     and 1.2533 times the mean absolute deviation takes its place. It is infinite where all are equal: nothing is learnt of them.
     """
+    middle, deviation = _median_deviation(values)
+    mostly_equal = deviation <= _rounding(values)
+    if mostly_equal.any():
+        deviation = np.where(mostly_equal, _mean_deviation(values)[1], deviation)
+    return middle, np.where(deviation > _rounding(values), deviation, np.inf)
+
+
+def _rounding(values: Values) -> Values:
+    return np.asarray(ROUNDING * np.abs(values).max(axis=-1, keepdims=True))
+
+
+def _median_deviation(values: Values) -> tuple[Values, Values]:
     middle = np.median(values, axis=-1, keepdims=True)
-    away = np.abs(values - middle)
-    rounding = ROUNDING * np.abs(values).max(axis=-1, keepdims=True)
-    deviation = MAD * np.median(away, axis=-1, keepdims=True)
-    deviation = np.where(deviation > rounding, deviation, MEAN_AD * away.mean(axis=-1, keepdims=True))
-    return middle, np.where(deviation > rounding, deviation, np.inf)
+    return middle, np.asarray(MAD * np.median(np.abs(values - middle), axis=-1, keepdims=True))
+
+
+def _mean_deviation(values: Values) -> tuple[Values, Values]:
+    middle = np.median(values, axis=-1, keepdims=True)
+    return middle, np.asarray(MEAN_AD * np.abs(values - middle).mean(axis=-1, keepdims=True))
 
 
 def standard(problem: Problem, methods: Sequence[Method]) -> Values:
@@ -49,10 +62,13 @@ def threshold(index: Index, methods: Sequence[Method], scores: NDArray[Any], exp
     """The value that `expected` of the rows would pass if none had to do with the answers.
 
     A row's value is its mean over m answers. Answers that have nothing to do with the rows give values that spread by
-    s = sqrt((1 + (m - 1) r) / m) standard deviations where their scores correlate by r: by chance the more, the more alike the
-    answers are. So values are read in their own robust standard deviations s, and compared with those of groups of
-    training rows, round(1 / s^2) in each, as many unlike rows as these answers are worth. A row's value for a group that it is
-    in is left out. What stands out for the rows of a group counts as chance: the threshold is rather too high than too low.
+    sqrt((1 + (m - 1) r) / m) times as much as those of one answer where their scores correlate by r: by chance the more, the
+    more alike the answers are. So values are read in their own robust deviation, and compared with those of groups of training
+    rows, in theirs. A group has 1 / (that ratio)^2 rows, a quarter of all at most: the answers are worth as many unlike ones.
+    They are drawn from the half of the rows with the lowest values, so that bad rows do not pass for chance. A row's value for
+    a group that it is in is left out.
+
+    Rows that have much in common make the threshold too high rather than too low, and two halves that differ too low.
 
     Args:
         index: Of the training set.
@@ -75,19 +91,25 @@ def threshold(index: Index, methods: Sequence[Method], scores: NDArray[Any], exp
 
 def calibrated(own: Values, scores: Values, expected: float, seed: int) -> float:
     """`threshold` of (n, n) standardised scores of the rows for each other and (m, n) of the answers."""
-    n, asked = len(own), len(scores)
-    middle, deviation = (float(each.item()) for each in spread(scores.mean(axis=0)))
-    size = min(max(1, round(1 / deviation**2)), asked, n - 1)
-    rng = np.random.default_rng([seed, n, asked])
+    n, values = len(own), scores.mean(axis=0)
+    sparse = np.median(_median_deviation(own)[1] <= _rounding(own)) == 1
+    # means of scores that are mostly equal spread, but not by their median
+    measure = _mean_deviation if sparse else spread
+    middle, deviation = (float(each.item()) for each in measure(values))
+    each_answer = measure(scores)[1]
+    alone = float(np.median(each_answer[np.isfinite(each_answer) & (each_answer > 0)]))
+    size = min(max(1, round((alone / deviation) ** 2)), len(scores), max(1, n // 4))
+    others = np.argsort(values, kind="stable")[: (n + 1) // 2]
+    rng = np.random.default_rng([seed, n, len(scores)])
     drawn = []
     for _ in range(GROUPS):
-        group = rng.choice(n, size, replace=False)
+        group = rng.choice(others, size, replace=False)
         outside = np.ones(n, dtype=bool)
         outside[group] = False
-        drawn.append(_standardised(own[group][:, outside].mean(axis=0)))
+        drawn.append(_standardised(own[group][:, outside].mean(axis=0), measure))
     return middle + deviation * float(np.quantile(np.concatenate(drawn), max(0.0, 1 - expected / n)))
 
 
-def _standardised(values: Values) -> Values:
-    middle, deviation = spread(values)
-    return np.asarray((values - middle) / deviation)
+def _standardised(values: Values, measure: Callable[[Values], tuple[Values, Values]] = spread) -> Values:
+    middle, deviation = measure(values)
+    return np.asarray((values - middle) / np.where(deviation > 0, deviation, np.inf))
