@@ -15,7 +15,7 @@ from typing import Any
 import safetensors.torch
 
 from finetrace.encoding import Encoder
-from finetrace.index import build_index
+from finetrace.index import build_index, notes
 from finetrace.models import ModelSpec, load
 from tiny import make_examples
 
@@ -24,7 +24,8 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")  # audit
 
 
 def build(base: str, adapter: str, folder: str, rows: int, **options: Any) -> None:
-    """What `finetrace index` does, on the examples of the tests."""
+    """What `finetrace index` does, on the examples of the tests; the journal goes into the manifest after two shards already."""
+    notes.FEWEST = 2
     loaded = load(ModelSpec(base, adapter, dtype="float64", device="cpu"))
     build_index(loaded, make_examples(rows), Path(folder), Encoder(loaded.tokenizer), **options)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors import safe_open
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
-from finetrace.index import Index, append, appending, build_index, kronecker_factors, sizing, view
+from finetrace.index import Index, append, appending, build_index, kronecker_factors, notes, sizing, view
 from finetrace.index import manifest as manifests
 from finetrace.index.checking import repair, verify
 from finetrace.models import Loaded, ModelSpec, load
@@ -234,3 +235,32 @@ def test_a_shard_that_cannot_be_read_is_named(place: Path, tmp_path: Path, monke
 
     monkeypatch.setattr(Path, "open", refused)
     assert [each.path.name for each in verify(tmp_path / "i")] == ["000000004.safetensors"]
+
+
+def test_a_journal_that_a_kill_left_goes_into_the_manifest(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All shards were noted: nothing is collected again, and what is left is what an undisturbed run leaves."""
+    whole, loaded = build(model(place), tmp_path / "whole"), model(place)
+    view(whole, "all")
+
+    def die(self: notes.Notes) -> None:
+        raise KeyboardInterrupt
+
+    def killed(work: Callable[[], object]) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(notes.Notes, "fold", die)
+            with pytest.raises(KeyboardInterrupt):
+                work()
+
+    killed(lambda: build(loaded, tmp_path / "i"))
+    assert (tmp_path / "i" / manifests.JOURNAL).exists()
+    index = Index(tmp_path / "i", loaded)
+    assert index.manifest == whole.manifest
+    killed(lambda: view(index, "all"))
+    monkeypatch.setattr(Collector, "collect", lambda *_, **__: pytest.fail("collected again"))
+    assert len(view(index, "all")) == 14
+    assert repair(tmp_path / "i") == []
+    for name in (manifests.NAME, "views/all/manifest.json"):
+        assert (tmp_path / "i" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert not list((tmp_path / "i").rglob(manifests.JOURNAL))

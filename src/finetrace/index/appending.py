@@ -171,8 +171,9 @@ def _link(source: Path, target: Path) -> None:
 def settle(folder: Path, say: Callable[[str], None] = lambda text: None) -> None:
     """Bring an append to its end whose rows are in the manifest: what hangs on the old rows goes, and so does `append/`.
 
-    The caller has the lock. An append that is not that far is left as it is.
+    The caller has the lock. An append that is not that far is left as it is. A journal goes into the manifest.
     """
+    manifest.fold(folder)
     about, staged = manifest.read(folder), folder / FOLDER
     shutil.rmtree(folder / DONE, ignore_errors=True)
     if not (staged / manifest.NAME).exists():

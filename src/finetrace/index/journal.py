@@ -6,6 +6,7 @@ need not remove the journal in the same step. Each line has its own: what a kill
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,19 @@ from finetrace.errors import FinetraceError
 
 
 def read(path: Path, base: bytes) -> list[str]:
-    """The lines of the journal of a file with these bytes, up to the first that is not whole; none of another file's."""
+    """The whole lines of the journal of a file with these bytes; none of another file's.
+
+    Raises:
+        FinetraceError: It is there and cannot be read.
+    """
     try:
         whole = path.read_bytes().split(b"\n")[:-1]  # what no newline ends is the beginning of a line
-    except FileNotFoundError:
-        return []
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) or error.errno == errno.ESTALE:
+            return []
+        raise FinetraceError(
+            f"{path}: cannot be read ({error}); mend that, or remove it: what it notes is collected again."
+        ) from error
     if not whole or whole[0] != _sum(base):
         return []
     return list(_unbroken(whole[1:]))
@@ -30,9 +39,8 @@ def read(path: Path, base: bytes) -> list[str]:
 def _unbroken(lines: list[bytes]) -> Iterator[str]:
     for line in lines:
         mark, _, text = line.partition(b" ")
-        if mark != _sum(text):
-            return
-        yield text.decode()
+        if mark == _sum(text):
+            yield text.decode()
 
 
 def _sum(content: bytes) -> bytes:
@@ -47,10 +55,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, base: bytes) -> None:
-        self.path = path
-        there = read(path, base)
+        self.path, self.base = path, base
+        self._begin()
+
+    def _begin(self) -> None:
+        """The next line is written with all that are there, in a file of its own."""
+        there = read(self.path, self.base)
         self.lines = len(there)
-        self._kept: bytes | None = b"".join(line + b"\n" for line in (_sum(base), *map(_marked, there)))
+        self._kept: bytes | None = b"".join(line + b"\n" for line in (_sum(self.base), *map(_marked, there)))
 
     def add(self, text: str) -> None:
         """On the disk when this returns.
@@ -63,11 +75,13 @@ class Journal:
             if self._kept is not None:
                 write_atomically(self.path, self._kept + line)
             else:
-                with self.path.open("ab") as file:
+                with self.path.open("r+b") as file:  # one that is gone is not begun without its head
+                    file.seek(0, os.SEEK_END)
                     file.write(line)
                     file.flush()
                     os.fsync(file.fileno())
         except OSError as error:
+            self._begin()
             raise FinetraceError(
                 f"{self.path}: cannot be written ({error}); free some space or choose another folder."
             ) from error

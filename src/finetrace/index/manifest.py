@@ -190,15 +190,15 @@ def read(folder: Path) -> Manifest:
     if not folder.is_dir() or not path.exists():
         raise FinetraceError(f"{folder}: no index there (no {NAME}); build one with finetrace index.")
     try:
-        content = path.read_bytes()
+        content, lines = _at_one_moment(folder)
         document = json.loads(content.decode())
         if isinstance(document, dict) and document.get("format") != FORMAT:
             raise FinetraceError(
                 f"{path}: index format {document.get('format')}, this finetrace reads format {FORMAT}; build it again."
             )
         manifest = Manifest.model_validate(document)
-        arrived = [Arrival.model_validate_json(line) for line in journal.read(folder / JOURNAL, content)]
-        manifest = manifest.having(arrived) if arrived else manifest
+        if lines:
+            manifest = manifest.having(map(Arrival.model_validate_json, lines))
     except (ValidationError, ValueError, OSError) as error:
         detail = str(error).splitlines()[0]
         raise FinetraceError(f"{path}: not a readable manifest ({detail}); build the index again.") from error
@@ -207,6 +207,15 @@ def read(folder: Path) -> Manifest:
         if Path(file).name != file or file in ("", ".", ".."):
             raise FinetraceError(f"{path}: {what} file {file!r} leaves the index folder; this index is not used.")
     return manifest
+
+
+def _at_one_moment(folder: Path) -> tuple[bytes, list[str]]:
+    """The manifest and the lines of its journal: a writer may bring them into another manifest between two reads."""
+    while True:
+        content = (folder / NAME).read_bytes()
+        lines = journal.read(folder / JOURNAL, content)
+        if (folder / NAME).read_bytes() == content:
+            return content, lines
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -221,6 +230,12 @@ def write(folder: Path, manifest: Manifest) -> None:
     """Replace the manifest in one step, and remove the journal of the one before."""
     write_atomically(folder / NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
     forget_journal(folder)
+
+
+def fold(folder: Path) -> None:
+    """Bring a journal that a killed run left into the manifest; the caller has the lock."""
+    if (folder / JOURNAL).exists():
+        write(folder, read(folder))
 
 
 def forget_journal(folder: Path) -> None:

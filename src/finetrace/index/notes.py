@@ -27,11 +27,12 @@ class Notes:
         self._fewer = started.shards != read(folder).shards
         self._journal = Journal(folder / JOURNAL, (folder / NAME).read_bytes())
         self._arrived: list[Arrival] = []
+        self._written = len(started.shards) - self._journal.lines  # in the manifest itself
 
     def add(self, arrival: Arrival) -> None:
         """On the disk when this returns."""
         self._arrived.append(arrival)
-        if not self._fewer and self._journal.lines < max(FEWEST, len(self.manifest.shards)):
+        if not self._fewer and self._journal.lines < max(FEWEST, self._written):
             self._journal.add(arrival.model_dump_json())
         else:
             self.fold()
@@ -41,6 +42,6 @@ class Notes:
         if self._arrived or self._journal.lines:
             self.manifest, self._arrived = self.manifest.having(self._arrived), []
             write(self.folder, self.manifest)
-            self._fewer = False
+            self._fewer, self._written = False, len(self.manifest.shards)
             self._journal = Journal(self.folder / JOURNAL, (self.folder / NAME).read_bytes())
         forget_journal(self.folder)  # that of a manifest before, too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from finetrace.collection import Collector, Representation
@@ -14,7 +15,7 @@ from finetrace.index import factors
 from finetrace.index.build import build_index
 from finetrace.index.collecting import collect_shards
 from finetrace.index.lock import writing
-from finetrace.index.manifest import read
+from finetrace.index.manifest import JOURNAL, fold, read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.models import Loaded
@@ -52,6 +53,9 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             kronecker=kronecker,
             at=at,
         )
+    elif (folder / JOURNAL).exists():
+        with suppress(FinetraceError), writing(folder):  # somebody else may be at it
+            fold(folder)
     made = Index(folder, parent=index, remedy=f"remove {folder} and it is collected again.")
     here, there = made.manifest.model, index.manifest.model
     if (here.dtype, here.base_fingerprint, here.adapter_fingerprint, here.at) != (
