@@ -320,9 +320,11 @@ def test_a_second_load_takes_less_than_three_seconds(embedded: Any) -> None:
     """Without the imports of torch and of the model's code; on a slow or busy machine, thrice what copying the weights takes."""
     found = []
     alone = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    for _ in range(2):  # the first warms the disk's cache
+    for _ in range(4):  # the first warms the disk's cache, and others may use the machine
         command = [sys.executable, "-c", TIMED]
         output = subprocess.run(command, check=True, capture_output=True, text=True, env=alone).stdout
         found.append([float(line) for line in output.split()])
-    seconds, copying = (min(each) for each in zip(*found, strict=True))
-    assert seconds < max(3, 3 * copying), found
+        seconds, copying = (min(each) for each in zip(*found, strict=True))
+        if seconds < max(3, 3 * copying):
+            return
+    pytest.fail(f"seconds of loading and copying: {found}")
