@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from finetrace.cleaning.threshold import calibrated, spread
+from finetrace.cleaning.threshold import calibrated, standardised
 
 ROWS, ENTRIES, ALIKE = 150, 60, 0.5
 Scores = tuple[NDArray[Any], NDArray[Any]]
@@ -53,12 +53,6 @@ KINDS: dict[str, Any] = {
     "two equal kinds of rows": lambda *given: normal(*given, kinds=0.7),
     "words": words,
 }
-
-
-def standardised(scores: NDArray[Any]) -> NDArray[Any]:
-    """In robust standard deviations."""
-    middle, deviation = spread(scores)
-    return np.asarray((scores - middle) / deviation)
 
 
 def main() -> None:

@@ -8,12 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from finetrace.cleaning.threshold import calibrated, spread
-
-
-def z(scores: NDArray[Any]) -> NDArray[Any]:
-    middle, deviation = spread(scores)
-    return np.asarray((scores - middle) / deviation)
+from finetrace.cleaning.threshold import calibrated, spread, standardised
 
 
 def drawn(rng: Any, n: int, answers: int, alike: float, planted: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -29,7 +24,7 @@ def drawn(rng: Any, n: int, answers: int, alike: float, planted: int) -> tuple[N
     rows, shared = rng.normal(size=(n, 60)), rng.normal(size=60)
     asked = np.sqrt(alike) * shared + np.sqrt(1 - alike) * rng.normal(size=(answers, 60))
     rows[:planted] += 2 * shared
-    return z(rows @ rows.T), z(asked @ rows.T)
+    return standardised(rows @ rows.T), standardised(asked @ rows.T)
 
 
 @pytest.mark.parametrize("answers", [1, 20])
@@ -43,6 +38,15 @@ def test_as_many_rows_pass_by_chance_as_expected_however_alike_the_answers_are(a
     one, six = np.mean(passed, axis=0)
     assert 0.4 < one < 1.8
     assert 4 < six < 8.5
+
+
+def test_answers_that_are_unlike_are_compared_with_as_many_rows() -> None:
+    """Scores have long tails, and means of twenty have not: next to single rows none would ever pass."""
+    rng, passed = np.random.default_rng(2), []
+    for trial in range(30):
+        own, scores = (standardised(rng.standard_t(3, size=(count, 150))) for count in (150, 20))
+        passed.append((scores.mean(axis=0) > calibrated(own, scores, 1.0, trial)).sum())
+    assert 0.5 < np.mean(passed) < 1.6
 
 
 @pytest.mark.parametrize("rows", [12, 60])
@@ -70,7 +74,7 @@ def test_words_that_answers_share_let_few_rows_pass(shared: float) -> None:
     for trial in range(25):
         rows, asked = words(rng, 150, 0.0), words(rng, 50, shared)
         rarity = np.log(150 / (1 + rows.sum(axis=0)))
-        own, scores = z(rows * rarity @ rows.T), z(asked * rarity @ rows.T)
+        own, scores = standardised(rows * rarity @ rows.T), standardised(asked * rarity @ rows.T)
         passed.append((scores.mean(axis=0) > calibrated(own, scores, 1.0, trial)).sum())
     assert np.mean(passed) < 2.5
 

@@ -116,6 +116,12 @@ def about() -> Manifest:
     return Manifest.model_validate_json(json.dumps(document))
 
 
+def going_on(folder: Path) -> Notes:
+    """After all that is there."""
+    there = manifest.read(folder)
+    return Notes(folder, there, there)
+
+
 def arrivals(count: int) -> list[Arrival]:
     whole = {"bytes": 5, "sha256": "0"}
     return [
@@ -140,12 +146,12 @@ def test_shards_in_any_order_are_one_manifest_that_is_written_rarely(
     monkeypatch.setattr(notes, "write", counted)
     order = arrivals(400)
     random.Random(0).shuffle(order)
-    kept = Notes(tmp_path, about)
+    kept = going_on(tmp_path)
     for place, arrival in enumerate(order, 1):
         kept.add(arrival)
         if place in (1, 63, 64, 65, 66, 200):
             assert manifest.read(tmp_path) == about.having(order[:place])  # what a run that is killed here finds
-            kept = Notes(tmp_path, manifest.read(tmp_path))  # and goes on from
+            kept = going_on(tmp_path)  # and goes on from
     kept.fold()
     found = manifest.read(tmp_path)
     assert [shard.start for shard in found.shards] == list(range(400))
@@ -160,10 +166,10 @@ def test_however_often_a_run_is_stopped_the_journal_is_no_longer_than_the_manife
     tmp_path: Path, about: Manifest
 ) -> None:
     manifest.write(tmp_path, about)
-    kept = Notes(tmp_path, about)
+    kept = going_on(tmp_path)
     for place, arrival in enumerate(arrivals(400)):
         if place % 60 == 0:
-            kept = Notes(tmp_path, manifest.read(tmp_path))
+            kept = going_on(tmp_path)
         kept.add(arrival)
         lines = len(journal.read(tmp_path / manifest.JOURNAL, (tmp_path / manifest.NAME).read_bytes()))
         whole = len(Manifest.model_validate_json((tmp_path / manifest.NAME).read_text()).shards)
@@ -178,7 +184,7 @@ def test_killed_between_manifest_and_journal(tmp_path: Path, about: Manifest, mo
         folder = tmp_path / dies
         folder.mkdir()
         manifest.write(folder, about)
-        kept = Notes(folder, about)
+        kept = going_on(folder)
         for arrival in every:
             kept.add(arrival)
 
@@ -200,7 +206,7 @@ def test_who_reads_while_the_journal_goes_into_the_manifest_sees_all_of_it(
     tmp_path: Path, about: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest.write(tmp_path, about)
-    kept, every, read = Notes(tmp_path, about), arrivals(5), journal.read
+    kept, every, read = going_on(tmp_path), arrivals(5), journal.read
     for arrival in every:
         kept.add(arrival)
 
@@ -216,7 +222,7 @@ def test_who_reads_while_the_journal_goes_into_the_manifest_sees_all_of_it(
 def test_of_two_broken_shards_none_is_noted_while_one_is_mended(tmp_path: Path, about: Manifest) -> None:
     first, second, third = arrivals(3)
     manifest.write(tmp_path, about.having([first, second, third]))
-    kept = Notes(tmp_path, about.having([third]))
+    kept = Notes(tmp_path, about.having([third]), manifest.read(tmp_path))
     assert len(manifest.read(tmp_path).shards) == 3
     kept.add(first)
     assert manifest.read(tmp_path).shards == (first.shard, third.shard)
@@ -227,11 +233,11 @@ def test_a_shard_that_was_broken_is_the_new_one_and_an_old_journal_is_not_heeded
 ) -> None:
     first, second, third = arrivals(3)
     manifest.write(tmp_path, about)
-    kept = Notes(tmp_path, about)
+    kept = going_on(tmp_path)
     for arrival in (first, second):
         kept.add(arrival)
     old = (tmp_path / manifest.JOURNAL).read_bytes()
-    kept = Notes(tmp_path, about.having([second]))  # the first was found broken
+    kept = Notes(tmp_path, about.having([second]), manifest.read(tmp_path))  # the first was found broken
     mended = Arrival(shard=first.shard.model_copy(update={"sha256": "1"}))
     kept.add(mended)
     assert manifest.read(tmp_path).shards == (mended.shard, second.shard)
@@ -239,9 +245,9 @@ def test_a_shard_that_was_broken_is_the_new_one_and_an_old_journal_is_not_heeded
     assert manifest.read(tmp_path).shards == (mended.shard, second.shard)
     (tmp_path / manifest.JOURNAL).write_bytes(old)  # as if a kill had come before it was removed
     assert manifest.read(tmp_path).shards == (mended.shard, second.shard)
-    kept = Notes(tmp_path, manifest.read(tmp_path))
+    kept = going_on(tmp_path)
     kept.add(third)
     assert manifest.read(tmp_path).shards == (mended.shard, second.shard, third.shard)
     (tmp_path / manifest.JOURNAL).write_bytes(old)
-    Notes(tmp_path, manifest.read(tmp_path)).fold()
+    going_on(tmp_path).fold()
     assert not (tmp_path / manifest.JOURNAL).exists()

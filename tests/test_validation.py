@@ -256,6 +256,7 @@ def test_how_many_rows_are_removed() -> None:
     assert Validation(counts=(7, 3, 7)).removed(100) == (7, 3)  # the same rows drawn twice are no more draws
     assert set(QUICK.methods) <= set(Validation().methods)
     assert "drop" not in QUICK.measures  # the most retrainings
+    assert PRESETS["default"].epochs == 3
 
 
 def test_a_verdict_says_where_it_rests_on_less_than_was_tried() -> None:
@@ -267,10 +268,6 @@ def test_a_verdict_says_where_it_rests_on_less_than_was_tried() -> None:
         assert basis(plan, 200) == "Looked at with few retrainings"
     assert basis(replace(loo, left_out=12), 12) == "Validated by retraining"  # every row
     assert basis(Validation(measures=("tail-patch",)), 200).startswith("Not validated by retraining; ")
-
-
-def test_presets_train_for_as_long_as_they_say() -> None:
-    assert PRESETS["default"].epochs == 3
 
 
 @pytest.mark.slow

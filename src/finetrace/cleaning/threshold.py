@@ -54,7 +54,7 @@ def standard(problem: Problem, methods: Sequence[Method]) -> Values:
     prepare(problem, methods)
     total = np.zeros((problem.m, problem.n))
     for method in methods:
-        total += _standardised(np.asarray(method.score(problem).values, dtype=np.float64))
+        total += standardised(np.asarray(method.score(problem).values, dtype=np.float64))
     return total / len(methods)
 
 
@@ -106,10 +106,11 @@ def calibrated(own: Values, scores: Values, expected: float, seed: int) -> float
         group = rng.choice(others, size, replace=False)
         outside = np.ones(n, dtype=bool)
         outside[group] = False
-        drawn.append(_standardised(own[group][:, outside].mean(axis=0), measure))
+        drawn.append(standardised(own[group][:, outside].mean(axis=0), measure))
     return middle + deviation * float(np.quantile(np.concatenate(drawn), max(0.0, 1 - expected / n)))
 
 
-def _standardised(values: Values, measure: Callable[[Values], tuple[Values, Values]] = spread) -> Values:
+def standardised(values: Values, measure: Callable[[Values], tuple[Values, Values]] = spread) -> Values:
+    """In robust standard deviations from the median over the last axis; 0 where all are equal."""
     middle, deviation = measure(values)
     return np.asarray((values - middle) / np.where(deviation > 0, deviation, np.inf))

@@ -50,8 +50,9 @@ def collect_shards(
         say: Hears of batches that did not fit in memory.
     """
     done = {shard.start: shard for shard in started.shards}
-    notes = Notes(folder, started)
-    before = {shard.start: shard.sha256 for shard in manifest.read(folder).shards}
+    there_now = manifest.read(folder)
+    notes = Notes(folder, started, there_now)
+    before = {shard.start: shard.sha256 for shard in there_now.shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
     running = sums.Running(folder, started, unfitted) if unfitted is not None else None

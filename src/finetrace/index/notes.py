@@ -8,23 +8,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from finetrace.index.journal import Journal
-from finetrace.index.manifest import JOURNAL, NAME, Arrival, Manifest, forget_journal, read, write
+from finetrace.index.manifest import JOURNAL, NAME, Arrival, Manifest, forget_journal, write
 
 FEWEST = 64  # lines that a journal may have, however few shards there are
 
 
 class Notes:
-    """Shards as they become whole.
+    """Shards as they become whole."""
 
-    Attributes:
-        manifest: With all of them.
-    """
-
-    def __init__(self, folder: Path, started: Manifest) -> None:
-        """`started` lacks shards that the manifest on the disk has if they were found broken: the first note takes them out."""
+    def __init__(self, folder: Path, started: Manifest, there: Manifest) -> None:
+        """`started` lacks shards of the one that is `there` if they were found broken: the first note takes them out."""
         self.folder = folder
-        self.manifest = started
-        self._fewer = started.shards != read(folder).shards
+        self._noted = started
+        self._fewer = started.shards != there.shards
         self._journal = Journal(folder / JOURNAL, (folder / NAME).read_bytes())
         self._arrived: list[Arrival] = []
         self._written = len(started.shards) - self._journal.lines  # in the manifest itself
@@ -40,8 +36,8 @@ class Notes:
     def fold(self) -> None:
         """Bring the journal into the manifest."""
         if self._arrived or self._journal.lines:
-            self.manifest, self._arrived = self.manifest.having(self._arrived), []
-            write(self.folder, self.manifest)
-            self._fewer, self._written = False, len(self.manifest.shards)
+            self._noted, self._arrived = self._noted.having(self._arrived), []
+            write(self.folder, self._noted)
+            self._fewer, self._written = False, len(self._noted.shards)
             self._journal = Journal(self.folder / JOURNAL, (self.folder / NAME).read_bytes())
         forget_journal(self.folder)  # that of a manifest before, too
