@@ -191,6 +191,9 @@ def test_single_precision_is_as_near_as_the_general_pass(passes: list[int]) -> N
     model, items = with_lora(make_llama()), ITEMS["a common opening"]
     exact, _ = both(model, items)
     general, fused = both(model.float(), items)
+    chosen = Collector(model, track(model), (), 100_000, fused=None).collect(items, names(items))
+    assert len(passes) == 3  # with double precision, with single, and where the choice was left to the collector
+    assert torch.equal(chosen.gradients, fused.gradients)
     assert fused.gradients.dtype == torch.float32
     assert relative_error(fused.gradients.double(), exact.gradients) < 1e-5
     assert relative_error(fused.gradients, general.gradients) < 1e-5
@@ -227,6 +230,13 @@ def test_rows_of_the_layout() -> None:
     assert torch.equal(spread.reshape(-1, 3)[layout.places], values)
     whole = Layout.of(Batch.of(items[:1]))
     assert len(whole.ids) == 15  # one example has nothing in common; the last token of the loss is pooled
+
+
+def test_double_precision_is_left_to_autograd(passes: list[int]) -> None:
+    model, items = with_lora(make_llama()), ITEMS["a common opening"]
+    found = Collector(model, track(model), (), 100_000).collect(items, names(items))
+    assert passes == []
+    assert found.gradients.dtype == torch.float64
 
 
 @pytest.mark.parametrize("budget", [1, 100_000])
@@ -297,9 +307,11 @@ def test_a_batch_too_large_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     assert relative_error(found.gradients, expected.gradients) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["lora", "lora on every linear layer"])
-def test_factors_and_hidden_states_leave_the_bits_of_gradients_alone(name: str) -> None:
+def test_factors_and_hidden_states_leave_the_bits_of_gradients_alone(name: str, dtype: torch.dtype) -> None:
     model, modules = MODELS[name]()
+    model = model.to(dtype)
     tracking, items, found = track(model, modules), ITEMS["a common opening"], []
     for wanted, labels in (((), None), ((Representation(),), "model"), ((Representation(-2),), "data")):
         collector = Collector(model, tracking, wanted, 120, fused=True)

@@ -26,6 +26,7 @@ from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
 from finetrace.reproducible import reproducible
 
+BY_HAND = (torch.bfloat16, torch.float32)
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
 
@@ -39,7 +40,7 @@ class Collector:
         representations: The hidden states wanted.
         batch_tokens: Padded tokens a batch holds at most; a longer example travels alone.
         fused: Compute plain Llamas by hand in place of autograd (see `fused`), where that is possible; `None` does so in
-            bfloat16, where it is the faster way.
+            bfloat16 and float32, and leaves float64 to autograd.
     """
 
     model: nn.Module
@@ -142,7 +143,7 @@ class Collector:
         return room
 
     def _fused(self) -> Fused | None:
-        if self.fused or (self.fused is None and next(self.model.parameters()).dtype == torch.bfloat16):
+        if self.fused or (self.fused is None and next(self.model.parameters()).dtype in BY_HAND):
             return Fused.of(self.model, self.tracking)
         return None
 
