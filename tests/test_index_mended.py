@@ -92,6 +92,40 @@ def test_factors_go_where_a_broken_shard_comes_back_as_another(
     assert verify(folder) == []
 
 
+def test_a_run_killed_between_two_broken_shards_leaves_word_of_the_second(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next run could not tell that it came back as another, and the factors would stay."""
+    folder, said = tmp_path / "i", []
+    build(model(place), folder)
+    kronecker_factors(Index(folder), "data")
+    for name in ("000000004", "000000008"):
+        (folder / "shards" / f"{name}.safetensors").unlink()
+    add = notes.Notes.add
+
+    def killed(self: Any, arrival: Any) -> None:
+        add(self, arrival)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(notes.Notes, "add", killed)
+        with pytest.raises(KeyboardInterrupt):
+            build(model(place), folder)
+    assert [each.path.name for each in verify(folder)] == ["000000008.safetensors"]
+    really = Collector.collect
+
+    def nudged(self: Any, *args: Any, **options: Any) -> Any:
+        features = really(self, *args, **options)
+        features.gradients.mul_(1 + 1e-4)
+        return features
+
+    monkeypatch.setattr(Collector, "collect", nudged)
+    build(model(place), folder, say=said.append)
+    assert not (folder / "factors" / "data.json").exists()
+    assert [text for text in said if "not bit by bit" in text]
+    assert verify(folder) == []
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_shard_whose_rows_are_all_left_out_may_be_narrow(dtype: str, home: Path, tmp_path: Path) -> None:
     loaded = loaded_from(home)

@@ -51,7 +51,7 @@ def collect_shards(
     """
     done = {shard.start: shard for shard in started.shards}
     there_now = manifest.read(folder)
-    notes = Notes(folder, started, there_now)
+    notes = Notes(folder, there_now)
     before = {shard.start: shard.sha256 for shard in there_now.shards}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
