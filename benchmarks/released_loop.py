@@ -91,9 +91,7 @@ def main() -> None:
         f"rounds: loop {base:.1f} s"
     )
     for dtype in models:
-        clock, processor = (
-            [a[k] / b[k] for a, b in zip(times["loop"], times[dtype], strict=True)] for k in range(2)
-        )
+        clock, processor = ([a[k] / b[k] for a, b in zip(times["loop"], times[dtype], strict=True)] for k in range(2))
         print(
             f"index on disk in {dtype}: {statistics.median(each for each, _ in times[dtype]):.1f} s, {spread(clock)}; "
             f"in processor time {spread(processor)}"
