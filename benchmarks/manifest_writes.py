@@ -30,7 +30,7 @@ def main() -> None:
             folder.mkdir()
             empty = about.model_copy(update={"shards": (), "examples": count})
             manifest.write(folder, empty)
-            notes = Notes(folder, empty)
+            notes = Notes(folder, empty, empty)
             began, processor = time.perf_counter(), time.process_time()
             for i in range(count):
                 record = ShardRecord(**template | {"file": f"{i:09d}.safetensors", "start": i, "stop": i + 1})

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +48,12 @@ class Together(ShardWork):
 
     def __call__(self, piece: Piece) -> Collected:
         """Collect one piece, the first time after all are ready."""
-        self._ready  # noqa: B018  # once a worker
+        if "_begun" not in self.__dict__:  # not cached: Ray sends this class by value, with what Python 3.11 locks it by
+            self._begin()
+            self.__dict__["_begun"] = True
         return super().__call__(piece)
 
-    @cached_property
-    def _ready(self) -> None:
+    def _begin(self) -> None:
         self._collector.collect(self._rows.encoded[:1], self._rows.ids[:1])
         (self.marks / f"{os.getpid()}").write_text(repr(time.time()))
         until = time.monotonic() + PATIENCE

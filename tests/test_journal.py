@@ -118,7 +118,8 @@ def about() -> Manifest:
 
 def going_on(folder: Path) -> Notes:
     """After all that is there."""
-    return Notes(folder, manifest.read(folder))
+    there = manifest.read(folder)
+    return Notes(folder, there, there)
 
 
 def arrivals(count: int) -> list[Arrival]:
@@ -218,12 +219,15 @@ def test_who_reads_while_the_journal_goes_into_the_manifest_sees_all_of_it(
     assert manifest.read(tmp_path) == about.having(every)
 
 
-def test_of_two_broken_shards_one_stays_what_it_was_while_the_other_is_mended(tmp_path: Path, about: Manifest) -> None:
+def test_of_two_broken_shards_none_is_noted_while_one_is_mended(tmp_path: Path, about: Manifest) -> None:
     first, second, third = arrivals(3)
     manifest.write(tmp_path, about.having([first, second, third]))
-    mended = Arrival(shard=first.shard.model_copy(update={"sha256": "1"}))
-    going_on(tmp_path).add(mended)
-    assert manifest.read(tmp_path).shards == (mended.shard, second.shard, third.shard)
+    started = about.having([third]).model_copy(update={"lost": (first.shard, second.shard)})
+    kept = Notes(tmp_path, started, manifest.read(tmp_path))
+    assert len(manifest.read(tmp_path).shards) == 3
+    kept.add(first)
+    assert manifest.read(tmp_path).shards == (first.shard, third.shard)
+    assert manifest.read(tmp_path).lost == (second.shard,)
 
 
 def test_a_shard_that_was_broken_is_the_new_one_and_an_old_journal_is_not_heeded(
@@ -235,7 +239,7 @@ def test_a_shard_that_was_broken_is_the_new_one_and_an_old_journal_is_not_heeded
     for arrival in (first, second):
         kept.add(arrival)
     old = (tmp_path / manifest.JOURNAL).read_bytes()
-    kept = going_on(tmp_path)  # the first was found broken
+    kept = Notes(tmp_path, about.having([second]), manifest.read(tmp_path))  # the first was found broken
     mended = Arrival(shard=first.shard.model_copy(update={"sha256": "1"}))
     kept.add(mended)
     assert manifest.read(tmp_path).shards == (mended.shard, second.shard)

@@ -12,7 +12,7 @@ import torch
 
 from commands import run
 from finetrace import placement, prefix
-from finetrace.collection import Collector, Representation, track
+from finetrace.collection import Collector, Representation, collect, track
 from finetrace.collection.fused_plan import plan
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -111,9 +111,10 @@ def test_half_precision_keeps_its_wide_sums(tmp_path: Path, spread: Any, places:
 
 
 def test_an_index_has_the_bytes_of_one_device(
-    base_folder: Path, adapter_folder: Path, spread: Any, tmp_path: Path
+    base_folder: Path, adapter_folder: Path, spread: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32 on the CPU; the pass by hand does not know a model that accelerate stands before."""
+    """By autograd on the CPU; the pass by hand does not know a model that accelerate stands before."""
+    monkeypatch.setattr(collect, "BY_HAND", ())
     spec = ModelSpec(str(base_folder), str(adapter_folder), "float32", "cpu")
     for name, loaded in (("one", load(spec)), ("several", spread(spec, LLAMA, NAMES))):
         assert (plan(loaded.model, track(loaded.model)) is None) == (name == "several")

@@ -51,8 +51,8 @@ def collect_shards(
     """
     done = {shard.start: shard for shard in started.shards}
     there_now = manifest.read(folder)
-    notes = Notes(folder, there_now)
-    before = {shard.start: shard.sha256 for shard in there_now.shards}
+    notes = Notes(folder, started, there_now)
+    before = {shard.start: shard.sha256 for shard in (*started.lost, *there_now.shards)}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
     running = sums.Running(folder, started, unfitted) if unfitted is not None else None

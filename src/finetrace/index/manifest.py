@@ -128,6 +128,7 @@ class Manifest(_Strict):
     projection: str = "none"
     projection_seed: int = 0
     shards: tuple[ShardRecord, ...] = ()
+    lost: tuple[ShardRecord, ...] = ()
     left_out: tuple[LeftOutRecord, ...] = ()
     appended: tuple[AppendRecord, ...] = ()
 
@@ -155,8 +156,12 @@ class Manifest(_Strict):
         for arrival in arrivals:
             done[arrival.shard.start] = arrival.shard
             gone |= {each.row: each for each in arrival.left_out}
-        update = {"shards": tuple(done[start] for start in sorted(done))}
-        return self.model_copy(update=update | {"left_out": tuple(gone[row] for row in sorted(gone))})
+        update = {
+            "shards": tuple(done[start] for start in sorted(done)),
+            "lost": tuple(shard for shard in self.lost if shard.start not in done),
+            "left_out": tuple(gone[row] for row in sorted(gone)),
+        }
+        return self.model_copy(update=update)
 
     @property
     def computed_dtype(self) -> torch.dtype:

@@ -14,23 +14,21 @@ FEWEST = 64  # lines that a journal may have, however few shards there are
 
 
 class Notes:
-    """Shards as they become whole.
+    """Shards as they become whole."""
 
-    One that was found broken stays noted until it is whole again, so that whoever goes on after a kill knows what it was.
-    """
-
-    def __init__(self, folder: Path, there: Manifest) -> None:
-        """`there` is the manifest in the folder, with its journal."""
+    def __init__(self, folder: Path, started: Manifest, there: Manifest) -> None:
+        """`started` lacks shards of the one that is `there` if they were found broken: the first note takes them out."""
         self.folder = folder
-        self._noted = there
+        self._noted = started
+        self._fewer = started.shards != there.shards
         self._journal = Journal(folder / JOURNAL, (folder / NAME).read_bytes())
         self._arrived: list[Arrival] = []
-        self._written = len(there.shards) - self._journal.lines  # in the manifest itself, about
+        self._written = len(started.shards) - self._journal.lines  # in the manifest itself
 
     def add(self, arrival: Arrival) -> None:
         """On the disk when this returns."""
         self._arrived.append(arrival)
-        if self._journal.lines < max(FEWEST, self._written):
+        if not self._fewer and self._journal.lines < max(FEWEST, self._written):
             self._journal.add(arrival.model_dump_json())
         else:
             self.fold()
@@ -40,6 +38,6 @@ class Notes:
         if self._arrived or self._journal.lines:
             self._noted, self._arrived = self._noted.having(self._arrived), []
             write(self.folder, self._noted)
-            self._written = len(self._noted.shards)
+            self._fewer, self._written = False, len(self._noted.shards)
             self._journal = Journal(self.folder / JOURNAL, (self.folder / NAME).read_bytes())
         forget_journal(self.folder)  # that of a manifest before, too

@@ -17,6 +17,8 @@ from finetrace.index import adapter_file, lock, manifest, rows, shards
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded, save_adapter
 
+MAY_DIFFER = ("shards", "lost", "left_out", "appended", "finetrace", "model.name")
+
 
 def make_folder(folder: Path) -> None:
     """Make the folder; one that holds something else than an index, finished or not, is refused."""
@@ -55,9 +57,10 @@ def start(
         there = manifest.read(folder)
         _refuse_other(folder, there, plan)
         whole = tuple(shard for shard in there.shards if shards.whole(folder, shard))
+        lost = {shard.start: shard for shard in (*there.lost, *there.shards) if shard not in whole}
         # the base has the same fingerprint, wherever it lies now
         model = there.model.model_copy(update={"name": plan.model.name})
-        started = there.model_copy(update={"shards": whole, "model": model})
+        started = there.model_copy(update={"shards": whole, "lost": tuple(lost.values()), "model": model})
         if there.model.name != plan.model.name:
             manifest.write(folder, there.model_copy(update={"model": model}))
         if not started.shards or not _furnished(folder, started):
@@ -114,7 +117,7 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     for key in now:
-        if key not in ("shards", "left_out", "appended", "finetrace", "model.name") and was.get(key) != now[key]:
+        if key not in MAY_DIFFER and was.get(key) != now[key]:
             if key == "representations":
                 old, new = (", ".join(each.get(key) or ["none"]) for each in (was, now))
                 what = f"set of hidden states ({old}, not {new})"
