@@ -47,8 +47,11 @@ class Together(ShardWork):
     workers: int = 1
 
     def __call__(self, piece: Piece) -> Collected:
-        """Collect one piece, the first time after all are ready."""
-        if "_begun" not in self.__dict__:  # not cached: Ray sends this class by value, with what Python 3.11 locks it by
+        """Collect one piece, the first time after all are ready.
+
+        Ray sends this class by value, so that nothing of it may be a `cached_property`: in Python 3.11 that has a lock.
+        """
+        if "_begun" not in self.__dict__:
             self._begin()
             self.__dict__["_begun"] = True
         return super().__call__(piece)
