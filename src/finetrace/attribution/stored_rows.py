@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from finetrace.attribution.threads import beside_a_reader
 from finetrace.collection import Block
 from finetrace.curvature.products import COLUMNS
 from finetrace.index.store import Index
@@ -78,18 +79,19 @@ class StoredRows:
         starts = range(0, self.width, COLUMNS)
         widened = self._widening()
         product = torch.empty(min(self.step, self.n), len(vectors), dtype=self.dtype, device=self.device)
-        for where, raw in self.index.row_blocks(self.step, self._range):
-            shape = len(raw), len(vectors)
-            product = product[: len(raw)]
-            total = torch.zeros(shape, dtype=torch.float64, device=self.device) if len(starts) > 1 else None
-            for first in range(0, len(raw), self.piece):
-                part, at = widened(raw[first : first + self.piece]), slice(first, first + self.piece)
-                for start in starts:
-                    columns = slice(start, start + COLUMNS)
-                    torch.mm(part[:, columns], right[columns], out=product[at])
-                    if total is not None:
-                        total[at] += product[at]
-            yield where, product.to(torch.float64, copy=True) if total is None else total
+        with beside_a_reader(len(vectors)):
+            for where, raw in self.index.row_blocks(self.step, self._range):
+                shape = len(raw), len(vectors)
+                product = product[: len(raw)]
+                total = torch.zeros(shape, dtype=torch.float64, device=self.device) if len(starts) > 1 else None
+                for first in range(0, len(raw), self.piece):
+                    part, at = widened(raw[first : first + self.piece]), slice(first, first + self.piece)
+                    for start in starts:
+                        columns = slice(start, start + COLUMNS)
+                        torch.mm(part[:, columns], right[columns], out=product[at])
+                        if total is not None:
+                            total[at] += product[at]
+                yield where, product.to(torch.float64, copy=True) if total is None else total
 
     @property
     def piece(self) -> int:
