@@ -57,7 +57,8 @@ def start(
         there = manifest.read(folder)
         _refuse_other(folder, there, plan)
         whole = tuple(shard for shard in there.shards if shards.whole(folder, shard))
-        lost = {shard.start: shard for shard in (*there.lost, *there.shards) if shard not in whole}
+        sound = {shard.start for shard in whole}
+        lost = {shard.start: shard for shard in (*there.lost, *there.shards) if shard.start not in sound}
         # the base has the same fingerprint, wherever it lies now
         model = there.model.model_copy(update={"name": plan.model.name})
         started = there.model_copy(update={"shards": whole, "lost": tuple(lost.values()), "model": model})
