@@ -55,6 +55,18 @@ def turn(path: Path, tensor: str = "gradients") -> None:
     path.write_bytes(bytes(content))
 
 
+def nudge(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on gradients come out a little longer, as on another machine."""
+    really = Collector.collect
+
+    def nudged(self: Any, *args: Any, **options: Any) -> Any:
+        features = really(self, *args, **options)
+        features.gradients.mul_(1 + 1e-4)
+        return features
+
+    monkeypatch.setattr(Collector, "collect", nudged)
+
+
 @pytest.mark.parametrize("how", ["turned", "gone"])
 def test_factors_are_not_fitted_on_a_broken_shard(how: str, place: Path, tmp_path: Path) -> None:
     build(model(place), tmp_path / "i")
@@ -78,14 +90,7 @@ def test_factors_go_where_a_broken_shard_comes_back_as_another(
     assert (folder / "factors" / "data.json").exists() and not said  # the same bytes
     (folder / "shards" / "000000004.safetensors").unlink()
     other = model(place)
-    really = Collector.collect
-
-    def nudged(self: Any, *args: Any, **options: Any) -> Any:
-        features = really(self, *args, **options)
-        features.gradients.mul_(1 + 1e-4)
-        return features
-
-    monkeypatch.setattr(Collector, "collect", nudged)
+    nudge(monkeypatch)
     build(other, folder, say=said.append)
     assert not (folder / "factors" / "data.json").exists()
     assert [text for text in said if "not bit by bit" in text]
@@ -112,14 +117,7 @@ def test_a_run_killed_between_two_broken_shards_leaves_word_of_the_second(
         with pytest.raises(KeyboardInterrupt):
             build(model(place), folder)
     assert [each.file for each in manifests.read(folder).lost] == ["000000008.safetensors"]
-    really = Collector.collect
-
-    def nudged(self: Any, *args: Any, **options: Any) -> Any:
-        features = really(self, *args, **options)
-        features.gradients.mul_(1 + 1e-4)
-        return features
-
-    monkeypatch.setattr(Collector, "collect", nudged)
+    nudge(monkeypatch)
     build(model(place), folder, say=said.append)
     assert not (folder / "factors" / "data.json").exists()
     assert [text for text in said if "not bit by bit" in text]
