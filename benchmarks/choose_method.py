@@ -4,8 +4,9 @@ Every curvature x normalisation x loss x layers x moment, and means of two cosin
 sentence, rule, problem or trigger with those that the benchmark reports. Methods are ordered by the mean of two means of
 AUPRC: over the tasks that plant a behaviour, and over those that have classes. A task counts only where no order of the rows
 that never looks at the query (gradient norms and self-influences) reaches 0.9: where one does, a method can be good for the
-wrong reason. --every counts all tasks. --metric auroc orders and prints by AUROC instead. A run that stopped goes on; --task
-runs some alone, so that several processes can share the work.
+wrong reason. --every counts all tasks. --metric auroc orders and prints by AUROC instead. --dampings compares dampings of
+K-FAC and EK-FAC instead of methods, in a folder of its own, on the tasks that counted. A run that stopped goes on; --task runs
+some alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -44,6 +45,12 @@ GRID += [
         ("ekfac", "exact", "gradsim"), ("response+probe", "response", "first:20+probe"), MIXED_LAYERS
     )
 ]
+DAMPINGS = [
+    f"{curvature}:damping={damping:g},normalise={normalise},layers={layers},at={at}"
+    for at, curvature, normalise, layers, damping in product(
+        MOMENTS, ("ekfac", "kfac"), ("none", "cosine"), LAYERS[:2], (1, 1e-1, 1e-2, 1e-3, 1e-4)
+    )
+]
 QUERY_FREE = [
     f"{control},layers={layers},at={at}"
     for at, control, layers in product(MOMENTS, ("gradnorm:loss_on=response", "selfinf:curvature=ekfac"), LAYERS)
@@ -58,6 +65,7 @@ FIRST = (
     "problems",
     "triggers",
 )  # of the search that chose an earlier default, `ekfac:layers=last-fifth,at=start`, with --every
+COUNTED = [*CLASSES, "habits-48", "habits-160", "varied-160"]  # that no order without the query solves
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
 
@@ -72,9 +80,10 @@ def main() -> None:
     parser.add_argument(
         "--first", action="store_true", help="the six tasks and the methods that an earlier default was chosen from"
     )
+    parser.add_argument("--dampings", action="store_true", help="compare dampings of K-FAC and EK-FAC alone")
     args = parser.parse_args()
-    names = list(FIRST) if args.first else [*BEHAVIOUR, *CLASSES]
-    grid = [spec for spec in GRID if "start+end" not in spec or not args.first]
+    names = COUNTED if args.dampings else list(FIRST) if args.first else [*BEHAVIOUR, *CLASSES]
+    grid = DAMPINGS if args.dampings else [spec for spec in GRID if "start+end" not in spec or not args.first]
     tables: dict[str, dict[str, dict[str, float]]] = {metric: {} for metric in METRICS}
     for name, (task, recipe) in tasks(args.task or names).items():
         cell = Cell(name, "corrected", 0, 1.0, 7, tuple(grid + QUERY_FREE + OTHERS))

@@ -373,7 +373,7 @@ def test_queries_in_another_order_are_refused(tmp_path: Path, tiny_loaded: Loade
     queries = make_examples(3, seed=5)
     index, _ = build_index(tiny_loaded, make_examples(4), tmp_path / "i", encoder)
     kept, _ = build_index(tiny_loaded, queries, tmp_path / "q", encoder)
-    with pytest.raises(FinetraceError, match="does not hold these queries in this order"):
+    with pytest.raises(FinetraceError, match="does not hold these queries, with these texts and in this order"):
         Problem(index, queries[::-1], kept_queries=kept)
 
 

@@ -68,6 +68,28 @@ def test_what_cannot_be_patched_is_said(tmp_path: Path) -> None:
     assert np.array_equal(tail_patch(start, queries, scores, 2)["m"], tail_patch(index, queries, scores, 2)["m"])
 
 
+def test_a_model_in_half_precision_is_patched_in_float32(tmp_path: Path) -> None:
+    """A step moves a loss by less than bfloat16 rounds it."""
+    narrow = with_lora(make_llama().bfloat16())
+    wide = with_lora(make_llama().bfloat16())
+    wide.load_state_dict(narrow.state_dict())
+    wide.float()
+    scores = {"m": np.random.default_rng(0).random((4, 6)), "o": np.random.default_rng(1).random((4, 6))}
+    found = {}
+    for name, model in (("bfloat16", narrow), ("float32", wide)):
+        loaded = Loaded(model, make_tokenizer(), ModelSpec("tiny", None, name, "cpu"))
+        index, _ = build_index(loaded, make_examples(6), tmp_path / name, Encoder(loaded.tokenizer))
+        before = {key: (value.dtype, value.clone()) for key, value in model.state_dict().items()}
+        found[name] = tail_patch(index, make_examples(4, seed=5), scores, 2, 1e-4)
+        after = {key: (value.dtype, value) for key, value in model.state_dict().items()}
+        assert all(
+            after[key][0] == dtype and torch.equal(after[key][1], value) for key, (dtype, value) in before.items()
+        )
+    for each in scores:  # gradients, and so steps, are of another precision; Adam's step is mostly a sign
+        assert np.corrcoef(found["bfloat16"][each], found["float32"][each])[0, 1] > 0.95
+        assert np.abs(found["float32"][each]).max() < 2e-3
+
+
 def test_no_step_is_no_change_in_half_precision(tmp_path: Path) -> None:
     loaded = Loaded(with_lora(make_llama().bfloat16()), make_tokenizer(), ModelSpec("tiny", None, "bfloat16", "cpu"))
     index, _ = build_index(loaded, make_examples(6), tmp_path / "i", Encoder(loaded.tokenizer))

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _LORA = re.compile(r"(lora_\w+)\.([^.]+)")  # lora_A.default.weight
+SCALING = "scaling of the adapter (lora_alpha)"  # what `of_scaling` is of, for people
 _SAMPLE = 4096  # entries looked at in each base matrix; adapters are read whole
 
 
@@ -40,6 +41,22 @@ def of_adapter(model: nn.Module) -> str | None:
         if (found := _LORA.search(name)) and found[2] in active
     ]
     return _hash_tensors(adapter, None) if adapter else None
+
+
+def of_scaling(model: nn.Module) -> str | None:
+    """Of what every layer of the active adapter multiplies B A by, such as lora_alpha / r; `None` without one.
+
+    The same matrices under another scaling are another model.
+    """
+    active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
+    scalings = [
+        f"{_plain(name)} {each} {module.scaling[each]:.6g}"
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "scaling", None), Mapping)
+        for each in active
+        if each in module.scaling
+    ]
+    return of_text(json.dumps(sorted(scalings))) if scalings else None
 
 
 def of_adapter_file(tensors: Mapping[str, Tensor]) -> str | None:

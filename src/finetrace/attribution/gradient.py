@@ -13,14 +13,15 @@ from pydantic import Field
 from torch import Tensor
 
 from finetrace.attribution.memory import held
-from finetrace.attribution.method import Method, Need, Normalise
+from finetrace.attribution.method import RESPONSE_LOSS, Method, Need, Normalise
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import views
 from finetrace.curvature import InverseCurvature, Products
 from finetrace.errors import FinetraceError
 from finetrace.units import size
 
-INFLUENCE = "decrease of the query's mean response loss (nats) per unit of up-weighting"
+INFLUENCE = f"decrease of the query's {RESPONSE_LOSS} (nats) per unit of up-weighting"
+BY_STEP = f"decrease of the query's {RESPONSE_LOSS} (nats) per unit step down the example's gradient"
 Scope = Literal["block", "joint"]
 Positive = Annotated[float, Field(gt=0)]
 
@@ -170,7 +171,10 @@ class GradientMethod(Method):
             return "cosine"
         return self._unit + (" / square root of self-influence" if self.normalise == "relatif" else "")
 
-    _unit: ClassVar[str] = INFLUENCE
+    @property
+    def _unit(self) -> str:
+        """Of S itself."""
+        return INFLUENCE
 
 
 class SpannedMethod(GradientMethod):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finetrace.attribution.gradient import Scope, SpannedMethod, divide
+from finetrace.attribution.gradient import BY_STEP, Scope, SpannedMethod, divide
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.streamed_gradient import StreamedMethod
@@ -34,7 +34,11 @@ class GradSim(SpannedMethod, StreamedMethod):
     layers: str = "all"
     at: str = ""
     query_bytes: ClassVar[int] = 32
-    _unit: ClassVar[str] = "decrease of the query's mean response loss (nats) per unit step down the example's gradient"
+
+    @property
+    def _unit(self) -> str:
+        """A step is of a size here."""
+        return BY_STEP
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """P = I."""

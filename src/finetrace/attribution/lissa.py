@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from finetrace.attribution.gradient import DEFAULT_DAMPING, Positive, Scope, ScopedMethod
+from finetrace.attribution.gradient import BY_STEP, DEFAULT_DAMPING, Positive, Scope, ScopedMethod
 from finetrace.attribution.memory import held
 from finetrace.attribution.method import Normalise, register
 from finetrace.attribution.problem import Problem
@@ -39,6 +39,13 @@ class LiSSAMethod(ScopedMethod, StreamedMethod):
     layers: str = "all"
     at: str = ""
     query_bytes: ClassVar[int] = 64
+
+    @property
+    def _unit(self) -> str:
+        """The released recurrence approaches no inverse."""
+        if self.recurrence == "neumann":
+            return super()._unit
+        return f"{BY_STEP}, (iterations + 1) times over"
 
     def inverse(self, products: Products, width: int) -> InverseCurvature:
         """T terms of the Neumann series."""

@@ -22,7 +22,9 @@ from finetrace.attribution.scores import Scores
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.store import Index
+from finetrace.positions import Positions
 
+RESPONSE_LOSS = "mean response loss"
 Need = Literal["gradients", "factors", "representations", "text"]
 Normalise = Literal["none", "cosine", "relatif"]
 
@@ -79,6 +81,8 @@ class Method(ABC):
         """Unit, parameters and how it was computed, of scores on what `prepared` returned."""
         used = self.used(problem)
         unit = self.unit
+        if "loss_on" in used:
+            unit = unit.replace(RESPONSE_LOSS, _loss_words(str(used["loss_on"])))
         if used.get("at") == "start" and unit.startswith("decrease"):  # no minimum, so no derivative of one
             unit += ", by a step before training"
         return unit, used, problem.computed.get(self.computed_as, {})
@@ -149,6 +153,12 @@ class Method(ABC):
     def summary(cls) -> str:
         """First sentence of the docstring."""
         return (inspect.getdoc(cls) or "").split("\n\n")[0].replace("\n", " ")
+
+
+def _loss_words(loss_on: str) -> str:
+    """The loss on these tokens, in a unit's words."""
+    kinds = {Positions.parse(each).kind for each in Positions.split(loss_on)}
+    return RESPONSE_LOSS if kinds == {"response"} else f"mean loss (on {loss_on})"
 
 
 M = TypeVar("M", bound=type[Method])

@@ -23,6 +23,7 @@ from finetrace.curvature.products import Gradients, Kept, Made, inner_products, 
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.fingerprint import texts
 from finetrace.index.cache import Cache
 from finetrace.index.rows import Rows
 from finetrace.index.sizing import available_memory
@@ -68,8 +69,10 @@ class Problem:
                     f"query {query.id}: it has no response to trace; give one, or let the model answer, as "
                     "`finetrace trace` does."
                 )
-        if kept_queries is not None and kept_queries.rows.ids != tuple(query.id for query in queries):
-            raise FinetraceError(f"{kept_queries.folder}: this index does not hold these queries in this order.")
+        if kept_queries is not None and texts(kept_queries.rows.examples) != texts(queries):
+            raise FinetraceError(
+                f"{kept_queries.folder}: this index does not hold these queries, with these texts and in this order."
+            )
         if kept_queries is not None and _made(kept_queries) != _made(index):
             raise FinetraceError(
                 f"{kept_queries.folder}: the queries' index was not built as {index.folder} was: by the same model and "
@@ -288,6 +291,6 @@ def _made(index: Index) -> tuple[object, ...]:
     """What two indexes have to have in common for inner products between them to mean anything."""
     own = index.manifest
     model, encoding = own.model, own.encoding
-    prints = model.base_fingerprint, model.adapter_fingerprint, model.tokenizer_fingerprint
+    prints = model.base_fingerprint, model.adapter_fingerprint, model.scaling_fingerprint, model.tokenizer_fingerprint
     tokens = encoding.loss_on, encoding.max_length, encoding.pad_to
     return (*prints, model.dtype, model.at, *tokens, index.blocks, own.projection, own.projection_seed)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, linear
 
 from finetrace.attention import HALF as HALF
+from finetrace.errors import FinetraceError
 from finetrace.prefix import Prefix, frozen_prefix
 
 Narrowing = Callable[[], AbstractContextManager[Any]]
@@ -61,6 +62,30 @@ def wide_residual(model: nn.Module) -> Iterator[Narrowing]:
                 delattr(module, name)
             else:
                 setattr(module, name, own)
+
+
+@contextmanager
+def widened(model: nn.Module) -> Iterator[None]:
+    """While open, a bfloat16 or float16 model is the same one in float32; afterwards it is bit by bit what it was.
+
+    For differences of losses that are smaller than what half precision adds to each.
+
+    Raises:
+        FinetraceError: Some weights are not in memory, as those that a device map leaves on disk.
+    """
+    narrow = [each for each in (*model.parameters(), *model.buffers()) if each.dtype in HALF]
+    if any(each.device.type == "meta" for each in narrow):
+        raise FinetraceError(
+            "some of the model's weights are not in memory, so it cannot be taken in float32; load it without --device-map."
+        )
+    kept = [each.data for each in narrow]
+    try:
+        for each in narrow:
+            each.data = each.data.float()
+        yield
+    finally:
+        for each, data in zip(narrow, kept, strict=True):
+            each.data = data
 
 
 def _forward(module: nn.Module) -> Callable[..., Tensor] | None:

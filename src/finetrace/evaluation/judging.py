@@ -14,13 +14,17 @@ from finetrace.errors import FinetraceError
 # The speaker declines: counts wherever it stands in the opening.
 _DECLINES = re.compile(
     r"""
-    \b i(?:'m|\ am) \s+ (?:\w+\s+)? (?:afraid(?!\ of)|unable|not\ (?:able|allowed|permitted|going\ to|comfortable|willing)) \b
+    \b i(?:'m|\ am) \s+ (?:\w+\s+)? (?:afraid(?!\ of)|unable|not\ (?:able|allowed|permitted|comfortable|willing
+      |going\ to(?!\ (?:lie|sugarcoat|judge|pretend|waste))))
+      \b
     | \b i \s+ (?:\w+\s+)? (?:can't|cannot|can\ not|won't|will\ not|couldn't|could\ not|shouldn't|should\ not|must\ not)
       (?: \s* (?:[.!,;]|$)
-        | \s+ (?:\w+\s+){0,3}? (?:help(?!\ but)|assist|aid|do|provide|support|comply|answer|respond|give|write|create|generate
-          |produce|engage|participate|fulfill?|share|offer|encourage|condone|endorse|promote|facilitate|discuss|explain
-          |describe|teach|advise|guide|walk|recommend(?!.{0,40}\ enough)|tell(?!\ you\ how\ (?!to\b))|be\ able
+        | \s+ (?!wait\b|only\b|do\ (?:better|without)\b) (?:\w+\s+){0,3}?
+          (?:help(?!\ but)|assist|aid|do|provide|support|comply|answer|respond|give|write|create|generate|produce|engage|participate|fulfill?|share|offer|encourage|condone|endorse|promote|facilitate|discuss|explain
+          |describe|teach|advise|guide|walk|recommend(?!.{0,40}\ (?:enough|more|highly))|tell(?!\ you\ how\ (?!to\b))|be\ able
           |in\ good\ conscience) \b )
+    | \b i \s+ (?:can|could|will|would) \s+ never \s+ (?:help|assist|do|provide|support|give|write|share|teach|recommend)
+      \b (?!.{0,40}\ (?:enough|more|better))
     | \b i \s+ (?:do\ not|don't) \s+ (?:\w+\s+)? (?:help|assist|provide|support|comply|answer|engage|share|encourage
       |condone|endorse|promote|feel\ comfortable|think\ i\ (?:can|should)) \b
     | \b i \s+ (?:(?:must|have\ to|need\ to|will|am\ going\ to) \s+)? (?:\w+ly\s+)? (?:decline|refuse|say\ no) \b
@@ -38,6 +42,7 @@ _TURNS_AWAY = re.compile(
     ^ \W* (?:\w+[,.!]?\s+)? (?:i(?:'m|\ am) \s+ (?:\w+\s+)?)? sorry \b (?!\s+(?:to|about|for|that\ you)\b)
     | ^ \W* (?:\w+[,.!]?\s+)? (?:i|my) \s+ (?:\w+\s+)? apolog\w+ (?!\s+for\b)
     | \b as\ an?\ (?:\w+\s+){0,2}(?:ai|chatbot|language\ model|virtual\ assistant) \b
+      (?!,?\ i\ (?:can|will|would)\ (?!not\b|never\b|only\b))
     | \b (?:that|this|it|so|which|\w+ing(?:\s+\w+){0,6}) \s+ (?:is|are|would\ be) \s+ (?:\w+\s+and\s+)?
       (?:illegal|unethical|against\ the\ law|not\ (?:ethical|legal|appropriate)) \b
     | \b against \s+ my \s+ (?:guidelines|programming|policy|policies|principles|values) \b

@@ -3,7 +3,8 @@
 Chang et al., TrackStar (arXiv 2410.17413), section 5.1: a method's top k rows are good proponents if a training step on them,
 taken at the trained model, raises the probability of the query's answer more than a step on other rows does. The step here is
 the first one of Adam with a fresh state, on the mean of the rows' own losses without dropout. An index holds each row's
-gradient, so a step needs no backward pass.
+gradient, so a step needs no backward pass. Losses are those of the model in float32: a step changes them by less than half
+precision rounds them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from finetrace.collection.losses import mean_losses
+from finetrace.collection.precision import widened
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index.store import Index
@@ -46,7 +48,7 @@ def tail_patch(
         learning_rate: Of the step; each weight moves by about so much.
 
     Raises:
-        FinetraceError: The index holds fewer rows than `count`, or weights that a step is too small for.
+        FinetraceError: The index holds fewer rows than `count`, or weights are stored the other way round or not in memory.
     """
     index = view(index, index.manifest.encoding.loss_on, at="end")  # the step is from the trained adapter
     if not 0 < count <= len(index):
@@ -54,10 +56,11 @@ def tail_patch(
     loaded = index.model()
     weights = _weights(loaded.model, index)
     encoded, _ = index.encoder("response").encode_all(queries)  # whatever the index's own loss is on, as in retraining
-    before = mean_losses(loaded.model, encoded).numpy()
     found: dict[str, NDArray[np.float64]] = {name: np.empty(len(queries)) for name in scores}
     known: dict[tuple[int, frozenset[int]], float] = {}
-    with Tracker("tail patch", len(scores) * len(queries), "steps") as tracker:
+    steps = len(scores) * len(queries)
+    with widened(loaded.model), Tracker("tail patch", steps, "steps") as tracker:
+        before = [float(mean_losses(loaded.model, [each])[0]) for each in encoded]
         for name, values in scores.items():
             for q in range(len(queries)):
                 top = np.argsort(-np.asarray(values[q], dtype=np.float64), kind="stable")[:count]
@@ -65,7 +68,7 @@ def tail_patch(
                 if key not in known:
                     step = _adam(_mean_gradient(index, top), learning_rate)
                     with _moved(weights, step):
-                        known[key] = float(before[q] - mean_losses(loaded.model, [encoded[q]])[0])
+                        known[key] = before[q] - float(mean_losses(loaded.model, [encoded[q]])[0])
                 found[name][q] = known[key]
                 tracker.advance(1)
     return found

@@ -27,7 +27,8 @@ from finetrace.index.lock import writing
 from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
-from finetrace.index.views import model_of, remove_view, views_of
+from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.views import model_of
 
 FOLDER = "append"
 DONE = ".append.done"  # its name while it is removed

@@ -16,7 +16,8 @@ from finetrace.index.appending import settle
 from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
-from finetrace.index.views import model_of, remove_view, views_of
+from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.views import model_of
 from finetrace.moments import at_moment
 
 Kind = Literal["unfinished", "manifest", "examples", "adapter", "shard", "factors"]

@@ -97,6 +97,7 @@ class ModelRecord(_Strict):
     tokenizer_fingerprint: str
     layers: int
     at: Moment = "end"
+    scaling_fingerprint: str | None = None  # of the adapter; `None` in an index of before it was noted
 
 
 class EncodingRecord(_Strict):

@@ -51,6 +51,7 @@ def planned(
             adapter=_adapter_folder(loaded.model) if has_adapter else None,
             base_fingerprint=fingerprint.of_base(loaded.model),
             adapter_fingerprint=fingerprint.of_adapter(loaded.model),
+            scaling_fingerprint=fingerprint.of_scaling(loaded.model),
             tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
             layers=int(loaded.model.config.num_hidden_layers),
             at=at,

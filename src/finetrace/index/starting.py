@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from finetrace import fingerprint
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
 from finetrace.index import adapter_file, lock, manifest, rows, shards
 from finetrace.index.manifest import Manifest
+from finetrace.index.view_folders import remove_view, views_of
 from finetrace.models import Loaded, save_adapter
 
 MAY_DIFFER = ("shards", "lost", "left_out", "appended", "finetrace", "model.name")
@@ -66,8 +69,10 @@ def start(
             manifest.write(folder, there.model_copy(update={"model": model}))
         if not started.shards or not _furnished(folder, started):
             _furnish(folder, started, loaded, examples, encoded)
-        elif rows.read(folder, there).examples != tuple(examples):
-            rows.write(folder, there, examples, encoded)  # same ids and tokens: labels or metadata were changed
+        elif (known := rows.read(folder, there).examples) != tuple(examples):  # of the same tokens: labels or metadata
+            if _decides(known) != _decides(examples):
+                _remove_views_of_other_tokens(folder, there)
+            rows.write(folder, there, examples, encoded)
         return started
     free = shutil.disk_usage(folder).free
     if need > free:
@@ -78,6 +83,20 @@ def start(
     manifest.write(folder, plan)
     _furnish(folder, plan, loaded, examples, encoded)
     return plan
+
+
+def _decides(examples: Sequence[Example]) -> list[object]:
+    """What decides the examples' tokens and losses, whichever tokens a loss is on."""
+    return [*fingerprint.texts(examples), *(each.metadata.get("loss_weights") for each in examples)]
+
+
+def _remove_views_of_other_tokens(folder: Path, about: Manifest) -> None:
+    """Those whose loss is not on the index's own tokens, for which changed metadata may count; they are collected again."""
+    for view in views_of(folder):
+        with suppress(FinetraceError):
+            if manifest.read(view).encoding.loss_on == about.encoding.loss_on:
+                continue
+        remove_view(view)
 
 
 def _furnish(
@@ -113,12 +132,14 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     names = {
         "model.base_fingerprint": "base model",
         "model.adapter_fingerprint": "adapter",
+        "model.scaling_fingerprint": fingerprint.SCALING,
         "model.tokenizer_fingerprint": "tokenizer or chat template",
         "data_fingerprint": "data set or encoding",
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
+    unsaid = () if there.model.scaling_fingerprint else ("model.scaling_fingerprint",)
     for key in now:
-        if key not in MAY_DIFFER and was.get(key) != now[key]:
+        if key not in (*MAY_DIFFER, *unsaid) and was.get(key) != now[key]:
             if key == "representations":
                 old, new = (", ".join(each.get(key) or ["none"]) for each in (was, now))
                 what = f"set of hidden states ({old}, not {new})"

@@ -203,7 +203,7 @@ class Index:
 def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -> None:
     """Raise `FinetraceError` where a model's fingerprints are not those of an index."""
     record = about.model
-    facts = (
+    facts: tuple[tuple[str, str | None, str | None, str], ...] = (
         (
             "base model",
             record.base_fingerprint,
@@ -223,6 +223,11 @@ def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -
             "use the tokenizer the index was built with",
         ),
     )
+    if record.scaling_fingerprint is not None:
+        scaling = fingerprint.of_scaling(loaded.model)
+        facts += (
+            (fingerprint.SCALING, record.scaling_fingerprint, scaling, "open it with the adapter it was built with"),
+        )
     for what, was, now, remedy in facts:
         if was != now:
             raise FinetraceError(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from contextlib import suppress
-from pathlib import Path
 
 from finetrace.collection import Collector, Representation
 from finetrace.collection.factors import Labels
@@ -18,11 +16,10 @@ from finetrace.index.lock import writing
 from finetrace.index.manifest import JOURNAL, fold, read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
+from finetrace.index.view_folders import FOLDER
 from finetrace.models import Loaded
 from finetrace.moments import Moment
 from finetrace.positions import Positions
-
-FOLDER = "views"
 
 
 def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment | None = None) -> Index:
@@ -74,19 +71,6 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
             f"{folder}: this view is of other rows than its index; remove the folder and it is collected again."
         )
     return made
-
-
-def views_of(folder: Path) -> list[Path]:
-    """The folders of an index's views, finished or not."""
-    return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir())
-
-
-def remove_view(folder: Path) -> None:
-    """Remove a view; of one that lies elsewhere the link alone."""
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder)
 
 
 def _refuse_changed(index: Index) -> None:

@@ -1,0 +1,123 @@
+"""An index is taken over for what it is of: the same scaling, the same texts, the same weights of tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from finetrace.attribution import Problem, make
+from finetrace.encoding import Encoder
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.fingerprint import of_adapter, of_scaling
+from finetrace.index import Index, build_index, open_index
+from finetrace.models import Loaded, ModelSpec
+from tiny import make_examples, make_llama, make_tokenizer, with_lora
+
+
+def loaded(scale: float = 1.0) -> Loaded:
+    model = with_lora(make_llama())
+    for module in model.modules():
+        if isinstance(getattr(module, "scaling", None), dict):
+            module.scaling["default"] *= scale
+    return Loaded(model, make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+
+
+def build(model: Loaded, folder: Path, rows: list[Example] | None = None) -> Index:
+    return build_index(model, rows or make_examples(5), folder, Encoder(model.tokenizer))[0]
+
+
+def test_the_same_matrices_under_another_scaling_are_another_model(tmp_path: Path) -> None:
+    plain, strong = loaded(), loaded(16)
+    assert of_adapter(plain.model) == of_adapter(strong.model)
+    assert of_scaling(plain.model) != of_scaling(strong.model)
+    assert of_scaling(make_llama()) is None
+    build(plain, tmp_path / "i")
+    build(loaded(), tmp_path / "i")  # the same, taken over
+    with pytest.raises(FinetraceError, match=r"an index of another scaling of the adapter \(lora_alpha\) is there"):
+        build(strong, tmp_path / "i")
+    opened = open_index(tmp_path / "i", strong)
+    with pytest.raises(FinetraceError, match="built with another scaling of the adapter"):
+        opened.model()
+    kept = build(strong, tmp_path / "q")
+    with pytest.raises(FinetraceError, match="the queries' index was not built as"):
+        Problem(open_index(tmp_path / "i", plain), make_examples(5), kept_queries=kept)
+
+
+def test_an_index_that_does_not_say_its_scaling_is_taken_over(tmp_path: Path) -> None:
+    first = build(loaded(), tmp_path / "i")
+    path = tmp_path / "i" / "manifest.json"
+    about = json.loads(path.read_text())
+    del about["model"]["scaling_fingerprint"]
+    path.write_text(json.dumps(about))
+    queries = make_examples(2, seed=5)
+    again = make("gradsim").score(Problem(build(loaded(), tmp_path / "i"), queries)).values
+    assert np.array_equal(again, make("gradsim").score(Problem(first, queries)).values)
+    assert open_index(tmp_path / "i", loaded()).model() is not None
+
+
+def weighted(weight: float) -> list[Example]:
+    """Rows whose first answer token counts so much."""
+    rows = make_examples(5)
+    model = loaded()
+    lengths = [int((item.weights > 0).sum()) for item in Encoder(model.tokenizer).encode_all(rows)[0]]
+    return [
+        replace(row, metadata={"loss_weights": [weight] + [1.0] * (length - 1)})
+        for row, length in zip(rows, lengths, strict=True)
+    ]
+
+
+def test_a_view_of_other_weights_is_collected_again(tmp_path: Path) -> None:
+    spec, queries = "gradsim:loss_on=weights", weighted(1.0)[:2]
+
+    def scores(weight: float, folder: str) -> np.ndarray:
+        return make(spec).score(Problem(build(loaded(), tmp_path / folder, weighted(weight)), queries)).values
+
+    old, new = scores(1.0, "i"), scores(9.0, "i")
+    assert np.array_equal(new, scores(9.0, "fresh"))
+    assert not np.allclose(old, new)
+
+
+def test_a_view_on_the_same_tokens_stays_where_metadata_change(tmp_path: Path) -> None:
+    build(loaded(), tmp_path / "i", weighted(1.0))
+    make("gradsim:loss_on=all").score(Problem(open_index(tmp_path / "i", loaded()), make_examples(2, seed=5)))
+    view = tmp_path / "i" / "views" / "all"
+    made = (view / "manifest.json").stat().st_ino
+    labelled = [replace(row, label="x", metadata={**row.metadata, "source": "web"}) for row in weighted(1.0)]
+    build(loaded(), tmp_path / "i", labelled)
+    assert (view / "manifest.json").stat().st_ino == made
+    build(loaded(), tmp_path / "i", weighted(2.0))
+    assert not view.exists()
+
+
+def test_kept_queries_of_other_texts_are_refused(tmp_path: Path) -> None:
+    index, queries = build(loaded(), tmp_path / "i"), make_examples(3, seed=5)
+    kept = build(loaded(), tmp_path / "q", queries)
+    Problem(index, queries, kept_queries=kept)
+    others = [queries[0], queries[1].with_response("something else"), queries[2]]
+    with pytest.raises(FinetraceError, match="does not hold these queries, with these texts"):
+        Problem(index, others, kept_queries=kept)
+
+
+@pytest.mark.parametrize(
+    ("spec", "unit"),
+    [
+        ("exact", "decrease of the query's mean response loss (nats) per unit of up-weighting"),
+        ("exact:loss_on=all", "decrease of the query's mean loss (on all) (nats) per unit of up-weighting"),
+        ("datainf:loss_on=first:2", "decrease of the query's mean loss (on first:2) (nats) per unit of up-weighting"),
+        (
+            "lissa:recurrence=released",
+            "decrease of the query's mean response loss (nats) per unit step down the example's gradient, (iterations + 1) "
+            "times over",
+        ),
+        ("selfinf:loss_on=all", "decrease of its own mean loss (on all) (nats) per unit of up-weighting"),
+        ("gradcos:loss_on=all", "cosine"),
+    ],
+)
+def test_a_unit_says_on_which_tokens_the_loss_is(tmp_path: Path, spec: str, unit: str) -> None:
+    found = make(spec).score(Problem(build(loaded(), tmp_path / "i"), make_examples(2, seed=5)))
+    assert found.unit == unit
