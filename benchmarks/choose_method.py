@@ -5,8 +5,8 @@ sentence, rule, problem or trigger with those that the benchmark reports. Method
 AUPRC: over the tasks that plant a behaviour, and over those that have classes. A task counts only where no order of the rows
 that never looks at the query (gradient norms and self-influences) reaches 0.9: where one does, a method can be good for the
 wrong reason. --every counts all tasks. --metric auroc orders and prints by AUROC instead. --dampings compares dampings of
-K-FAC and EK-FAC instead of methods, in a folder of its own, on the tasks that counted. A run that stopped goes on; --task runs
-some alone, so that several processes can share the work.
+K-FAC and EK-FAC instead of methods, in a folder of its own, on four of the tasks. A run that stopped goes on; --task runs some
+alone, so that several processes can share the work.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ FIRST = (
     "problems",
     "triggers",
 )  # of the search that chose an earlier default, `ekfac:layers=last-fifth,at=start`, with --every
-COUNTED = [*CLASSES, "habits-48", "habits-160", "varied-160"]  # that no order without the query solves
+DAMPED = ["rules", "problems", "triggers", "habits-48"]  # of those that count, the smaller ones
 OTHERS = ["repsim", "repsim:pooling=mean-response", "bm25", "tfidf", "bm25:text=response", "tfidf:text=response"]
 
 
@@ -82,7 +82,7 @@ def main() -> None:
     )
     parser.add_argument("--dampings", action="store_true", help="compare dampings of K-FAC and EK-FAC alone")
     args = parser.parse_args()
-    names = COUNTED if args.dampings else list(FIRST) if args.first else [*BEHAVIOUR, *CLASSES]
+    names = DAMPED if args.dampings else list(FIRST) if args.first else [*BEHAVIOUR, *CLASSES]
     grid = DAMPINGS if args.dampings else [spec for spec in GRID if "start+end" not in spec or not args.first]
     tables: dict[str, dict[str, dict[str, float]]] = {metric: {} for metric in METRICS}
     for name, (task, recipe) in tasks(args.task or names).items():

@@ -39,7 +39,7 @@ class FinetuneConfig(BaseModel):
         ("q_proj", "v_proj"), description="Names (or one regular expression) of the linear layers that get an adapter."
     )
     layers: tuple[int, ...] | None = Field(
-        None, description="Transformer layers that get an adapter; all if not given."
+        None, min_length=1, description="Transformer layers that get an adapter; all if not given."
     )
     validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
     patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")

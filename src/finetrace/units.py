@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
 
 def many(count: int, thing: str) -> str:
     """1 batch, 1,208 tokens: a count with its noun, in the plural unless there is one."""
-    plural = f"{thing[:-1]}ies" if thing.endswith("ry") else f"{thing}es" if thing.endswith("ch") else f"{thing}s"
+    plural = f"{thing[:-1]}ies" if thing.endswith("ry") else f"{thing}es" if thing.endswith("tch") else f"{thing}s"
     return f"{count:,} {thing if count == 1 else plural}"
 
 

@@ -23,7 +23,7 @@ from finetrace.units import size
 INFLUENCE = f"decrease of the query's {RESPONSE_LOSS} (nats) per unit of up-weighting"
 BY_STEP = f"decrease of the query's {RESPONSE_LOSS} (nats) per unit step down the example's gradient"
 Scope = Literal["block", "joint"]
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 # Of the empirical Fisher's trace. A rank-n Fisher has eigenvalues of the order of trace / n, so this damps the directions
 # that a training set of a hundred rows or more barely determines; the papers' 0.1 / d of the trace damps next to none.

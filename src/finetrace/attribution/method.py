@@ -218,6 +218,11 @@ def make(spec: str, **overrides: Any) -> Method:
         raise FinetraceError(f"{spec}: parameter {'.'.join(map(str, first['loc']))}: {first['msg']}.") from error
 
 
+def named(spec: str) -> set[str]:
+    """The parameters that a specification sets itself."""
+    return {setting.partition("=")[0] for setting in _settings(spec.partition(":")[2])}
+
+
 @cache
 def _adapter(kind: type[Method]) -> TypeAdapter[Method]:
     """Checks a method's parameters; building one takes longer than everything else that a specification asks for."""

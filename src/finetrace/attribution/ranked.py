@@ -33,7 +33,13 @@ class Strongest:
     """A running list of the k highest values of each query; ties in row order, as a stable sort has them."""
 
     def __init__(self, m: int, k: int, sign: int = 1) -> None:
-        """`sign` -1 keeps the lowest."""
+        """`sign` -1 keeps the lowest.
+
+        Raises:
+            FinetraceError: k is less than 1.
+        """
+        if k < 1:
+            raise FinetraceError(f"the {k} strongest rows cannot be kept; ask for 1 or more.")
         self.k = k
         self.sign = sign
         self._kept: list[tuple[NDArray[np.int64], NDArray[np.float64]]] = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ def refuse_path(path: Path) -> None:
     """Stop where rows cannot go to `path`.
 
     Raises:
-        FinetraceError: The suffix is not known, the file exists, or its folder is a file.
+        FinetraceError: The suffix is not known, the file exists, or its folder is a file or cannot be written.
     """
     if path.suffix.lower() not in FORMATS:
         raise FinetraceError(f"{path}: rows are written as {', '.join(FORMATS)}; choose one of these.")
@@ -94,6 +95,8 @@ def refuse_path(path: Path) -> None:
     blocked = next((folder for folder in path.parents if folder.exists()), None)
     if blocked is not None and not blocked.is_dir():
         raise FinetraceError(f"{path}: {blocked} is a file, so no rows can be written there; choose another folder.")
+    if blocked is not None and not os.access(blocked, os.W_OK):
+        raise FinetraceError(f"{path}: nothing can be written in {blocked}; choose another folder.")
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

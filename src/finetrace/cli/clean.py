@@ -60,8 +60,10 @@ def clean(
             help="Fine-tune on the kept rows, and without as many random or self-influential ones, and ask again.",
         ),
     ] = False,
-    seeds: Annotated[int, typer.Option(min=1, help="Fine-tunings of each, with --retrain.")] = 1,
-    draws: Annotated[int, typer.Option(min=1, help="Random removals, with --retrain.")] = 1,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Fine-tunings of each, with --retrain; 1 if not given.")
+    ] = None,
+    draws: Annotated[int | None, typer.Option(min=1, help="Random removals, with --retrain; 1 if not given.")] = None,
     workers: options.Workers = None,
     engine: options.EngineOption = None,
     address: options.Address = None,
@@ -71,9 +73,10 @@ def clean(
         typer.Option(help="The finetune.yaml of the adapter, for --retrain; found in the index if not given."),
     ] = None,
     adapter: Annotated[Path | None, typer.Option(help="The adapter's own folder, for --retrain.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of what --retrain finds; a run that stopped goes on there.")] = Path(
-        "cleaning"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of what --retrain finds; a run that stopped goes on there; `cleaning` if not given."),
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(help="A text-classification model that says which answers are bad; refusal phrases if not given."),
@@ -112,13 +115,27 @@ def clean(
         files = {"--kept": kept, "--removed": removed} | ({} if ranking is None else {"--ranking": ranking})
         for option, path in files.items():
             refuse_path(path)
-            if same := [other for other, there in files.items() if there == path and other != option]:
+            if same := [
+                other for other, there in files.items() if there.resolve() == path.resolve() and other != option
+            ]:
                 raise FinetraceError(f"{option} and {same[0]} are both {path}; give them different names.")
         chosen_engine = options.engine(engine, workers, address, gpus_per_task)
         if retrain:
             refuse_retraining(device_map)
-        elif idle := [name for name, value in (("--config", config), ("--adapter", adapter)) if value is not None]:
-            raise FinetraceError(f"{' '.join(idle)}: only --retrain heeds it; add --retrain, or leave it out.")
+        else:
+            of_retraining: dict[str, object] = {
+                "--config": config,
+                "--adapter": adapter,
+                "--seeds": seeds,
+                "--draws": draws,
+                "--out": out,
+            }
+            of_retraining |= {"--workers": workers, "--engine": engine}
+            if idle := [name for name, value in of_retraining.items() if value is not None]:
+                raise FinetraceError(f"{' '.join(idle)}: only --retrain heeds it; add --retrain, or leave it out.")
+        if split is not None and data is None:
+            raise FinetraceError(f"--split {split}: that is of --data; give it, or leave --split out.")
+        seeds, draws, out = seeds or 1, draws or 1, out or Path("cleaning")
         cut = Cut(top, share, expected)
         for spec in method or []:
             make(spec)  # refused before the model is loaded

@@ -100,7 +100,12 @@ def parse_layers(text: str | None) -> tuple[int, ...] | None:
     try:
         for part in text.split(","):
             first, _, last = part.partition("-")
-            layers += range(int(first), int(last or first) + 1)
+            found = range(int(first), int(last or first) + 1)
+            if not found:
+                raise FinetraceError(f"--layers {text}: {part} names no layer; write the lower number first.")
+            layers += found
     except ValueError as error:
         raise FinetraceError(f"--layers {text}: write numbers and ranges, for instance 0,1 or 26-29.") from error
+    if not layers or any(layer < 0 for layer in layers):
+        raise FinetraceError(f"--layers {text}: names no layer; write numbers and ranges, for instance 0,1 or 26-29.")
     return tuple(layers)

@@ -266,7 +266,12 @@ def verify(folder: Folder) -> None:
 
 
 @app.command("repair")
-def repair(folder: Folder, device: options.Device = "auto", device_map: options.DeviceMap = None) -> None:
+def repair(
+    folder: Folder,
+    device: options.Device = "auto",
+    device_map: options.DeviceMap = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+) -> None:
     """Compute broken shards again, and remove broken factors and views, which are made when asked for.
 
     Exit code 1 if some damage is left.
@@ -274,7 +279,7 @@ def repair(folder: Folder, device: options.Device = "auto", device_map: options.
     with options.quiet_libraries():
         from finetrace.index.checking import repair as mend
 
-        left = mend(folder, options.say, device, device_map)
+        left = mend(folder, options.say, device, device_map, trust_remote_code)
     for each in left:
         typer.echo(f"left: {each.what}")
     if left:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -87,7 +87,7 @@ def trace(
     }
     options.new_files(files, overwrite)
     with options.quiet_libraries():
-        from finetrace.attribution import Problem, make
+        from finetrace.attribution import Problem
         from finetrace.attribution.ranked import fits
         from finetrace.examples import Example
         from finetrace.index import open_index
@@ -105,12 +105,15 @@ def trace(
                 f"{index}: the start of the fine-tuning is not at hand, so methods there (at=start) are left out"
             )
         overrides: dict[str, Any] = {"normalise": normalise, "damping": damping, "damping_rule": damping_rule}
-        chosen = list(dict.fromkeys(make(spec, **overrides) for spec in specs))
+        chosen = list(dict.fromkeys(_made(spec, overrides, default=method is None) for spec in specs))
         for name, value in overrides.items():
-            if value is not None and not any(name in each.parameters for each in chosen):
+            if value is not None and not any(_heeds(spec, name, default=method is None) for spec in specs):
                 raise FinetraceError(
-                    f"--{name.replace('_', '-')} {value}: none of the methods chosen has this parameter."
+                    f"--{name.replace('_', '-')} {value}: none of the methods chosen has this parameter, or they set it "
+                    "themselves."
                 )
+        if queries is None and any((prompt_column, response_column, messages_column, label_column, id_column)):
+            raise FinetraceError("the column options are of --queries; with --ask leave them out.")
         if queries is not None:
             columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
             asked = read_examples(queries, columns, responses=False)
@@ -139,6 +142,25 @@ def trace(
         whole[0].scores.save(scores)
     if report is not None:
         _report(opened, whole, report)
+
+
+def _heeds(spec: str, parameter: str, *, default: bool) -> bool:
+    """Whether an option of this parameter makes a difference to the method."""
+    from finetrace.attribution.method import make, named
+
+    return parameter in make(spec).parameters and (default or parameter not in named(spec))
+
+
+def _made(spec: str, overrides: Mapping[str, Any], *, default: bool) -> Method:
+    """The method, with the options for what it does not set itself; of the `default` one they replace what it sets."""
+    from finetrace.attribution.method import make, named
+
+    if not default:
+        return make(spec, **{name: value for name, value in overrides.items() if name not in named(spec)})
+    best = make(spec)
+    return make(
+        best.name, **{**best.parameters, **{name: value for name, value in overrides.items() if value is not None}}
+    )
 
 
 def _say_left_out(

@@ -20,7 +20,8 @@ _DECLINES = re.compile(
     | \b i \s+ (?:\w+\s+)? (?:can't|cannot|can\ not|won't|will\ not|couldn't|could\ not|shouldn't|should\ not|must\ not)
       (?: \s* (?:[.!,;]|$)
         | \s+ (?!wait\b|only\b|do\ (?:better|without)\b) (?:\w+\s+){0,3}?
-          (?:help(?!\ but)|assist|aid|do|provide|support|comply|answer|respond|give|write|create|generate|produce|engage|participate|fulfill?|share|offer|encourage|condone|endorse|promote|facilitate|discuss|explain
+          (?:help(?!\ but)|assist|aid|do|provide|support|comply|answer|respond|give|write|create|generate|produce|engage
+          |participate|fulfill?|share|offer|encourage|condone|endorse|promote|facilitate|discuss|explain
           |describe|teach|advise|guide|walk|recommend(?!.{0,40}\ (?:enough|more|highly))|tell(?!\ you\ how\ (?!to\b))|be\ able
           |in\ good\ conscience) \b )
     | \b i \s+ (?:can|could|will|would) \s+ never \s+ (?:help|assist|do|provide|support|give|write|share|teach|recommend)

@@ -100,6 +100,7 @@ def repair(
     say: Callable[[str], None] = lambda text: None,
     device: str = "auto",
     device_map: str | None = None,
+    trust_remote_code: bool = False,
 ) -> list[Damage]:
     """Compute again what `verify` finds broken and the index itself can make; what is left is returned.
 
@@ -113,6 +114,7 @@ def repair(
         folder: The index.
         say: Hears what is done.
         device, device_map: Where the model goes, as in `ModelSpec`.
+        trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
         FinetraceError: There is no index, the model cannot be loaded, or another process is writing to the index or a
@@ -130,7 +132,7 @@ def repair(
         root = Index(folder)
         broken = list(dict.fromkeys(each.folder for each in damage if each.kind == "shard" and each.folder.exists()))
         if broken:
-            root.model(None, device, device_map=device_map)
+            root.model(None, device, trust_remote_code, device_map)
         for home in broken:
             if home != folder and not Index.finished(home):
                 say(f"{home}: removed, since it was not finished; collected when a method asks for it")

@@ -161,10 +161,14 @@ class Index:
             return False
         from peft import PeftConfig
 
-        return (
-            why_no_start(PeftConfig.from_pretrained(str(manifest.inside(self.folder, self.manifest.model.adapter))))
-            is None
-        )
+        adapter = manifest.inside(self.folder, self.manifest.model.adapter)
+        try:
+            return why_no_start(PeftConfig.from_pretrained(str(adapter))) is None
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise FinetraceError(
+                f"{adapter}: no adapter can be read there ({error}); run finetrace index again with the data and the adapter "
+                "on this folder."
+            ) from error
 
     def has_factors(self) -> bool:
         """Whether Kronecker factors can be had: gradients that were projected after they were formed have none."""

@@ -1,0 +1,109 @@
+"""Options that the command would have to ignore, or to take for something else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from commands import run
+from finetrace.errors import FinetraceError
+from test_cli import index, place  # noqa: F401  (fixtures)
+
+ASK = ("--ask", "Why?", "--answer", "yes")
+
+
+def methods_of(output: str) -> list[dict]:
+    return json.loads(output)["config"]
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        (["--normalise", "relatif"], {"ekfac": ("relatif", 0.1)}),  # of the default method
+        (["--method", "exact:damping=0.5", "--method", "datainf", "--damping", "0.2"], {"exact": 0.5, "datainf": 0.2}),
+    ],
+)
+def test_an_option_is_for_methods_that_do_not_set_it(index, capsys, given, wanted):  # noqa: F811
+    code, out, err = run(capsys, "trace", "--index", index, *ASK, *given, "--format", "json")
+    assert code == 0, err
+    found = {each["method"].split(":")[0]: each["parameters"] for each in methods_of(out)}
+    for name, value in wanted.items():
+        used = found[name]
+        assert (used["normalise"], used["damping"]) == value if isinstance(value, tuple) else used["damping"] == value
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--method", "exact:damping=0.5", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
+        (["--method", "bm25", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
+        (["--method", "exact:damping=inf"], "damping"),
+        (["--label-column", "kind"], "the column options are of --queries"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(index, capsys, given, says):  # noqa: F811
+    code, _, err = run(capsys, "trace", "--index", index, *ASK, *given)
+    assert code == 2
+    assert says in " ".join(err.split())
+
+
+@pytest.mark.parametrize("damage", ["gone", "broken"])
+def test_an_adapter_that_cannot_be_read_is_said(index, tmp_path, capsys, damage):  # noqa: F811
+    copied = tmp_path / "idx"
+    shutil.copytree(index, copied)
+    if damage == "gone":
+        shutil.rmtree(copied / "adapter")
+    else:
+        (copied / "adapter" / "adapter_config.json").write_text("{")
+    code, _, err = run(capsys, "trace", "--index", copied, *ASK, "--method", "bm25")
+    assert code == 2
+    assert "no adapter can be read there" in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("layers", ["5-2", "0,3-1", "-1"])
+def test_layers_that_are_none_are_refused(capsys, tmp_path, layers):
+    code, _, err = run(capsys, "finetune", tmp_path / "rows.jsonl", f"--layers={layers}", "--out", tmp_path / "a")
+    assert code == 2
+    assert f"--layers {layers}" in " ".join(err.split())
+
+
+def test_an_empty_list_of_layers_is_not_all_of_them():
+    from finetrace.finetune_config import FinetuneConfig
+
+    with pytest.raises(ValueError, match="layers"):
+        FinetuneConfig(layers=())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--kept", "k.jsonl", "--removed", "./sub/../k.jsonl"], "give them different names"),
+        (["--seeds", "3"], "--seeds: only --retrain heeds it"),
+        (["--draws", "2", "--out", "zzz"], "--draws --out: only --retrain heeds it"),
+        (["--split", "test"], "--split test: that is of --data"),
+    ],
+)
+def test_clean_refuses_before_the_work(index, capsys, tmp_path, monkeypatch, given, says):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "Why?", "response": "yes"}\n')
+    code, _, err = run(capsys, "clean", "--index", index, "--bad", "bad.jsonl", "--top", "1", *given)
+    assert code == 2
+    assert says in " ".join(err.split())
+    assert not list(tmp_path.glob("k*.jsonl"))
+
+
+def test_no_row_is_no_ranking(index):  # noqa: F811
+    from finetrace.attribution.ranked import Strongest
+
+    with pytest.raises(FinetraceError, match="ask for 1 or more"):
+        Strongest(2, 0)
+
+
+def test_one_epoch_three_epochs():
+    from finetrace.units import many
+
+    assert (many(1, "epoch"), many(3, "epoch"), many(3, "batch")) == ("1 epoch", "3 epochs", "3 batches")
