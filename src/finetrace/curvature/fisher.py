@@ -9,6 +9,9 @@ from torch import Tensor
 
 from finetrace.curvature.products import Gradients, Products
 
+NEAR = 1e-11  # a residual that is not solved for again
+STEPS = 2  # of solving for what is left, at most
+
 
 class FisherDual:
     """The n x n route, for d >= n. With K = G G^T and C = V G^T (Woodbury):
@@ -32,9 +35,26 @@ class FisherDual:
         return self.of.kept.fetch("dual", make, damping=self.damping)
 
     @cached_property
+    def _solution(self) -> tuple[Tensor, float]:
+        """(m, n) C (K + n lambda I)^{-1} and its residual; what rounding leaves, where damping is small, is solved again."""
+        cross, gram, shift = self.of.cross, self.of.gram, self.of.n * self.damping
+        sizes = self.of.query_sq.sqrt()
+        found, left, residual = torch.zeros_like(cross), -cross, float("inf")
+        for _ in range(1 + STEPS):
+            nearer = found - torch.cholesky_solve(left.T, self._factor).T
+            left = nearer @ gram + shift * nearer - cross
+            norms = ((left @ gram) * left).sum(1).clamp_min(0).sqrt() / shift
+            largest = _largest(norms, sizes) if len(cross) else 0.0
+            if not largest < residual:
+                break
+            found, residual = nearer, largest
+            if residual <= NEAR:
+                break
+        return found, residual
+
+    @property
     def _solved(self) -> Tensor:
-        """(m, n) C (K + n lambda I)^{-1}."""
-        return torch.cholesky_solve(self.of.cross.T, self._factor).T
+        return self._solution[0]
 
     def products(self) -> Tensor:
         """(m, n) n C (K + n lambda I)^{-1}."""
@@ -46,12 +66,7 @@ class FisherDual:
         x is (q - G^T beta) / lambda, so what is left of q is G^T r / (n lambda) with r = (K + n lambda I) beta - C, and its
         norm is that of r under K.
         """
-        if "_solved" not in self.__dict__ or not len(self.of.cross):
-            return 0.0
-        shift = self.of.n * self.damping
-        left = self._solved @ self.of.gram + shift * self._solved - self.of.cross
-        norms = ((left @ self.of.gram) * left).sum(1).clamp_min(0).sqrt() / shift
-        return _largest(norms, self.of.query_sq.sqrt())
+        return self._solution[1] if "_solution" in vars(self) else 0.0
 
     def train_self(self) -> Tensor:
         """(n,) diag(n K F^{-1}) with F = K + n lambda I, which is n - n^2 lambda diag(F^{-1}).

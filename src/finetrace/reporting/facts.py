@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from finetrace._version import __version__
+from finetrace.index.manifest import Manifest
 from finetrace.index.store import Index
 
 
@@ -13,7 +14,7 @@ def index_facts(index: Index) -> dict[str, str]:
     facts = {
         "model": manifest.model.name,
         "adapter": f"{manifest.model.adapter_fingerprint} (kept in the index)" if manifest.model.adapter else "none",
-        "training examples": f"{manifest.kept:,} ({manifest.tokens:,} tokens)",
+        "training examples": f"{manifest.kept:,} ({manifest.tokens:,} tokens{_with_left_out(manifest)})",
         "loss on": manifest.encoding.loss_on,
         "gradients at": f"the {manifest.model.at} of the fine-tuning, unless a method says otherwise",
         "gradient entries": f"{width:,} in {len(index.blocks)} matrices",
@@ -29,3 +30,7 @@ def index_facts(index: Index) -> dict[str, str]:
     if manifest.skipped:
         facts["not tracked"] = ", ".join(list(manifest.skipped)[:4]) + (", ..." if len(manifest.skipped) > 4 else "")
     return facts
+
+
+def _with_left_out(manifest: Manifest) -> str:
+    return f", those of {len(manifest.left_out)} left out among them" if manifest.left_out else ""
