@@ -55,6 +55,7 @@ def test_an_index_that_does_not_say_its_scaling_is_taken_over(tmp_path: Path) ->
     del about["model"]["scaling_fingerprint"]
     path.write_text(json.dumps(about))
     queries = make_examples(2, seed=5)
+    Problem(open_index(tmp_path / "i", loaded()), make_examples(5), kept_queries=build(loaded(), tmp_path / "q"))
     again = make("gradsim").score(Problem(build(loaded(), tmp_path / "i"), queries)).values
     assert np.array_equal(again, make("gradsim").score(Problem(first, queries)).values)
     assert open_index(tmp_path / "i", loaded()).model() is not None

@@ -44,13 +44,13 @@ def of_adapter(model: nn.Module) -> str | None:
 
 
 def of_scaling(model: nn.Module) -> str | None:
-    """Of what every layer of the active adapter multiplies B A by, such as lora_alpha / r; `None` without one.
+    """Of what every layer of the active adapter, whatever it is called, multiplies B A by (lora_alpha / r); `None` without one.
 
     The same matrices under another scaling are another model.
     """
     active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
     scalings = [
-        f"{_plain(name)} {each} {module.scaling[each]:.6g}"
+        f"{_plain(name)} {module.scaling[each]:.6g}"
         for name, module in model.named_modules()
         if isinstance(getattr(module, "scaling", None), Mapping)
         for each in active

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution.keeping import Keeping
+from finetrace.attribution.kept_queries import refuse_other_queries
 from finetrace.attribution.selection import select
 from finetrace.attribution.stored_rows import StoredRows, adjacent
 from finetrace.collection import Block, Features, Representation
@@ -23,7 +24,6 @@ from finetrace.curvature.products import Gradients, Kept, Made, inner_products, 
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.fingerprint import texts
 from finetrace.index.cache import Cache
 from finetrace.index.rows import Rows
 from finetrace.index.sizing import available_memory
@@ -69,15 +69,8 @@ class Problem:
                     f"query {query.id}: it has no response to trace; give one, or let the model answer, as "
                     "`finetrace trace` does."
                 )
-        if kept_queries is not None and texts(kept_queries.rows.examples) != texts(queries):
-            raise FinetraceError(
-                f"{kept_queries.folder}: this index does not hold these queries, with these texts and in this order."
-            )
-        if kept_queries is not None and _made(kept_queries) != _made(index):
-            raise FinetraceError(
-                f"{kept_queries.folder}: the queries' index was not built as {index.folder} was: by the same model and "
-                "adapter, in the same dtype, on the same tokens of the loss and at the same end of the fine-tuning."
-            )
+        if kept_queries is not None:
+            refuse_other_queries(kept_queries, index, queries)
         self.index = index
         self.queries = tuple(queries)
         self.lengths = LengthReport(None, False)
@@ -285,12 +278,3 @@ class _Cached:
     def fetch(self, name: str, make: Callable[[], Tensor], **depends: Any) -> Tensor:
         """The tensor kept under this name, or made now."""
         return self.cache.fetch(name, self.blocks, make, **depends)
-
-
-def _made(index: Index) -> tuple[object, ...]:
-    """What two indexes have to have in common for inner products between them to mean anything."""
-    own = index.manifest
-    model, encoding = own.model, own.encoding
-    prints = model.base_fingerprint, model.adapter_fingerprint, model.scaling_fingerprint, model.tokenizer_fingerprint
-    tokens = encoding.loss_on, encoding.max_length, encoding.pad_to
-    return (*prints, model.dtype, model.at, *tokens, index.blocks, own.projection, own.projection_seed)

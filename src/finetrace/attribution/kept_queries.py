@@ -1,0 +1,38 @@
+"""Whether an index of queries is of these queries, and was built as the index that they are asked of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example
+from finetrace.fingerprint import texts
+from finetrace.index.store import Index
+
+
+def refuse_other_queries(kept: Index, index: Index, queries: Sequence[Example]) -> None:
+    """Raise `FinetraceError` unless the features in `kept` are those that `index` would collect of the queries."""
+    if texts(kept.rows.examples) != texts(queries):
+        raise FinetraceError(
+            f"{kept.folder}: this index does not hold these queries, with these texts and in this order."
+        )
+    if _made(kept) != _made(index) or _scaled_apart(kept, index):
+        raise FinetraceError(
+            f"{kept.folder}: the queries' index was not built as {index.folder} was: by the same model and "
+            "adapter, in the same dtype, on the same tokens of the loss and at the same end of the fine-tuning."
+        )
+
+
+def _made(index: Index) -> tuple[object, ...]:
+    """What two indexes have to have in common for inner products between them to mean anything."""
+    own = index.manifest
+    model, encoding = own.model, own.encoding
+    prints = model.base_fingerprint, model.adapter_fingerprint, model.tokenizer_fingerprint
+    tokens = encoding.loss_on, encoding.max_length, encoding.pad_to
+    return (*prints, model.dtype, model.at, *tokens, index.blocks, own.projection, own.projection_seed)
+
+
+def _scaled_apart(one: Index, other: Index) -> bool:
+    """Whether two indexes are known to be of adapters of different scaling."""
+    scalings = {each.manifest.model.scaling_fingerprint for each in (one, other)}
+    return None not in scalings and len(scalings) == 2
