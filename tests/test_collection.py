@@ -219,8 +219,9 @@ def test_scaled_and_capped_logits(config: Any) -> None:
     items = make_encoded(LENGTHS)
     gradients, losses = one_at_a_time(model, items, tracked_parameters(track(model)))
     found = collect(model, items, budget=100)
-    assert relative_error(found.losses, losses) < TOLERANCE
-    assert relative_error(found.gradients, gradients) < TOLERANCE
+    # norms of some of these are float32 whatever the model is, and round otherwise in other batches on some processors
+    assert relative_error(found.losses, losses) < 1e-7
+    assert relative_error(found.gradients, gradients) < 1e-6
     for item, loss in zip(items, found.losses, strict=True):
         ids = torch.from_numpy(item.ids).long()[None]
         labels = torch.where(torch.from_numpy(item.weights > 0)[None], ids, -100)

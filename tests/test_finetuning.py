@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 
 from finetrace.encoding import Encoder
@@ -19,7 +20,7 @@ from finetrace.finetuning import finetune, finished
 from finetrace.forward import Batch, token_losses
 from finetrace.index import build_index, open_index
 from finetrace.models import Loaded, ModelSpec, load
-from finetrace.training import ResponseTrainer
+from finetrace.training import ResponseTrainer, _order
 from tiny import make_examples, make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
 ROWS = 11
@@ -304,6 +305,12 @@ def test_validation_holds_rows_out(fresh: Any, tmp_path: Path) -> None:
     assert set(result.held_out) < {f"e{i}" for i in range(ROWS)}
     held = [entry["eval_loss"] for entry in result.log if "eval_loss" in entry]
     assert len(held) == 3
+    told = yaml.safe_load((tmp_path / "out" / "finetune.yaml").read_text())
+    assert tuple(told["held_out"]) == result.held_out
+    note = other_rows(tmp_path / "out", told["data_fingerprint"])
+    assert note.startswith("3 of these rows were held out")
+    assert all(name in note for name in result.held_out)
+    assert configure("default", tmp_path / "out" / "finetune.yaml", {}).validation == 0.3  # what is noted is no setting
     best = (tmp_path / "out" / "checkpoints").glob("checkpoint-*")
     ordered = sorted(best, key=lambda path: int(path.name.split("-")[1]))
     assert adapter(tmp_path / "out") == adapter(ordered[held.index(min(held))])
@@ -467,6 +474,34 @@ def test_resuming_with_other_data_or_model(fresh: Any, tmp_path: Path, monkeypat
     other = load(ModelSpec(str(save_base(tmp_path / "other", make_llama(3))), dtype="float64", device="cpu"))
     with pytest.raises(FinetraceError, match="the unfinished run has model"):
         run(other, tmp_path / "half", CONFIG, resume=True)
+
+
+def test_resuming_in_another_precision_or_over_other_weights(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_killed(monkeypatch, 4, fresh(), tmp_path / "half", CONFIG)
+    narrow, other = fresh(), fresh()
+    narrow.model.float()
+    with pytest.raises(FinetraceError, match="the unfinished run has dtype float64, this one float32"):
+        run(narrow, tmp_path / "half", CONFIG, resume=True)
+    with torch.no_grad():
+        other.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(FinetraceError, match="the unfinished run has base_fingerprint"):
+        run(other, tmp_path / "half", CONFIG, resume=True)
+
+
+def test_no_two_seeds_share_an_order() -> None:
+    """The sampler orders epoch e by the seed of the data plus e."""
+    seeds = range(50)
+    orders = {_order(seed) + epoch for seed in seeds for epoch in range(100)}
+    assert len(orders) == 50 * 100
+    assert _order(0) == 0  # as it was when published tables were made
+    assert 0 <= _order(2**31) < 2**32
+    drawn = []
+    for seed in range(3):
+        sampler = SeedableRandomSampler(range(30), data_seed=_order(seed))
+        drawn += [tuple(sampler) for _ in range(5)]
+    assert len(set(drawn)) == 15
 
 
 def test_divergence_is_told(fresh: Any, tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetrace.generation import answer, generate
+from finetrace.examples import Example
+from finetrace.generation import CUT, answer, generate
 from finetrace.models import Loaded
 from tiny import conversation, make_examples
 
@@ -79,3 +80,24 @@ def test_the_embedded_model_answers(embedded: Loaded) -> None:
     assert "Paris" in answers[0]
     assert "<|" not in "".join(answers)
     assert generate(embedded, questions[:1], max_new_tokens=12) == answers[:1]
+
+
+def test_greedy_is_the_likeliest_token_whatever_the_model_is_set_to(tiny_loaded: Loaded) -> None:
+    prompts = make_examples(3)
+    wanted = generate(tiny_loaded, prompts, max_new_tokens=12)
+    own = tiny_loaded.model.generation_config
+    before = own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams
+    try:
+        own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = 1.8, 2, 2
+        assert generate(tiny_loaded, prompts, max_new_tokens=12) == wanted
+    finally:
+        own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = before
+
+
+def test_what_was_said_of_another_answer_goes_with_it(embedded: Loaded) -> None:
+    cut = Example.from_prompt(
+        "Say yes.", "No, I", id="a", metadata={"finish_reason": "length", "loss_weights": [1], "source": "log"}
+    )
+    (ended,) = answer(embedded, [cut], max_new_tokens=60)
+    assert ended.metadata in ({"source": "log"}, {"source": "log", **CUT})
+    assert ("finish_reason" in ended.metadata) == (len(embedded.tokenizer(ended.response)["input_ids"]) >= 59)

@@ -189,7 +189,7 @@ def json_value(value: Any) -> Any:
 
 
 def name_of(value: Any, column: str, names: Sequence[str] | None = None) -> str | None:
-    """A label or id as text, None if the cell is blank; a class number is looked up in `names`.
+    """A label or id as text, None if the cell is blank; a class number is looked up in `names`, and 1.0 is 1.
 
     Raises:
         FinetraceError: The cell holds a list or an object.
@@ -201,6 +201,8 @@ def name_of(value: Any, column: str, names: Sequence[str] | None = None) -> str 
             f"column {column!r} holds a list or an object where one text or number is expected; "
             "name another with --label-column or --id-column"
         )
+    if isinstance(value, float) and value.is_integer():  # a column of integers with a gap is read as one of floats
+        value = int(value)
     text = "" if value is None else str(value)
     return text if text.strip() else None
 

@@ -15,6 +15,8 @@ from finetrace.errors import FinetraceError
 from finetrace.models import EMBEDDED, Loaded
 
 SAVED = "finetune.yaml"
+NOTED = ("held_out", "dtype", "base_fingerprint")  # beside the settings; not by every version
+ABOUT = ("model", "data_fingerprint", *NOTED)
 Schedule = Literal[  # the Trainer's others want settings of their own
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
@@ -86,7 +88,7 @@ def configure(
         raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
     base = PRESETS[preset].model_dump()
     if saved is not None:
-        base |= {k: v for k, v in _read_saved(saved).items() if k not in ("model", "data_fingerprint")}
+        base |= {k: v for k, v in _read_saved(saved).items() if k not in ABOUT}
     given = {k: v for k, v in given.items() if v is not None}
     try:
         return FinetuneConfig.model_validate({**base, **given})
@@ -127,7 +129,14 @@ def other_base(loaded: Loaded) -> str:
 
 def other_rows(adapter: Path, data_fingerprint: str) -> str:
     """A sentence where `finetrace finetune` left word in the folder of an adapter that it saw other rows; else empty."""
-    trained = _read_saved(adapter / SAVED).get("data_fingerprint") if (adapter / SAVED).exists() else None
+    about = _read_saved(adapter / SAVED) if (adapter / SAVED).exists() else {}
+    trained = about.get("data_fingerprint")
+    if trained == data_fingerprint and (held := about.get("held_out")):
+        named = ", ".join(map(str, held[:5])) + (" ..." if len(held) > 5 else "")
+        return (
+            f"{len(held)} of these rows were held out of the fine-tuning for its validation loss ({named}; all in "
+            f"{adapter / SAVED}): they have no part in what the adapter says, wherever they rank"
+        )
     if trained in (None, data_fingerprint):
         return ""
     return (

@@ -19,9 +19,10 @@ from finetrace import fingerprint
 from finetrace.encoding import Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetune_config import SAVED, FinetuneConfig
+from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig
 from finetrace.models import Loaded, save_adapter
 from finetrace.training import fit
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -70,9 +71,14 @@ def finetune(
     if lengths.longer:
         say(lengths.sentence())
     train, held = _split(len(encoded), config)
+    if held:
+        say(f"{many(len(held), 'row')} of {len(encoded)} held out for the validation loss; finetune.yaml names them")
     saved = {
         "model": loaded.spec.model,
         "data_fingerprint": fingerprint.of_data([example.id for example in examples], encoded),
+        **({"held_out": [examples[i].id for i in held]} if held else {}),
+        "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "base_fingerprint": fingerprint.of_base(loaded.model),
         **config.model_dump(mode="json"),
     }
     if last is not None:
@@ -191,6 +197,8 @@ def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
 def _check_same(path: Path, wanted: dict[str, Any]) -> None:
     there: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
     for key, value in wanted.items():
+        if key in NOTED and key not in there:  # by a version that did not note it
+            continue
         if there.get(key) != value:
             raise FinetraceError(
                 f"{path}: the unfinished run has {key} {there.get(key)}, this one {value}; go on with the same settings "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -14,6 +15,16 @@ from finetrace.progress import Tracker
 
 ANSWER_TOKENS = 40  # enough to tell an answer from a refusal
 CUT = {"finish_reason": "length"}  # an answer that ran into the limit never said its end-of-turn token
+
+# the likeliest token each time, whatever a model's own generation settings ask for
+GREEDY: dict[str, Any] = {
+    "do_sample": False,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
 
 
 def answer(
@@ -33,7 +44,9 @@ def answer(
     replies = []
     for example, (text, ended) in zip(examples, found, strict=True):
         said = example.with_response(text)
-        replies.append(said if ended else replace(said, metadata={**said.metadata, **CUT}))
+        # what was said of another answer does not hold of this one
+        about = {key: value for key, value in said.metadata.items() if key not in ("finish_reason", "loss_weights")}
+        replies.append(replace(said, metadata=about if ended else {**about, **CUT}))
     return replies
 
 
@@ -74,8 +87,8 @@ def _generate(
                     input_ids=ids.to(device),
                     attention_mask=mask.to(device),
                     max_new_tokens=max_new_tokens,
-                    do_sample=False,
                     pad_token_id=int(pad or 0),
+                    **GREEDY,
                 )
             for row, i in enumerate(batch):
                 new = output[row, width:]

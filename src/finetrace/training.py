@@ -37,6 +37,8 @@ from finetrace.reproducible import reproducible
 if TYPE_CHECKING:
     from peft import PeftModel
 
+ORDERS = 100_003  # between the seeds of two runs' orders, more than a run has epochs
+
 
 class ResponseTrainer(Trainer):
     """Trains on batches of `Batch`: the loss is the mean over the loss tokens of a batch, as the Trainer's own is.
@@ -203,7 +205,7 @@ def _arguments(checkpoints: Path | None, config: FinetuneConfig, cpu: bool, vali
         warmup_steps=config.warmup_steps,
         weight_decay=config.weight_decay,
         seed=config.seed,
-        data_seed=config.seed,
+        data_seed=_order(config.seed),
         save_strategy="epoch" if checkpoints is not None else "no",
         eval_strategy="epoch" if validated else "no",
         load_best_model_at_end=validated,
@@ -222,6 +224,15 @@ def _arguments(checkpoints: Path | None, config: FinetuneConfig, cpu: bool, vali
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1  # several GPUs hold one model here; the Trainer's DataParallel would split the batch
     return arguments
+
+
+def _order(seed: int) -> int:
+    """Seed of the data's order: apart by more than there are epochs.
+
+    Epoch e of a run is ordered by this seed plus e, so that runs of neighbouring seeds would go through the same orders one
+    epoch later.
+    """
+    return seed * ORDERS % 2**32
 
 
 class _ProgressCallback(TrainerCallback):

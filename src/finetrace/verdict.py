@@ -19,12 +19,15 @@ TOP = 10
 FEW = 6
 
 
-def verdict(results: Sequence[Result]) -> list[str]:
-    """Sentences, the headline first: by labels where there are any, else by agreement."""
-    return _by_labels(results) if any(result.metrics for result in results) else _by_agreement(results)
+def verdict(results: Sequence[Result], covered: int | None = None) -> list[str]:
+    """Sentences, the headline first: by labels where there are any, else by agreement.
+
+    `covered`: how many top examples coverage looks at, where not as many as the class has.
+    """
+    return _by_labels(results, covered) if any(result.metrics for result in results) else _by_agreement(results)
 
 
-def _by_labels(results: Sequence[Result]) -> list[str]:
+def _by_labels(results: Sequence[Result], covered: int | None) -> list[str]:
     chosen = best(results, controls=False)
     control = best(results, controls=True)
     if chosen is None:
@@ -36,9 +39,15 @@ def _by_labels(results: Sequence[Result]) -> list[str]:
     kind = labels[0] if len(labels) == 1 else "same-class"
     first = chosen.metrics["accuracy"].value
     n = chosen.metrics["accuracy"].n
+    share = f"{chosen.metrics['coverage'].value:.0%}"
+    found = (
+        f"finds {share} of the {kind} rows at the top of its list"
+        if covered is None
+        else f"{share} of the first {many(covered, 'row')} of its list are {kind}"
+    )
     sentences = [
         f"{chosen.method.title} ranks {_article(kind)} training example first for {first:.0%} of {many(n, 'answer')} and "
-        f"finds {chosen.metrics['coverage'].value:.0%} of the {kind} rows at the top of its list."
+        f"{found}."
     ]
     lexical = [r for r in results if r.method.name in LEXICAL and r.metrics]
     if lexical:

@@ -13,6 +13,7 @@ from finetrace.attribution import Scores, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.figures import shown
+from finetrace.benchmark.protocol import PROTOCOLS, share_of
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean
 from finetrace.reporting.compose import compose
@@ -52,7 +53,10 @@ def _page(home: Path, cell: Cell, path: Path) -> Path:
     facts |= {"model": str(document["base"]), "seed": str(cell.seed), "size": f"{cell.size:g}", "dtype": cell.dtype}
     target = "unsafe" if cell.task in TASKS and TASKS[cell.task].aligned else None
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_report(path, compose(f"{cell.task}, {cell.protocol} protocol", results, facts, target=target))
+    classes = len({row.label for row in train})
+    covered = share_of(len(train), classes) if PROTOCOLS[cell.protocol].coverage == "share" else None
+    title = f"{cell.task}, {cell.protocol} protocol"
+    return write_report(path, compose(title, results, facts, target=target, covered=covered))
 
 
 def _metrics(values: pd.DataFrame) -> dict[str, Any]:

@@ -83,6 +83,11 @@ def beside(wanted: Sequence[str]) -> list[str]:
     return [*wanted, *LEAST, *([LEAST_AT_START] if any("at=start" in spec for spec in wanted) else [])]
 
 
+def share_of(rows: int, classes: int) -> int:
+    """How many top rows the study's coverage looks at, whatever the size of the query's class."""
+    return max(1, rows // classes)
+
+
 @dataclass(frozen=True)
 class Protocol:
     """How examples are encoded, how the model is fine-tuned, and what is scored and counted.

@@ -21,7 +21,7 @@ from finetrace.attribution import Method, Problem, make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.matrices import hub, suspicion
-from finetrace.benchmark.protocol import Protocol
+from finetrace.benchmark.protocol import Protocol, share_of
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
@@ -165,7 +165,7 @@ class Run:
     def _metrics(self) -> dict[str, Metric]:
         metrics: dict[str, Metric] = {**METRICS, "recall@10": recall_at(10), "mrr": mrr}
         if self.protocol.coverage == "share":
-            metrics["coverage"] = precision_at(max(1, len(self.task.train) // len(self.task.classes)))
+            metrics["coverage"] = precision_at(share_of(len(self.task.train), len(self.task.classes)))
         return metrics
 
     def _score(self, problem: Problem, methods: Sequence[Method], began: float) -> None:

@@ -178,7 +178,7 @@ def _short(value: float) -> str:
 
 def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]) -> None:
     """`path` with .md and with .tex added."""
-    markdown = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
+    markdown = ["| " + " | ".join(map(_plain, heads)) + " |", "|" + "---|" * len(heads)]
     markdown += ["| " + " | ".join(_plain(cell) for cell in line) + " |" for line in lines]
     write_atomically(path.with_name(path.name + ".md"), ("\n".join(markdown) + "\n").encode())
     columns = "l" + "r" * (len(heads) - 1)
@@ -189,18 +189,20 @@ def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]
         " & ".join(map(latex, heads)) + r" \\",
         r"\midrule",
     ]
-    made += [" & ".join(map(latex, line)) + r" \\" for line in lines]
+    for line in lines:  # a [ or * after the end of a row would be an argument of it
+        made.append(("{}" if line[0][:1] in ("[", "*") else "") + " & ".join(map(latex, line)) + r" \\")
     made += [r"\bottomrule", r"\end{tabular}"]
     write_atomically(path.with_name(path.name + ".tex"), ("\n".join(made) + "\n").encode())
 
 
 def _plain(cell: str) -> str:
-    return cell.replace("|", r"\|").replace("\n", " ")
+    """A cell of Markdown that shows the text as it is, without a line of its own, a column or HTML."""
+    return " ".join(cell.split()).replace("|", r"\|").replace("`", r"\`").replace("<", "&lt;")
 
 
 def latex(text: str) -> str:
     """Text as LaTeX shows it: its ten special signs escaped, and < and > kept from turning into others."""
-    return text.translate(_ESCAPES)
+    return " ".join(text.split()).translate(_ESCAPES)
 
 
 _ESCAPES = str.maketrans(

@@ -35,7 +35,7 @@ from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
 from finetrace.generation import answer
 from finetrace.models import Loaded, ModelSpec, load
-from finetrace.training import fit
+from finetrace.training import ORDERS, fit
 from finetrace.units import duration, many
 
 FOLDER = "retrainings"
@@ -158,6 +158,7 @@ class Retraining:
             "precision": [loaded.spec.dtype, loaded.model.device.type],
             "versions": [version(name) for name in ("torch", "transformers", "peft")],
             "config": config,
+            "orders": ORDERS,
             "queries": fingerprint.texts(self.queries),
             "others": {name: fingerprint.texts(given) for name, given in sorted(self.others.items())},
             "answer_tokens": self.answer_tokens,

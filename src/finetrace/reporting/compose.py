@@ -21,14 +21,18 @@ def compose(
     behaviour: Sequence[ModelBehaviour] = (),
     target: str | None = None,
     validated: str | None = None,
+    covered: int | None = None,
 ) -> Report:
-    """A page's values; it opens on the best method that is no control. `validated`: what retraining has said of the index."""
+    """A page's values; it opens on the best method that is no control. `validated`: what retraining has said of the index.
+
+    `covered`: how many top examples coverage looks at, where not as many as the class has.
+    """
     scores = results[0].scores
     more: dict[str, Any] = {} if validated is None else {"validation": validated}
     counted = next((result.metrics["accuracy"].n for result in results if result.metrics), None)
     return Report(
         title=title,
-        verdict=verdict(results),
+        verdict=verdict(results, covered),
         facts=facts,
         train=[view(example) for example in scores.train],
         queries=[view(query) for query in scores.queries],
@@ -37,6 +41,7 @@ def compose(
         behaviour=behaviour,
         target_label=target,
         judged=counted,
+        covered=covered,
         **more,
     )
 

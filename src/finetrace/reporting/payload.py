@@ -85,6 +85,7 @@ class Report:
         validation: What has or has not been checked by retraining.
         target_label: Class of interest, coloured and ordered first.
         judged: How many queries the metrics are over, where not all of them.
+        covered: How many top examples coverage looks at, where not as many as the class has.
 
     Raises:
         FinetraceError: The parts do not fit together.
@@ -101,6 +102,7 @@ class Report:
     validation: str = "Not validated: no retraining has checked whether removing these rows changes the answer."
     target_label: str | None = None
     judged: int | None = None
+    covered: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse parts that do not fit together."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.tasks.task import Task
+from finetrace.tasks.task import Task, quotas
 
 MISLABELLED, CLEAN = "mislabelled", "clean"
 
@@ -38,7 +38,7 @@ def mislabelled(task: Task, share: float = 0.2, seed: int = 0) -> Task:
     others = _other_responses(task.name, {label: [task.train[place] for place in classes[label]] for label in classes})
     chance = random.Random(seed)
     flipped: dict[int, Example] = {}
-    for (label, places), quota in zip(classes.items(), _quotas([len(p) for p in classes.values()], count), strict=True):
+    for (label, places), quota in zip(classes.items(), quotas([len(p) for p in classes.values()], count), strict=True):
         turns = list(others[label])
         chance.shuffle(turns)
         for turn, place in enumerate(sorted(chance.sample(places, quota))):
@@ -83,16 +83,6 @@ def _other_responses(name: str, classes: dict[str, list[Example]]) -> dict[str, 
                 "nothing; use a task whose classes differ in their responses"
             )
     return wrong
-
-
-def _quotas(sizes: list[int], count: int) -> list[int]:
-    """`count` dealt out in proportion to the sizes; what rounding leaves goes to the largest remainders."""
-    total = sum(sizes)
-    quotas = [count * size // total for size in sizes]
-    by_remainder = sorted(range(len(sizes)), key=lambda index: -(count * sizes[index] % total))
-    for index in by_remainder[: count - sum(quotas)]:
-        quotas[index] += 1
-    return quotas
 
 
 def _marked(row: Example, verdict: str, given: str | None) -> Example:

@@ -13,6 +13,7 @@ from finetrace.examples import Example
 from finetrace.reading import read_examples
 
 SAFETY = "is_safe"  # the column of BeaverTails that says whether an answer is harmless
+SIDES = {"true": True, "1": True, "1.0": True, "yes": True, "false": False, "0": False, "0.0": False, "no": False}
 CLASSES = {"benign": True, "harmless": True, "safe": True, "harmful": False, "unsafe": False}
 
 
@@ -105,7 +106,14 @@ def _key(row: Example) -> str:
 
 
 def _is_safe(row: Example) -> bool | None:
-    """What the row's own column says, or its class; a CSV file holds either as text."""
-    said = str(row.metadata.get(SAFETY)).strip().lower()
-    sides = {"true": True, "1": True, "false": False, "0": False}
-    return sides.get(said, CLASSES.get(str(row.label).strip().lower()))
+    """What the row's own column says, or its class; a CSV file holds either as text, and one with a gap as 1.0 and 0.0.
+
+    Raises:
+        FinetraceError: The column says something else.
+    """
+    said = str(row.metadata.get(SAFETY) if row.metadata.get(SAFETY) is not None else "").strip().lower()
+    if not said:
+        return CLASSES.get(str(row.label).strip().lower())
+    if said not in SIDES:
+        raise FinetraceError(f"row {row.id}: its {SAFETY} is {said!r}; write true or false, or leave the column out.")
+    return SIDES[said]

@@ -61,15 +61,38 @@ def check_size(size: float) -> None:
 
 
 def _first(rows: Sequence[Example], size: float) -> tuple[Example, ...]:
-    """The first ceil(size x count) rows of each label, in the order they stood."""
-    totals = Counter(row.label for row in rows)
-    seen: Counter[str | None] = Counter()
+    """The first ceil(size x count) rows of each label, in the order they stood.
+
+    Where a label says no more than whether a row's own was flipped, they are dealt out to the classes that rows are of.
+    """
+    totals: dict[str | None, Counter[str | None]] = defaultdict(Counter)
+    for row in rows:
+        totals[row.label][_class(row)] += 1
+    room: dict[str | None, Counter[str | None]] = {}
+    for label, classes in totals.items():
+        count = math.ceil(size * classes.total() - 1e-9)
+        room[label] = Counter(dict(zip(classes, quotas(list(classes.values()), count), strict=True)))
     kept = []
     for row in rows:
-        seen[row.label] += 1
-        if seen[row.label] <= math.ceil(size * totals[row.label] - 1e-9):
+        if room[row.label][_class(row)] > 0:
+            room[row.label][_class(row)] -= 1
             kept.append(row)
     return tuple(kept)
+
+
+def _class(row: Example) -> str | None:
+    """What a flipped or checked row was labelled first; nothing of other rows."""
+    return row.metadata.get("original_label") if "given_label" in row.metadata else None
+
+
+def quotas(sizes: list[int], count: int) -> list[int]:
+    """`count` dealt out in proportion to the sizes; what rounding leaves goes to the largest remainders."""
+    total = sum(sizes)
+    quotas = [count * size // total for size in sizes]
+    by_remainder = sorted(range(len(sizes)), key=lambda index: -(count * sizes[index] % total))
+    for index in by_remainder[: count - sum(quotas)]:
+        quotas[index] += 1
+    return quotas
 
 
 def split(rows: Sequence[Example], train_per_class: int, seed: int) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
