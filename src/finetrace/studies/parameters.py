@@ -46,7 +46,7 @@ STARTS = (
     "same start",
     "other starts",
     "paper protocol",
-)  # the last from the same start, fine-tuned as the released code does
+)  # the last from other starts too, fine-tuned as the released code does
 MEASURED = 5  # of the paper protocol's epochs, evenly spaced
 
 
