@@ -200,13 +200,22 @@ def test_there_is_a_page_of_the_first_seed(finished):
     assert "emotion: 15 rows, 5 queries" in page
 
 
-def test_a_page_of_many_scores_shows_what_figures_show(finished, tmp_path, monkeypatch):
+def test_a_page_of_many_scores_shows_what_figures_show_and_the_best_of_every_kind(finished, tmp_path, monkeypatch):
+    """Else its verdict would call another one the best."""
     folder, made, _ = finished
     monkeypatch.setattr(pages, "MOST", 15 * 5 * 2)
     [path] = pages.write_pages(folder, made[:1], tmp_path)
     page = path.read_text()
     assert "gradcos" in page
-    assert "bm25" not in page
+    values = finished_module.values(folder / made[0].folder)
+    means = values.groupby("spec")["auprc"].mean()
+    controls = [spec for spec in means.index if make(spec).control]
+    assert f'"name":"{make(means[controls].idxmax()).title}"' in page
+    monkeypatch.setattr(pages, "shown", lambda specs: [])
+    [path] = pages.write_pages(folder, made[:1], tmp_path / "fewer")
+    names = {make(spec).title for spec in METHODS}
+    found = {name for name in names if f'"name":"{name}"' in path.read_text()}
+    assert {make(means.idxmax()).title, make(means[controls].idxmax()).title} <= found < names
 
 
 def test_every_method_is_compared_with_repsim_query_by_query(finished):
