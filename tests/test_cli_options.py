@@ -39,7 +39,7 @@ def test_an_option_is_for_methods_that_do_not_set_it(index, capsys, given, wante
     [
         (["--method", "exact:damping=0.5", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
         (["--method", "bm25", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
-        (["--method", "exact:damping=inf"], "damping"),
+        (["--method", "exact:damping=inf"], "exact:damping=inf: parameter damping: Input should be a finite number"),
         (["--label-column", "kind"], "the column options are of --queries"),
     ],
 )
@@ -96,7 +96,7 @@ def test_clean_refuses_before_the_work(index, capsys, tmp_path, monkeypatch, giv
     assert not list(tmp_path.glob("k*.jsonl"))
 
 
-def test_no_row_is_no_ranking(index):  # noqa: F811
+def test_no_row_is_no_ranking():
     from finetrace.attribution.ranked import Strongest
 
     with pytest.raises(FinetraceError, match="ask for 1 or more"):

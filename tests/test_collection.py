@@ -219,9 +219,10 @@ def test_scaled_and_capped_logits(config: Any) -> None:
     items = make_encoded(LENGTHS)
     gradients, losses = one_at_a_time(model, items, tracked_parameters(track(model)))
     found = collect(model, items, budget=100)
-    # norms of some of these are float32 whatever the model is, and round otherwise in other batches on some processors
-    assert relative_error(found.losses, losses) < 1e-7
-    assert relative_error(found.gradients, gradients) < 1e-6
+    assert relative_error(found.losses, losses) < TOLERANCE
+    # norms and softmax are float32 whatever the model is, and going back round otherwise in other batches on some processors
+    near = TOLERANCE if config.model_type == "granite" else 1e-7
+    assert relative_error(found.gradients, gradients) < near
     for item, loss in zip(items, found.losses, strict=True):
         ids = torch.from_numpy(item.ids).long()[None]
         labels = torch.where(torch.from_numpy(item.weights > 0)[None], ids, -100)

@@ -94,10 +94,13 @@ def test_greedy_is_the_likeliest_token_whatever_the_model_is_set_to(tiny_loaded:
         own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = before
 
 
-def test_what_was_said_of_another_answer_goes_with_it(embedded: Loaded) -> None:
-    cut = Example.from_prompt(
-        "Say yes.", "No, I", id="a", metadata={"finish_reason": "length", "loss_weights": [1], "source": "log"}
-    )
-    (ended,) = answer(embedded, [cut], max_new_tokens=60)
-    assert ended.metadata in ({"source": "log"}, {"source": "log", **CUT})
-    assert ("finish_reason" in ended.metadata) == (len(embedded.tokenizer(ended.response)["input_ids"]) >= 59)
+@pytest.mark.parametrize("ended", [True, False])
+def test_what_was_said_of_another_answer_goes_with_it(
+    tiny_loaded: Loaded, monkeypatch: pytest.MonkeyPatch, ended: bool
+) -> None:
+    told = {"finish_reason": "length", "loss_weights": [1], "source": "log"}
+    cut = Example.from_prompt("Say yes.", "No, I", id="a", metadata=told)
+    monkeypatch.setattr("finetrace.generation._generate", lambda *_: [("Yes", ended)])
+    (found,) = answer(tiny_loaded, [cut])
+    assert found.response == "Yes"
+    assert found.metadata == ({"source": "log"} if ended else {"source": "log", **CUT})

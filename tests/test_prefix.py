@@ -71,7 +71,7 @@ def test_losses_and_gradients_are_those_of_whole_passes(name: str, singly: bool)
         for batch in batches if singly or turn else batches[:2] * 2:
             losses, gradients = losses_and_gradients(model, batch, found)
             expected, theirs = losses_and_gradients(model, batch)
-            near = 1e-7 if name == "gemma2" else 1e-10  # its norms are float32, whatever the model is
+            near = 1e-8 if name == "gemma2" else 1e-10  # its norms and softmax are float32, whatever the model is
             torch.testing.assert_close(losses, expected, rtol=near, atol=near)
             for mine, other in zip(gradients, theirs, strict=True):
                 torch.testing.assert_close(mine, other, rtol=max(1e-8, near), atol=near)

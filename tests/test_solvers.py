@@ -198,4 +198,4 @@ def test_in_memory_a_small_damping_is_solved_to_the_tolerance(rows: int) -> None
     assert solved.residual() <= 1e-10
     dense = torch.linalg.inv(train.T @ train / rows + damping * torch.eye(500, dtype=torch.float64))
     wanted = query @ dense @ train.T
-    assert float((found - wanted).abs().max()) <= 1e-6 * float(wanted.abs().max())
+    assert float((found - wanted).abs().max()) <= 1e-8 * float(wanted.abs().max())  # the dense inverse is off by 3e-9

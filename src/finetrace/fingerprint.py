@@ -34,7 +34,7 @@ def of_base(model: nn.Module) -> str:
 
 def of_adapter(model: nn.Module) -> str | None:
     """Of every entry of the active LoRA adapter, whatever it is called, rounded to bfloat16; `None` without one."""
-    active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
+    active = _active(model)
     adapter = [
         (_LORA.sub(r"\1", name), parameter)
         for name, parameter in _parameters(model)
@@ -48,7 +48,7 @@ def of_scaling(model: nn.Module) -> str | None:
 
     The same matrices under another scaling are another model.
     """
-    active = list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
+    active = _active(model)
     scalings = [
         f"{_plain(name)} {module.scaling[each]:.6g}"
         for name, module in model.named_modules()
@@ -108,6 +108,11 @@ def of_file(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _active(model: nn.Module) -> list[str]:
+    """Names of the active adapters."""
+    return list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
 
 
 def _parameters(model: nn.Module) -> Iterable[tuple[str, Tensor]]:

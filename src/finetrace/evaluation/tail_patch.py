@@ -3,7 +3,7 @@
 Chang et al., TrackStar (arXiv 2410.17413), section 5.1: a method's top k rows are good proponents if a training step on them,
 taken at the trained model, raises the probability of the query's answer more than a step on other rows does. The step here is
 the first one of Adam with a fresh state, on the mean of the rows' own losses without dropout. An index holds each row's
-gradient, so a step needs no backward pass. Losses are those of the model in float32: a step changes them by less than half
+gradient, so a step needs no backward pass. Losses are those of the model in float32: a step may change them by less than half
 precision rounds them.
 """
 
