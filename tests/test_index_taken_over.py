@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers import Gemma3Config
 
+from finetrace.arithmetic import Setting, apart, settings_of
 from finetrace.attribution import Problem, make
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -48,17 +51,52 @@ def test_the_same_matrices_under_another_scaling_are_another_model(tmp_path: Pat
         Problem(open_index(tmp_path / "i", plain), make_examples(5), kept_queries=kept)
 
 
-def test_an_index_that_does_not_say_its_scaling_is_taken_over(tmp_path: Path) -> None:
+def test_an_index_that_does_not_say_its_scaling_and_settings_is_taken_over(tmp_path: Path) -> None:
     first = build(loaded(), tmp_path / "i")
     path = tmp_path / "i" / "manifest.json"
     about = json.loads(path.read_text())
-    del about["model"]["scaling_fingerprint"]
+    del about["model"]["scaling_fingerprint"], about["model"]["settings"]
     path.write_text(json.dumps(about))
     queries = make_examples(2, seed=5)
     Problem(open_index(tmp_path / "i", loaded()), make_examples(5), kept_queries=build(loaded(), tmp_path / "q"))
     again = make("gradsim").score(Problem(build(loaded(), tmp_path / "i"), queries)).values
     assert np.array_equal(again, make("gradsim").score(Problem(first, queries)).values)
     assert open_index(tmp_path / "i", loaded()).model() is not None
+
+
+def test_the_same_weights_under_another_configuration_are_another_model(tmp_path: Path) -> None:
+    def wide() -> Loaded:
+        made = loaded()
+        made.model.config.rope_parameters["rope_theta"] = 5e5  # as a file says of a longer context
+        return made
+
+    build(loaded(), tmp_path / "i")
+    with pytest.raises(
+        FinetraceError, match=r"configuration of the base model is there, rope_theta \(10000.0, not 500000.0\)"
+    ):
+        build(wide(), tmp_path / "i")
+    with pytest.raises(FinetraceError, match="built with another configuration of the base model, rope_theta"):
+        open_index(tmp_path / "i", wide()).model()
+    kept = build(wide(), tmp_path / "q")
+    with pytest.raises(FinetraceError, match="the queries' index was not built as"):
+        Problem(open_index(tmp_path / "i", loaded()), make_examples(5), kept_queries=kept)
+
+
+def test_settings_that_only_one_release_names_say_nothing() -> None:
+    was: dict[str, Setting] = {"rope_theta": 1e4, "rms_norm_eps": 1e-6, "logit_scale": None}
+    assert apart(was, {"rope_theta": 1e4, "hidden_act": "silu"}) is None
+    assert apart(was, {**was, "rms_norm_eps": 1e-5}) == "rms_norm_eps (1e-06, not 1e-05)"
+    assert apart(was, {"logit_scale": 0.5}) == "logit_scale (None, not 0.5)"
+    assert apart({}, was) is None
+
+
+def test_settings_are_those_of_the_text_model_and_of_each_kind_of_layer() -> None:
+    given = Gemma3Config(text_config={"rope_local_base_freq": 77.0, "sliding_window": 12})
+    found = settings_of(SimpleNamespace(config=given))  # type: ignore[arg-type]
+    assert found["sliding_window"] == 12
+    assert found["sliding_attention.rope_theta"] == 77.0
+    assert found["full_attention.rope_theta"] == 1e6
+    assert settings_of(SimpleNamespace()) == {}  # type: ignore[arg-type]
 
 
 def weighted(weight: float) -> list[Example]:

@@ -133,6 +133,16 @@ def test_csv_takes_texts_longer_than_the_modules_limit_and_leaves_that_alone(tmp
         ("a.jsonl", b'{"prompt": "p", "response": "r"}\n{"prompt": \n', "a.jsonl, row 2: the line is not valid JSON"),
         ("a.jsonl", b'["p", "r"]\n', "a.jsonl, row 1: expected an object with named columns and found a list"),
         ("a.jsonl", b"[" * 100_000, "a.jsonl, row 1: the line is not valid JSON"),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "response": "r"}\n{"prompt": "p", "response": "r", "prompt": "q"}\n',
+            "a.jsonl, row 2: the line is not valid JSON (the key 'prompt' stands twice in one object)",
+        ),
+        (
+            "a.json",
+            b'[{"prompt": "p", "response": "r", "source": {"a": 1, "a": 2}}]',
+            "a.json is not valid JSON (the key 'a' stands twice in one object)",
+        ),
         ("a.jsonl", b"", "a.jsonl holds no rows"),
         ("a.jsonl", b'{"prompt": "p",\n"x": "\xff"}', "a.jsonl, line 2: byte 22 is not valid UTF-8"),
         (

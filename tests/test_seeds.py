@@ -60,6 +60,38 @@ def test_a_paired_difference_is_that_of_every_resample(values):
     assert (found.low, found.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
 
 
+def test_draws_and_seeds_are_drawn_apart():
+    rng = np.random.default_rng(4)
+    values = np.clip(
+        0.5 + 0.2 * rng.standard_normal((2, 1, 1)) + 0.1 * rng.standard_normal((1, 3, 1)), 0, 1
+    ) + 0.05 * rng.random((2, 3, 2))
+    values[1, 2, 0] = np.nan
+    means = []
+    for draws in product(range(2), repeat=2):
+        for seeds in product(range(3), repeat=3):
+            for queries in product(range(2), repeat=2):
+                cells = [values[d, s, q] for d in draws for s in seeds for q in queries]
+                if not np.isnan(cells).all():
+                    means.append(np.nanmean(cells))
+    found = bootstrap_crossed(values, resamples=MANY)
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert found.value == pytest.approx(np.nanmean(values))
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
+    assert found.n == 2
+
+
+def test_as_many_draws_of_one_seed_are_no_seeds(values):
+    def width(of):
+        found = bootstrap_crossed(of, resamples=MANY)
+        return found.high - found.low
+
+    again = np.stack([values] * 4)  # four draws that make no difference
+    assert width(again) == pytest.approx(width(values), rel=0.02)
+    assert width(again) > 1.5 * width(again.reshape(12, 4))  # twelve seeds, as if each were another accident
+    assert bootstrap_crossed(values[:1, None]) == bootstrap_mean(values[0])
+    assert bootstrap_crossed(values[None]).value == bootstrap_crossed(values).value
+
+
 def test_both_a_lucky_seed_and_a_lucky_query_widen_the_interval():
     rng = np.random.default_rng(0)
     by_query = np.tile(rng.random(30), (5, 1))
@@ -123,7 +155,7 @@ def test_the_order_of_seeds_and_queries_says_nothing(values):
 
 
 def test_what_cannot_be_averaged_is_said(values):
-    with pytest.raises(FinetraceError, match=r"not \(seeds, queries\)"):
+    with pytest.raises(FinetraceError, match=r"\(4,\) are not \(seeds, queries\)"):
         bootstrap_crossed(values[0])
     with pytest.raises(FinetraceError, match="no query is left"):
         bootstrap_crossed(np.full((2, 3), np.nan))

@@ -106,7 +106,7 @@ def _json_lines(text: str, name: str) -> Table:
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
-                    yield number, json.loads(line)
+                    yield number, json.loads(line, object_pairs_hook=_object)
                 except (ValueError, RecursionError) as error:
                     raise FinetraceError(
                         f"{name}, row {number}: the line is not valid JSON ({error}); mend it or remove the line"
@@ -119,7 +119,7 @@ def _read_json(path: Path, name: str, split: str | None) -> Table:
     """A list of objects, or an object holding such a list, or several of them as splits."""
     text = _read_text(path, name)
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and split is None:  # JSON Lines under the name .json, as the Hub often has it
             return _json_lines(text, name)
@@ -142,6 +142,16 @@ def _read_json(path: Path, name: str, split: str | None) -> Table:
     if not isinstance(value, list):
         raise FinetraceError(f"{name} holds {_kind(value)} where a list of objects is expected; write one object a row")
     return Table(name, _numbered(enumerate(value, 1), name))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, in which no key stands twice: one of the two values would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
 
 
 def _are_rows(items: list[Any]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from finetrace import arithmetic
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.fingerprint import texts
@@ -16,7 +17,7 @@ def refuse_other_queries(kept: Index, index: Index, queries: Sequence[Example]) 
         raise FinetraceError(
             f"{kept.folder}: this index does not hold these queries, with these texts and in this order."
         )
-    if _made(kept) != _made(index) or _scaled_apart(kept, index):
+    if _made(kept) != _made(index) or _scaled_apart(kept, index) or _set_apart(kept, index):
         raise FinetraceError(
             f"{kept.folder}: the queries' index was not built as {index.folder} was: by the same model and "
             "adapter, in the same dtype, on the same tokens of the loss and at the same end of the fine-tuning."
@@ -36,3 +37,9 @@ def _scaled_apart(one: Index, other: Index) -> bool:
     """Whether two indexes are known to be of adapters of different scaling."""
     scalings = {each.manifest.model.scaling_fingerprint for each in (one, other)}
     return None not in scalings and len(scalings) == 2
+
+
+def _set_apart(one: Index, other: Index) -> bool:
+    """Whether their base models are known to be configured differently."""
+    was, now = (each.manifest.model.settings or {} for each in (one, other))
+    return arithmetic.apart(was, now) is not None

@@ -217,9 +217,8 @@ def retrain(
     outcomes, start = [], 0
     for name, each in choices:
         mine = slice(start, start := start + len(each) * seeds)
+        loss, bad_now = (values[mine].reshape(len(each), seeds, -1) for values in (losses, verdicts))
         outcomes.append(
-            Outcome(
-                name, len(each[0]), bootstrap_crossed(losses[mine], bounds=UNBOUNDED), bootstrap_crossed(verdicts[mine])
-            )
+            Outcome(name, len(each[0]), bootstrap_crossed(loss, bounds=UNBOUNDED), bootstrap_crossed(bad_now))
         )
     return outcomes

@@ -33,7 +33,9 @@ def validate(
         bool, typer.Option("--quick", help="Few methods and subsets, one seed and no removals: a first look.")
     ] = False,
     subsets: Annotated[int | None, typer.Option(min=3, help="Random subsets of the rows, for lds; 30, or 6.")] = None,
-    share: Annotated[float, typer.Option(help="Of the rows that each subset has.")] = 0.5,
+    share: Annotated[
+        float | None, typer.Option(help="Of the rows that each subset has, for lds; 0.5 if not given.")
+    ] = None,
     seeds: Annotated[
         int | None, typer.Option(min=1, help="Fine-tunings of each subset and removal; 2, or 1 with --quick.")
     ] = None,
@@ -44,7 +46,9 @@ def validate(
     groups: Annotated[
         int | None, typer.Option(min=1, help="Classes of queries to remove rows for, at most; 3 if not given.")
     ] = None,
-    left_out: Annotated[int, typer.Option(min=3, help="Rows left out singly, at most, for loo.")] = 40,
+    left_out: Annotated[
+        int | None, typer.Option(min=3, help="Rows left out singly, at most, for loo; 40 if not given.")
+    ] = None,
     judge: Annotated[
         str | None,
         typer.Option(
@@ -108,12 +112,16 @@ def validate(
             "counts": tuple(remove) if remove else None,
             "groups": groups,
             "seeds": seeds,
+            "share": share,
+            "left_out": left_out,
         }
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
-        plan = replace(plan, share=share, left_out=left_out)
-        _refuse_idle(
-            {"--subsets": (subsets, "lds"), "--remove": (remove, "drop"), "--groups": (groups, "drop")}, plan.measures
-        )
+        heeded = {"--subsets": (subsets, "lds"), "--share": (share, "lds"), "--left-out": (left_out, "loo")}
+        _refuse_idle(heeded | {"--remove": (remove, "drop"), "--groups": (groups, "drop")}, plan.measures)
+        if seeds is not None and not retrained:
+            raise FinetraceError(
+                f"--seeds {seeds}: {' and '.join(plan.measures)} retrains nothing; add a measure that does, or leave it out."
+            )
         judged_by = make_judge(judge, judge_label)
         if judge is not None and "drop" not in plan.measures:
             raise FinetraceError(
@@ -151,7 +159,7 @@ def validate(
 def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str]) -> None:
     """Stop where an option was given that only a measure heeds that is not asked for."""
     for option, (value, measure) in given.items():
-        if value and measure not in measures:
+        if value not in (None, []) and measure not in measures:
             raise FinetraceError(
                 f"{option}: only --measure {measure} heeds it; add that measure, or leave the option out."
             )

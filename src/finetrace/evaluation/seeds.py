@@ -22,17 +22,20 @@ def bootstrap_crossed(
     both a lucky fine-tuning and a lucky choice of queries widen the interval. NaN marks a query that a seed does not
     have; a cell drawn that is NaN is left out. With one seed, or values that are all equal, the interval is
     `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
+    Values of (draws, seeds, queries) are drawn along all three: what fine-tunings of one seed have in common is no accident
+    of a draw, and does not count as often as there are draws.
 
     Raises:
         FinetraceError: There is no value.
     """
-    values = _matrix(values)
-    if len(values) == 1 or np.nanmax(values) - np.nanmin(values) <= 1e-12:
-        each = np.nanmean(values, axis=0)
+    values = _cells(values)
+    alone = values.size == values.shape[-1]
+    if alone or np.nanmax(values) - np.nanmin(values) <= 1e-12:
+        each = np.nanmean(values, axis=_others(values))
         return bootstrap_mean(each, bounds=bounds, level=level, resamples=resamples, seed=seed)
     means = _resampled(values, resamples, seed)
     low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(np.nanmean(values)), float(low), float(high), int(np.isfinite(values).any(0).sum()))
+    return Estimate(float(np.nanmean(values)), float(low), float(high), values.shape[-1])
 
 
 def paired_crossed(
@@ -50,7 +53,7 @@ def paired_crossed(
         raise FinetraceError(
             f"a paired difference needs the same seeds and queries, not {first.shape} and {second.shape}."
         )
-    difference = _matrix(first - second)
+    difference = _cells(first - second)
     if len(difference) == 1 or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
         there = np.isfinite(first - second)
         both = [np.where(there, each, np.nan)[:, there.any(0)] for each in (first, second)]
@@ -82,27 +85,32 @@ def over_seeds(
     return Estimate(mean, max(bounds[0], mean - reach), min(bounds[1], mean + reach), n)
 
 
-def _matrix(values: NDArray[Any]) -> NDArray[np.float64]:
-    """(S, Q) float64 without the queries that no seed has."""
+def _cells(values: NDArray[Any]) -> NDArray[np.float64]:
+    """(S, Q) or (D, S, Q) float64 without the queries that no seed has."""
     values = np.asarray(values, dtype=np.float64)
-    if values.ndim != 2:
-        raise FinetraceError(f"values of shape {values.shape} are not (seeds, queries).")
-    values = values[:, np.isfinite(values).any(axis=0)]
+    if values.ndim not in (2, 3):
+        raise FinetraceError(f"values of shape {values.shape} are not (seeds, queries) or (draws, seeds, queries).")
+    values = values[..., np.isfinite(values).any(axis=_others(values))]
     if not values.size:
         raise FinetraceError("no query is left to average: all are excluded (NaN).")
     return np.asarray(values)
 
 
+def _others(values: NDArray[np.float64]) -> tuple[int, ...]:
+    """The axes besides that of the queries."""
+    return tuple(range(values.ndim - 1))
+
+
 def _resampled(values: NDArray[np.float64], resamples: int, seed: int) -> NDArray[np.float64]:
-    """(resamples,) means over drawn seeds x drawn queries, missing cells left out.
+    """(resamples,) means over what is drawn along every axis, missing cells left out.
 
     Drawing with replacement is weighting by counts, so a resample is s^T X q / s^T M q with M the cells that exist.
     """
     rng = np.random.default_rng(seed)
-    seeds, queries = values.shape
-    s = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples).astype(np.float64)
-    q = rng.multinomial(queries, np.full(queries, 1 / queries), size=resamples).astype(np.float64)
+    drawn = [rng.multinomial(k, np.full(k, 1 / k), size=resamples).astype(np.float64) for k in values.shape]
+    axes = "dsq"[-values.ndim :]
+    form = ",".join((axes, *(f"r{axis}" for axis in axes))) + "->r"
     there = np.isfinite(values).astype(np.float64)
-    total = np.einsum("rs,sq,rq->r", s, np.nan_to_num(values), q, optimize=True)
-    count = np.einsum("rs,sq,rq->r", s, there, q, optimize=True)
+    total = np.einsum(form, np.nan_to_num(values), *drawn, optimize=True)
+    count = np.einsum(form, there, *drawn, optimize=True)
     return np.asarray(np.where(count > 0, total / np.maximum(count, 1e-300), np.nan))

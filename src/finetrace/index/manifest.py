@@ -14,6 +14,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
+from finetrace.arithmetic import Setting
 from finetrace.atomic import part_of, remove_part, write_atomically
 from finetrace.collection.modules import Block, Tracking, track
 from finetrace.collection.projection import Projection
@@ -98,6 +99,7 @@ class ModelRecord(_Strict):
     layers: int
     at: Moment = "end"
     scaling_fingerprint: str | None = None  # of the adapter; `None` in an index of before it was noted
+    settings: dict[str, Setting] | None = None  # of the base (`finetrace.arithmetic`); `None` likewise
 
 
 class EncodingRecord(_Strict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from finetrace import fingerprint
+from finetrace import arithmetic, fingerprint
 from finetrace._version import __version__
 from finetrace.collection import Collector
 from finetrace.collection.projection import Projection
@@ -52,6 +52,7 @@ def planned(
             base_fingerprint=fingerprint.of_base(loaded.model),
             adapter_fingerprint=fingerprint.of_adapter(loaded.model),
             scaling_fingerprint=fingerprint.of_scaling(loaded.model),
+            settings=arithmetic.settings_of(loaded.model),
             tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
             layers=int(loaded.model.config.num_hidden_layers),
             at=at,

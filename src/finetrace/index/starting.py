@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetrace import fingerprint
+from finetrace import arithmetic, fingerprint
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -138,8 +138,12 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     unsaid = () if there.model.scaling_fingerprint else ("model.scaling_fingerprint",)
+    if other := arithmetic.apart(there.model.settings or {}, plan.model.settings or {}):
+        raise FinetraceError(
+            f"{folder}: an index of another {arithmetic.NAME} is there, {other}; choose another --out or remove the folder."
+        )
     for key in now:
-        if key not in (*MAY_DIFFER, *unsaid) and was.get(key) != now[key]:
+        if key not in (*MAY_DIFFER, *unsaid, "model.settings") and was.get(key) != now[key]:
             if key == "representations":
                 old, new = (", ".join(each.get(key) or ["none"]) for each in (was, now))
                 what = f"set of hidden states ({old}, not {new})"

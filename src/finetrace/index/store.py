@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from finetrace import fingerprint
+from finetrace import arithmetic, fingerprint
 from finetrace.collection import Block, Collector, Features, Representation
 from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder, LengthReport
@@ -231,6 +231,11 @@ def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -
         scaling = fingerprint.of_scaling(loaded.model)
         facts += (
             (fingerprint.SCALING, record.scaling_fingerprint, scaling, "open it with the adapter it was built with"),
+        )
+    if other := arithmetic.apart(record.settings or {}, arithmetic.settings_of(loaded.model)):
+        raise FinetraceError(
+            f"{folder}: the index was built with another {arithmetic.NAME}, {other}; open it with the model it was built with, "
+            "or build the index again."
         )
     for what, was, now, remedy in facts:
         if was != now:
