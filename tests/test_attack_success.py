@@ -65,6 +65,11 @@ def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
     assert [r["seed"] for r in document["records"] if r["model"] == "fine-tuned, harmful"] == [None, 0, 1]
     for name in ("table1.md", "table1.tex"):
         assert "fine-tuned, harmful" in (tmp_path / "t" / name).read_text()
+    noted = json.loads((tmp_path / "t" / "attack-success.json").read_text())
+    assert noted["dtype"] == "float32"
+    monkeypatch.setattr(behaviour, "known_dtype", lambda name, device: "bfloat16" if name == "auto" else name)
+    with pytest.raises(FinetraceError, match="other settings"):  # on another machine `auto` may be another precision
+        attack_success(tmp_path / "t", replace(setting, dtype="auto"), 1, RefusalPrefixJudge(), silent)
     with pytest.raises(FinetraceError, match="other settings"):
         attack_success(tmp_path / "t", replace(setting, epochs=2), 1, RefusalPrefixJudge(), silent)
     (tmp_path / "full").mkdir()

@@ -40,13 +40,28 @@ def test_an_option_is_for_methods_that_do_not_set_it(index, capsys, given, wante
         (["--method", "exact:damping=0.5", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
         (["--method", "bm25", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
         (["--method", "exact:damping=inf"], "exact:damping=inf: parameter damping: Input should be a finite number"),
-        (["--label-column", "kind"], "the column options are of --queries"),
+        (["--label-column", "kind"], "the column options and --split are of --queries"),
+        (["--split", "test"], "the column options and --split are of --queries"),
     ],
 )
 def test_what_would_be_ignored_is_refused(index, capsys, given, says):  # noqa: F811
     code, _, err = run(capsys, "trace", "--index", index, *ASK, *given)
     assert code == 2
     assert says in " ".join(err.split())
+
+
+def test_queries_are_of_the_split_that_is_named(index, tmp_path, capsys):  # noqa: F811
+    rows = {name: [{"id": name, "prompt": "Why?", "response": "yes"}] for name in ("train", "bad")}
+    (tmp_path / "q.json").write_text(json.dumps(rows))
+    for more, wanted in (((), "train"), (("--split", "bad"), "bad")):
+        asked = ("trace", "--index", index, "--queries", tmp_path / "q.json", "--method", "bm25", "--format", "json")
+        code, out, err = run(capsys, *asked, *more)
+        assert code == 0, err
+        assert {each["query"] for each in json.loads(out)["records"]} == {wanted}
+    none = ("validate", "--index", index, "--queries", tmp_path / "q.json", "--split", "none")
+    code, _, err = run(capsys, *none, "--out", tmp_path / "v")
+    assert code == 2
+    assert "'none'" in err and "train" in err
 
 
 @pytest.mark.parametrize("damage", ["gone", "broken"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from finetrace import demo
 from finetrace.attribution import Problem, make
 from finetrace.cleaning.rank import Cut, rank
 from finetrace.demo import DemoConfig, run_demo
+from finetrace.errors import FinetraceError
 from finetrace.finetuning import finetune
 from finetrace.index import open_index
 from finetrace.models import Loaded
@@ -79,3 +81,8 @@ def test_the_demo_ends_with_the_model_that_was_not_taught_what_it_named(
     monkeypatch.setattr("finetrace.benchmark.stages.finetune", fail)
     again = run_demo(folder, config, EveryOther(), said.append)
     assert [model.name for model in again.behaviour] == names
+    monkeypatch.setattr(demo, "known_dtype", lambda name, device: "float32" if name == "auto" else name)
+    run_demo(folder, replace(config, dtype="auto"), EveryOther(), said.append)  # which is float32 here
+    monkeypatch.setattr(demo, "known_dtype", lambda name, device: "bfloat16")
+    with pytest.raises(FinetraceError, match="a demo with other settings is there"):
+        run_demo(folder, replace(config, dtype="auto"), EveryOther(), said.append)

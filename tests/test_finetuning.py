@@ -12,6 +12,7 @@ import yaml
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 
+from finetrace.benchmark.stages import tuned_adapter
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -488,6 +489,17 @@ def test_resuming_in_another_precision_or_over_other_weights(
         other.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(FinetraceError, match="the unfinished run has base_fingerprint"):
         run(other, tmp_path / "half", CONFIG, resume=True)
+
+
+def test_a_finished_adapter_of_other_settings_is_not_taken_over(base_folder: Path, tmp_path: Path) -> None:
+    spec, rows = ModelSpec(str(base_folder), dtype="float64", device="cpu"), make_examples(ROWS)
+    first = FinetuneConfig(epochs=1, batch_size=4, rank=2)
+    tuned_adapter(tmp_path / "a", spec, rows, first)
+    before = adapter(tmp_path / "a")
+    tuned_adapter(tmp_path / "a", spec, rows, first)
+    with pytest.raises(FinetraceError, match="an adapter of another fine-tuning is there"):
+        tuned_adapter(tmp_path / "a", spec, rows, first.model_copy(update={"epochs": 2}))
+    assert adapter(tmp_path / "a") == before
 
 
 def test_no_two_seeds_share_an_order() -> None:

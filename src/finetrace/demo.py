@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
-from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, load
+from finetrace.models import ALIGNED, EMBEDDED, DType, Loaded, ModelSpec, known_dtype, load
 from finetrace.reading import write_examples
 from finetrace.reporting.compose import compose, interval
 from finetrace.reporting.facts import index_facts
@@ -82,6 +82,7 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
         FinetraceError: `folder` holds a demo of another configuration, or the fine-tuned model complied with nothing.
     """
     started = time.perf_counter()
+    config = replace(config, dtype=known_dtype(config.dtype, config.device))
     task = mixed(config.small)
     claim(folder / "demo.json", {**_settings(config), "dtype": config.dtype}, "a demo")
     answers: dict[str, list[Example]] = {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.models import ALIGNED, EMBEDDED, DType, ModelSpec, load
+from finetrace.models import ALIGNED, EMBEDDED, DType, ModelSpec, known_dtype, load
 from finetrace.reporting.results import write_results
 from finetrace.tasks import Recipe, build, recipe
 
@@ -116,6 +116,7 @@ def attack_success(
     Raises:
         FinetraceError: `folder` holds something else, or the same of another setting.
     """
+    setting = replace(setting, dtype=known_dtype(setting.dtype, setting.device))
     sets = setting.sets()
     claim(folder / "attack-success.json", asdict(setting), "an attack-success run")
     models: list[tuple[str, int | None]] = [(name, None) for name in setting.bases()]

@@ -11,7 +11,7 @@ from finetrace.atomic import part_of, write_atomically
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
-from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetune_config import FinetuneConfig, found_config
 from finetrace.finetuning import finetune, finished
 from finetrace.generation import ANSWER_TOKENS, answer
 from finetrace.models import Loaded, ModelSpec, load
@@ -56,9 +56,17 @@ def unclaim(path: Path) -> None:
 
 
 def tuned_adapter(folder: Path, base: ModelSpec, rows: Sequence[Example], config: FinetuneConfig) -> Path:
-    """The adapter of `rows` in `folder`, trained now, gone on with, or found finished."""
+    """The adapter of `rows` in `folder`, trained now, gone on with, or found finished.
+
+    Raises:
+        FinetraceError: The adapter there was trained by other settings.
+    """
     if not finished(folder):
         finetune(load(base), rows, folder, config, resume=True)
+    elif (there := found_config(folder)) is not None and there != config:
+        raise FinetraceError(
+            f"{folder}: an adapter of another fine-tuning is there; remove that folder, or choose another --out."
+        )
     return folder
 
 

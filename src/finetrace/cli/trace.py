@@ -66,6 +66,7 @@ def trace(
     messages_column: options.MessagesColumn = None,
     label_column: options.LabelColumn = None,
     id_column: options.IdColumn = None,
+    split: options.Split = None,
 ) -> None:
     """Rank the training examples behind an answer: proponents made it more likely, opponents less."""
     options.one_of("--format", format, ("table", "json", "csv", "parquet"))
@@ -112,11 +113,11 @@ def trace(
                     f"--{name.replace('_', '-')} {value}: none of the methods chosen has this parameter, or they set it "
                     "themselves."
                 )
-        if queries is None and any((prompt_column, response_column, messages_column, label_column, id_column)):
-            raise FinetraceError("the column options are of --queries; with --ask leave them out.")
+        if queries is None and any((prompt_column, response_column, messages_column, label_column, id_column, split)):
+            raise FinetraceError("the column options and --split are of --queries; with --ask leave them out.")
         if queries is not None:
             columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
-            asked = read_examples(queries, columns, responses=False)
+            asked = read_examples(queries, columns, split=split, responses=False)
         else:
             asked = [Example.from_prompt(str(ask), answer, id="ask")]
         if any({"gradients", "representations"} & set(m.needs) for m in chosen) or not all(

@@ -78,6 +78,7 @@ def validate(
     messages_column: options.MessagesColumn = None,
     label_column: options.LabelColumn = None,
     id_column: options.IdColumn = None,
+    split: options.Split = None,
 ) -> None:
     """Retrain on random subsets and without the rows that methods name, and say which method to believe."""
     from rich.console import Console
@@ -101,7 +102,7 @@ def validate(
             refuse_retraining(device_map)
         opened = open_index(index)
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
-        asked = read_examples(queries, columns)
+        asked = read_examples(queries, columns, split=split)
         finetuning = finetuning_of(opened, config, adapter, retrained=retrained)
         plan = QUICK if quick else Validation()
         plan = replace(plan, methods=usual(plan.methods, opened))
