@@ -25,7 +25,8 @@ from finetrace.benchmark.ablation import ABLATION
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.figures import drawable
 from finetrace.benchmark.protocol import INPUTS, LEAST, PROTOCOLS, protocol
-from finetrace.benchmark.report import METRICS, Row, report, summarise
+from finetrace.benchmark.report import METRICS, report, summarise
+from finetrace.benchmark.row import Row
 from finetrace.benchmark.runner import Plan, Source, cells, run_all, task_of
 from finetrace.benchmark.tables import STUDY, print_summary, write_tables
 from finetrace.errors import FinetraceError

@@ -14,7 +14,7 @@ from finetrace.benchmark.example_figure import key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, short, shown
 from finetrace.benchmark.matrices import hub
 from finetrace.benchmark.protocol import PROTOCOLS
-from finetrace.benchmark.report import Row
+from finetrace.benchmark.row import Row
 from finetrace.benchmark.tables import latex, write_table
 from finetrace.evaluation.intervals import Estimate
 from finetrace.examples import Example

@@ -17,7 +17,7 @@ from finetrace.benchmark.cell import DONE, Cell
 from finetrace.tracing import BEST, SIMILAR
 
 if TYPE_CHECKING:
-    from finetrace.benchmark.report import Row
+    from finetrace.benchmark.row import Row
 
 PROBED = "ekfac:normalise=cosine,loss_on=probe"
 SHOWN = (

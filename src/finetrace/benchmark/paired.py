@@ -17,7 +17,7 @@ from finetrace.evaluation.seeds import paired_crossed
 from finetrace.tracing import BEST, SIMILAR
 
 if TYPE_CHECKING:
-    from finetrace.benchmark.report import Row
+    from finetrace.benchmark.row import Row
 
 RIVALS = tuple(make(spec).label for spec in ("repsim", SIMILAR, BEST))
 COMPARED = ("accuracy", "coverage", "auroc", "auprc")

@@ -18,7 +18,7 @@ from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 
 if TYPE_CHECKING:
-    from finetrace.benchmark.report import Row
+    from finetrace.benchmark.row import Row
 
 HEADS = {
     "accuracy": "Acc %",
