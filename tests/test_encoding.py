@@ -130,6 +130,19 @@ def test_an_answer_that_a_limit_cut_has_no_end_of_turn(either: Any) -> None:
     assert Encoder(either).encode(stopped).loss_tokens == item.loss_tokens + 1
 
 
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [("m['content'] | trim", "Two"), ("m['content'].strip().lower()", "two"), ("'' ~ m['content']", "  Two\n ")],
+)
+def test_a_cut_answer_has_no_end_of_turn_where_a_template_alters_it(either: Any, written: str, said: str) -> None:
+    template = CHATML.replace("m['content']", written)
+    assert template != CHATML
+    cut = replace(conversation("a", "  Two\n "), metadata={"finish_reason": "length"})
+    item, whole = (Encoder(either, template=template).encode(each) for each in (cut, replace(cut, metadata={})))
+    assert masked(either, item).lstrip() == said.lstrip()
+    assert masked(either, whole).lstrip() == said.lstrip() + "<|im_end|>"
+
+
 def test_equal_turns_are_told_apart_by_place(tokenizer: Any) -> None:
     item = Encoder(tokenizer, "last-turn").encode(conversation("same", "same", "same", "same"))
     assert runs(item) == [(len(item.ids) - 6, len(item.ids) - 1)]

@@ -238,12 +238,22 @@ class Encoder:
                     f"{where}: the chat template does not keep what stands before the assistant's turn {i + 1} as it is, "
                     f"so its tokens cannot be told apart; use {remedy}."
                 )
-            text = example.messages[i].content
-            cut = i == len(example.messages) - 1 and example.metadata.get("finish_reason") == "length"
-            if cut and after[len(before) :].startswith(text):  # the end-of-turn token was never said
-                stop = len(before) + len(text)
+            if i == len(example.messages) - 1 and example.metadata.get("finish_reason") == "length":
+                stop = len(before) + self._said(after[len(before) :], example.messages[i].content)
             spans.append((len(before), stop))
         return spans
+
+    def _said(self, turn: str, text: str) -> int:
+        """How many characters of a turn, as the template writes it, are those of a cut answer: no end-of-turn token was said.
+
+        A template may trim the text, or alter it otherwise; then all but that token counts.
+        """
+        for form in (text, text.strip()):
+            if form and turn.startswith(form):
+                return len(form)
+        stripped = turn.rstrip()
+        ends = [len(token) for token in self.tokenizer.get_added_vocab() if stripped.endswith(token)]
+        return len(stripped) - max(ends) if ends else len(turn)
 
     def _without_trailing_space(self, text: str) -> str:
         """Drop the line break a template puts after its end-of-turn token; keep space that belongs to the answer."""
