@@ -1,4 +1,4 @@
-"""Loss and gradient of a batch's logits, some rows at a time and all at once: python benchmarks/cross_entropy.py [--rounds 5].
+"""Loss and gradient of a batch's logits, some rows at a time and all at once: python benchmarks/cross_entropy.py [--rounds 7].
 
 The same logits in bfloat16, once through `finetrace.cross_entropy` and once widened and given to torch, which keeps float32
 copies. Processor time, the memory that pages had to be found for, and whether losses and gradients are equal bit by bit.

@@ -1,7 +1,8 @@
 """Every method on a large index: python benchmarks/scoring.py [--train 900] [--queries 100].
 
 Gradients are random numbers with the embedded model's block shapes (230,400 entries an example), written as an index
-and read back; what is timed is everything after collection.
+and read back; what is timed is everything after collection. There is no model, so methods that would collect more (another
+loss, the start of the fine-tuning) are left out.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from finetrace._version import __version__
-from finetrace.attribution import Problem, make
+from finetrace.attribution import Method, Problem, make
 from finetrace.collection import Features
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Tracking
@@ -24,7 +25,7 @@ from finetrace.examples import Example
 from finetrace.fingerprint import of_data
 from finetrace.index import Index, factors, manifest, rows, shards, sums
 from finetrace.index.manifest import BlockRecord, EncodingRecord, Manifest, ModelRecord
-from finetrace.tracing import STANDARD, run_methods
+from finetrace.tracing import run_methods, standard
 
 HIDDEN, VALUES, LAYERS, RANK = 576, 192, 30, 4
 
@@ -109,6 +110,11 @@ def write_factors(index: Index) -> None:
     factors.finish(index.folder, index.manifest, "model")
 
 
+def methods(index: Index) -> list[Method]:
+    """The standard methods that an index without a model can be asked for."""
+    return [make(spec) for spec in standard(index) if "loss_on=" not in spec]
+
+
 def main() -> None:
     """Print a line a method and the total."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -126,7 +132,7 @@ def main() -> None:
         width = sum(block.size for block in index.blocks)
         problem = Problem(index, queries, random_features(args.queries, width, 1_000_000))
         started = time.perf_counter()
-        results = run_methods(problem, [make(spec) for spec in STANDARD if "loss_on=" not in spec])
+        results = run_methods(problem, methods(index))
         total = time.perf_counter() - started
         for result in results:
             print(f"{result.scores.seconds:7.2f} s  {result.method.label}")
