@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from finetrace.attribution import Problem, make
-from finetrace.collection import Collector, track
+from finetrace.collection import Block, Collector, track
 from finetrace.collection import projection as module
 from finetrace.collection.modules import ALL_LINEAR, Tracking
 from finetrace.collection.projection import Flat, Projection, Sides, signs
-from finetrace.curvature import Damping, Products, fisher
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.tail_patch import tail_patch
@@ -330,12 +329,23 @@ def test_one_index_has_one_projection(lora: Loaded, tmp_path: Path) -> None:
         Problem(index, make_examples(3), kept_queries=queries)
 
 
-def test_damping_by_entry_counts_the_projected_entries(lora: Loaded, tmp_path: Path) -> None:
-    index = build(lora, tmp_path / "p", projection="two-sided:4x4")
-    block = index.blocks[0]
-    products = Products.of(index.gradients(block.columns), Problem(index, QUERIES).features.gradients[:, block.columns])
-    assert block.size == 16
-    assert Damping(0.1, "entry").of(products, block.size) == pytest.approx(
-        0.1 * float(index.gradients(block.columns).square().mean())
-    )
-    assert fisher(products, 1.0).products().shape == (len(QUERIES), len(index))
+@pytest.mark.parametrize(
+    "spec", ["exact:", "exact:scope=joint,", "exact:solver=cg,", "datainf:", "lissa:iterations=3,"]
+)
+def test_damping_by_entry_counts_the_entries_before_the_projection(lora: Loaded, tmp_path: Path, spec: str) -> None:
+    whole, index = build(lora, tmp_path / "w"), build(lora, tmp_path / "p", projection="two-sided:4x4")
+    assert [block.entries for block in index.blocks] == [block.size for block in whole.blocks]
+    assert index.blocks[0].size == 16
+
+    def scores(damping: str, blocks: tuple[Block, ...]) -> Tensor:
+        problem = Problem(index, QUERIES)
+        problem.blocks = blocks
+        return torch.from_numpy(make(f"{spec}damping={damping}").score(problem).values)
+
+    def traces(blocks: tuple[Block, ...]) -> Tensor:
+        """The same by the rule of the trace, whose multiple is then the other's over d."""
+        return scores(f"{0.1 / sum(block.entries for block in blocks)!r}", blocks)
+
+    groups = [index.blocks] if "joint" in spec else [(block,) for block in index.blocks]
+    found = scores("0.1,damping_rule=entry", index.blocks)
+    assert relative_error(found, torch.stack([traces(group) for group in groups]).sum(0)) < 1e-7

@@ -36,9 +36,9 @@ class DataInfMethod(SpannedMethod, StreamedMethod):
     at: str = ""
     query_bytes: ClassVar[int] = 64
 
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
         """DataInf's P."""
-        return DataInf(products, Damping(self.damping, self.damping_rule).of(products, width))
+        return DataInf(products, Damping(self.damping, self.damping_rule).of(products, entries))
 
     def held_bytes(self, problem: Problem) -> int:
         """With Gram matrices where a block has more entries than there are rows, or norms are wanted."""
@@ -51,7 +51,7 @@ class DataInfMethod(SpannedMethod, StreamedMethod):
 
     def operator(self, at: Pass) -> Streamed:
         """One pass for the queries, or d x d matrices that take none."""
-        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.entries)
         if at.normalised and packed(at.widths, at.spare) is not None:
             fetch = partial(at.fetch_of, damping=(self.damping, self.damping_rule))
             return DenseDataInfStream(at.rows, damping, fetch)

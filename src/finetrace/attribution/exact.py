@@ -55,9 +55,9 @@ class Exact(ScopedMethod, StreamedMethod):
 
     query_bytes: ClassVar[int] = 128
 
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
         """The exact inverse, by the cheaper route unless one is asked for."""
-        damping = Damping(self.damping, self.damping_rule).of(products, width)
+        damping = Damping(self.damping, self.damping_rule).of(products, entries)
         if self.solver == "auto":
             return fisher(products, damping)
         return FisherDual(products, damping) if self.solver == "dual" else FisherPrimal(products, damping)
@@ -109,7 +109,7 @@ class Exact(ScopedMethod, StreamedMethod):
     def operator(self, at: Pass) -> Streamed:
         """By the solver chosen; products with the rows round as those in memory do (`parts`)."""
         self._refuse_beyond(at)
-        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.entries)
         found = self._solving(at, damping)
         share = at.sizes.traces.to(damping) * reciprocal(damping)  # 0 where a segment is left out
         found.rounding = torch.finfo(at.rows.dtype).eps / 2 * float(share.max())

@@ -181,13 +181,13 @@ class SpannedMethod(GradientMethod):
     """A curvature that is known from the inner products of gradients alone."""
 
     @abstractmethod
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
-        """P of one block of `width` entries."""
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
+        """P of one block whose gradient has so many entries, before any projection."""
 
     def parts(self, problem: Problem) -> Iterator[InverseCurvature]:
         """The inverse curvature of every block, one at a time."""
         for block, products in problem.products():
-            yield self.inverse(products, block.size)
+            yield self.inverse(products, block.entries)
 
 
 class ScopedMethod(SpannedMethod):
@@ -205,7 +205,7 @@ class ScopedMethod(SpannedMethod):
         if self.scope == "block":
             yield from super().parts(problem)
         elif float((joint := problem.joint).train_sq.max()) > 0:
-            yield self.inverse(joint, sum(block.size for block in problem.blocks))
+            yield self.inverse(joint, sum(block.entries for block in problem.blocks))
 
 
 def divide(values: Tensor, norms: Tensor) -> Tensor:

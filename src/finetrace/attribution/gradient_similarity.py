@@ -40,7 +40,7 @@ class GradSim(SpannedMethod, StreamedMethod):
         """A step is of a size here."""
         return BY_STEP
 
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
         """P = I."""
         return Identity(products)
 
@@ -73,7 +73,7 @@ class GradCos(SpannedMethod, StreamedMethod):
     normalise: ClassVar[Normalise] = "cosine"  # type: ignore[misc]
     query_bytes: ClassVar[int] = 32
 
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
         """P = I."""
         return Identity(products)
 

@@ -47,9 +47,9 @@ class LiSSAMethod(ScopedMethod, StreamedMethod):
             return super()._unit
         return f"{BY_STEP}, (iterations + 1) times over"
 
-    def inverse(self, products: Products, width: int) -> InverseCurvature:
+    def inverse(self, products: Products, entries: int) -> InverseCurvature:
         """T terms of the Neumann series."""
-        damping = Damping(self.damping, self.damping_rule).of(products, width)
+        damping = Damping(self.damping, self.damping_rule).of(products, entries)
         kind = LiSSA if self.recurrence == "neumann" else ReleasedLiSSA
         return kind(products, damping, self.iterations)
 
@@ -59,7 +59,7 @@ class LiSSAMethod(ScopedMethod, StreamedMethod):
 
     def operator(self, at: Pass) -> Streamed:
         """A pass a step; the largest eigenvalues, which take some passes more, are kept in the index."""
-        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.rows.segments)
+        damping = Damping(self.damping, self.damping_rule).of_traces(at.sizes.traces, at.entries)
         if self.recurrence == "released":
             return SeriesStream.released(at.rows, damping, self.iterations)
         vectors = max(1, min(SUBSPACE, at.spare // (32 * sum(at.widths))))

@@ -43,6 +43,12 @@ class Pass:
         """Of the segments."""
         return [s.stop - s.start for s in self.rows.segments]
 
+    @property
+    def entries(self) -> list[int]:
+        """Of the segments' gradients, before any projection."""
+        counts = [block.entries for block in self.rows.blocks]
+        return [sum(counts)] if self.rows.joint else counts
+
     def fetch(self, name: str, make: Callable[[], dict[str, Tensor]], **depends: Any) -> dict[str, Tensor]:
         """Tensors that depend on these rows, from the index's cache or made now."""
         return self.problem.fetch_all(name, self.rows.blocks, make, joint=self.rows.joint, **depends)

@@ -38,6 +38,11 @@ class Block:
         return math.prod(self.shape)
 
     @property
+    def entries(self) -> int:
+        """Number of entries of the parameter's gradient, before any projection."""
+        return math.prod(self.original or self.shape)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """Its gradient as a matrix: a bias is one column."""
         return (self.shape[0], self.shape[1] if len(self.shape) > 1 else 1)

@@ -23,18 +23,19 @@ class Damping:
         rule: `trace`: lambda = multiple * mean_i ||g_i||^2 = multiple * trace(G^T G / n), the sum of the empirical
             Fisher's eigenvalues, which means the same for a block of any size and for all of them jointly.
             `entry`: lambda = multiple * mean of the squared entries of G, which is the trace divided by d; with
-            multiple 0.1 this is the rule of Grosse et al. (2308.03296) and DataInf (2310.00902).
+            multiple 0.1 this is the rule of Grosse et al. (2308.03296) and DataInf (2310.00902). A projection keeps the
+            trace in expectation, and d is that of the gradients before it.
     """
 
     multiple: float
     rule: DampingRule = "trace"
 
-    def of(self, products: Products, width: int) -> float:
-        """lambda for a block of `width` entries."""
+    def of(self, products: Products, entries: int) -> float:
+        """lambda for a block whose gradient has so many entries."""
         trace = float(products.train_sq.mean())
-        return self.multiple * (trace if self.rule == "trace" else trace / width)
+        return self.multiple * (trace if self.rule == "trace" else trace / entries)
 
-    def of_traces(self, traces: Tensor, segments: Sequence[slice]) -> Tensor:
-        """(S,) lambda of segments whose empirical Fishers have these traces."""
-        widths = torch.tensor([s.stop - s.start for s in segments], dtype=torch.float64, device=traces.device)
-        return self.multiple * (traces if self.rule == "trace" else traces / widths)
+    def of_traces(self, traces: Tensor, entries: Sequence[int]) -> Tensor:
+        """(S,) lambda of segments whose empirical Fishers have these traces and whose gradients so many entries."""
+        counts = torch.tensor(entries, dtype=torch.float64, device=traces.device)
+        return self.multiple * (traces if self.rule == "trace" else traces / counts)

@@ -29,7 +29,7 @@ from finetrace.collection import Block
 from finetrace.index.manifest import Manifest
 
 FOLDER = "cache"
-FORMAT = "3"
+FORMAT = "4"
 LIMIT = 2 << 30  # bytes
 HEADER = 512  # bytes of a file's header at most, beside
 NAMED = 256  # those for each of its tensors
