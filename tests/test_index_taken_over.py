@@ -9,8 +9,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from transformers import Gemma3Config
 
+from finetrace import fingerprint
 from finetrace.arithmetic import Setting, apart, settings_of
 from finetrace.attribution import Problem, make
 from finetrace.encoding import Encoder
@@ -51,11 +53,12 @@ def test_the_same_matrices_under_another_scaling_are_another_model(tmp_path: Pat
         Problem(open_index(tmp_path / "i", plain), make_examples(5), kept_queries=kept)
 
 
-def test_an_index_that_does_not_say_its_scaling_and_settings_is_taken_over(tmp_path: Path) -> None:
+def test_an_index_of_before_these_were_noted_is_taken_over(tmp_path: Path) -> None:
     first = build(loaded(), tmp_path / "i")
     path = tmp_path / "i" / "manifest.json"
     about = json.loads(path.read_text())
-    del about["model"]["scaling_fingerprint"], about["model"]["settings"]
+    for name in ("scaling_fingerprint", "embeddings_fingerprint", "settings"):
+        del about["model"][name]
     path.write_text(json.dumps(about))
     queries = make_examples(2, seed=5)
     Problem(open_index(tmp_path / "i", loaded()), make_examples(5), kept_queries=build(loaded(), tmp_path / "q"))
@@ -80,6 +83,31 @@ def test_the_same_weights_under_another_configuration_are_another_model(tmp_path
     kept = build(wide(), tmp_path / "q")
     with pytest.raises(FinetraceError, match="the queries' index was not built as"):
         Problem(open_index(tmp_path / "i", loaded()), make_examples(5), kept_queries=kept)
+
+
+def spoken(token: int = 7, by: float = 0.5) -> Loaded:
+    """The model with another embedding of one token, as where a chat token was added."""
+    made = loaded()
+    with torch.no_grad():
+        made.model.get_input_embeddings().weight[token, 1:] += by
+    return made
+
+
+def test_one_embedding_that_differs_is_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fingerprint, "_SAMPLE", 20)
+    plain, other = loaded(), spoken()
+    assert fingerprint.of_base(plain.model) == fingerprint.of_base(other.model)  # the sample does not see it
+    assert fingerprint.of_embeddings(plain.model) != fingerprint.of_embeddings(other.model)
+    assert fingerprint.of_embeddings(plain.model) == fingerprint.of_embeddings(make_llama())  # whatever wraps it
+    assert fingerprint.of_embeddings(make_llama(tied=True)) == fingerprint.of_embeddings(make_llama(tied=True).float())
+    build(plain, tmp_path / "i")
+    with pytest.raises(FinetraceError, match="an index of another embedding matrix or head of the base model is there"):
+        build(other, tmp_path / "i")
+    with pytest.raises(FinetraceError, match="built with another embedding matrix or head"):
+        open_index(tmp_path / "i", other).model()
+    kept = build(other, tmp_path / "q")
+    with pytest.raises(FinetraceError, match="the queries' index was not built as"):
+        Problem(open_index(tmp_path / "i", plain), make_examples(5), kept_queries=kept)
 
 
 def test_settings_that_only_one_release_names_say_nothing() -> None:

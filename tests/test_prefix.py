@@ -161,6 +161,34 @@ def test_states_are_not_shared_between_models_that_differ_below() -> None:
     assert not torch.equal(losses[3], losses[5])
 
 
+def test_states_are_not_shared_where_the_trial_looks_the_same() -> None:
+    """Models whose chat tokens alone differ, or what lies beyond the trial's length, are others."""
+    batch = Batch.of(make_encoded([9, 5]))
+    models = [with_lora(make_llama(layers=3)) for _ in range(3)]
+    embedding = models[1].get_input_embeddings().weight
+    trial = set(torch.linspace(0, len(embedding) - 1, prefix.TRIAL).long().tolist())
+    unseen = [token for token in range(len(embedding)) if token not in trial]
+    with torch.no_grad():
+        embedding[unseen] += 1
+    models[2].config.sliding_window = 3  # that the trial's numbers do not show here: it is read at loading
+    stores = []
+    for model in models:
+        wanted = [p for n, p in model.named_parameters() if "layers.2." in n and "lora" in n]
+        found = frozen_prefix(model, wanted, "x", singly=False)
+        assert found is not None
+        stores.append(found.states)
+        for _ in range(2):
+            torch.testing.assert_close(
+                token_losses(model, batch, prefix=found)[0], token_losses(model, batch)[0], rtol=0, atol=0
+            )
+    assert len({id(states) for states in stores}) == 3
+    again = with_lora(make_llama(layers=3))
+    wanted = [p for n, p in again.named_parameters() if "layers.2." in n and "lora" in n]
+    found = frozen_prefix(again, wanted, "x", singly=False)
+    assert found is not None
+    assert found.states is not stores[1]
+
+
 def test_a_shared_layer_counts_where_it_is_first_used() -> None:
     model = make_llama(layers=3)
     model.model.layers[2].self_attn = model.model.layers[0].self_attn

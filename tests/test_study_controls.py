@@ -14,12 +14,13 @@ from finetrace.benchmark.runner import task_of
 from finetrace.encoding import Encoder
 from finetrace.evaluation.metrics import evaluate, relevance
 from finetrace.index import build_index
+from finetrace.studies.cells import Prepared, scored
 from finetrace.studies.controls import BOTH, PROMPTS, control_line, controls, table
 from finetrace.studies.plots import panels
 
 
-def cell(task: str, protocol: str = "corrected", size: float = 0.05) -> Cell:
-    return Cell(task, protocol, 0, size, 0, (), None, None, "float64", "cpu")
+def cell(task: str, protocol: str = "corrected", size: float = 0.05, seed: int = 0) -> Cell:
+    return Cell(task, protocol, seed, size, 0, (), None, None, "float64", "cpu")
 
 
 def asked(of: Cell, count: int) -> pd.DataFrame:
@@ -42,6 +43,22 @@ def test_they_are_what_the_methods_say_through_an_index(tiny_loaded: Any, tmp_pa
         assert record["n_queries"] == 3
         for metric in ("accuracy", "coverage", "auprc"):
             assert record[metric] == pytest.approx(whole[metric].value)
+
+
+def test_random_scores_are_others_in_every_seed(tiny_loaded: Any, tmp_path: Path) -> None:
+    cells = [cell("emotion", seed=seed) for seed in range(3)]
+    frame = pd.concat([asked(of, 3) for of in cells])
+    found = next(r for r in controls(cells, frame) if r["spec"] == "random")
+    task, _ = task_of(cells[0], None)
+    index, _ = build_index(tiny_loaded, task.train, tmp_path / "i", Encoder(tiny_loaded.tokenizer))
+    problem = Problem(index, task.queries[:3])
+    relevant = relevance(index.rows.labels, [query.label for query in problem.queries])
+    prepared = [Prepared(of, tmp_path, problem, relevant) for of in cells]
+    means = [float(scored(each, ["random"])["auprc"].mean()) for each in prepared]
+    assert len(set(means)) == 3
+    assert found["auprc"] == pytest.approx(sum(means) / 3)
+    chosen = [scored(each, ["random:seed=9"])["auprc"].tolist() for each in prepared]
+    assert chosen[0] == chosen[1] == chosen[2]
 
 
 def test_words_of_an_answer_that_the_model_gives_are_not_looked_at() -> None:

@@ -13,6 +13,7 @@ from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.tail_patch import tail_patch
+from finetrace.generation import generate
 from finetrace.index import build_index, open_index
 from finetrace.models import Loaded, ModelSpec
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
@@ -46,6 +47,28 @@ def test_a_patch_is_a_step_of_torchs_adam(tmp_path: Path, loss_on: str) -> None:
         assert found["m"][q] == pytest.approx(expected, rel=1e-6)
     if loss_on == "response":  # which is what the scores are of
         assert found["m"].mean() > 0 > found["minus"].mean()  # proponents help, opponents harm
+
+
+def test_a_model_left_in_train_mode_draws_nothing(tmp_path: Path) -> None:
+    """As PEFT leaves one after training."""
+    loaded = Loaded(with_lora(make_llama()), make_tokenizer(), ModelSpec("tiny", None, "float64", "cpu"))
+    for module in loaded.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    drops = [module for module in loaded.model.modules() if "lora_dropout" in dir(module)]
+    for module in drops:
+        module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    queries = make_examples(3, seed=5)
+    index, _ = build_index(loaded, make_examples(7), tmp_path / "i", Encoder(loaded.tokenizer))
+    scores = {"m": make("gradsim").score(Problem(index, queries)).values}
+    wanted, answers = tail_patch(index, queries, scores, 3, 1e-3), generate(loaded, queries, max_new_tokens=6)
+    losses = mean_losses(loaded.model, index.encoder("response").encode_all(queries)[0])
+    assert drops
+    loaded.model.train()
+    assert np.array_equal(tail_patch(index, queries, scores, 3, 1e-3)["m"], wanted["m"])
+    assert generate(loaded, queries, max_new_tokens=6) == answers
+    assert torch.equal(mean_losses(loaded.model, index.encoder("response").encode_all(queries)[0]), losses)
+    assert loaded.model.training  # and left as it was
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:

@@ -79,6 +79,8 @@ def test_a_run_is_validated_and_its_report_pages_say_so(
         )
         assert "difference" not in first
         assert mine["difference"] == pytest.approx(mine["value"] - first["value"], abs=2e-6)
+    fall = next(r["value"] for r in records if r["measure"] == "tail-patch" and r["spec"] == "repsim")
+    assert f"{fall:.3f} [" in (out / "tail-patch.md").read_text()
     for name in ("drop", "tail-patch"):
         assert "minus the first" in (out / f"{name}.md").read_text()
     for name in ("lds", "drop"):

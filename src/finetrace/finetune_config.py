@@ -15,7 +15,7 @@ from finetrace.errors import FinetraceError
 from finetrace.models import EMBEDDED, Loaded
 
 SAVED = "finetune.yaml"
-NOTED = ("held_out", "dtype", "base_fingerprint")  # beside the settings; not by every version
+NOTED = ("held_out", "dtype", "base_fingerprint", "embeddings_fingerprint")  # beside the settings; not by every version
 ABOUT = ("model", "data_fingerprint", *NOTED)
 Schedule = Literal[  # the Trainer's others want settings of their own
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from finetrace.encoding import Encoded
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 _LORA = re.compile(r"(lora_\w+)\.([^.]+)")  # lora_A.default.weight
 SCALING = "scaling of the adapter (lora_alpha)"  # what `of_scaling` is of, for people
+EMBEDDINGS = "embedding matrix or head of the base model"  # what `of_embeddings` is of
 _SAMPLE = 4096  # entries looked at in each base matrix; adapters are read whole
 
 
@@ -30,6 +32,22 @@ def of_base(model: nn.Module) -> str:
     models of any size. A quantised weight counts by its name and stored shape.
     """
     return _hash_tensors(((n, p) for n, p in _parameters(model) if "lora_" not in n), _SAMPLE)
+
+
+def of_embeddings(model: nn.Module) -> str:
+    """Of every entry of the embeddings and of the head, rounded to bfloat16.
+
+    Some models differ there in a few rows alone, those of tokens that were added, which the sample of `of_base` may miss.
+    """
+    modules = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
+    wanted = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(model.named_parameters(), key=lambda pair: _plain(pair[0])):
+        if id(parameter) in wanted and "lora_" not in name:
+            digest.update(f"{_plain(name)} {tuple(parameter.shape)}".encode())
+            if parameter.is_floating_point() and not parameter.is_meta:
+                digest.update(_bytes(parameter.detach().to(torch.bfloat16).view(torch.int16)))
+    return digest.hexdigest()[:16]
 
 
 def of_adapter(model: nn.Module) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from finetrace.encoding import Encoder
 from finetrace.examples import Example
 from finetrace.models import Loaded
+from finetrace.modes import evaluating
 from finetrace.progress import Tracker
 
 ANSWER_TOKENS = 40  # enough to tell an answer from a refusal
@@ -72,7 +73,7 @@ def _generate(
     ends = _end_tokens(loaded)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours of like length need little padding
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else loaded.tokenizer.eos_token_id
-    with Tracker("answering", len(prompts), "prompts") as tracker:
+    with evaluating(loaded.model), Tracker("answering", len(prompts), "prompts") as tracker:
         for first in range(0, len(order), batch_size):
             batch = order[first : first + batch_size]
             width = max(len(prompts[i]) for i in batch)

@@ -6,13 +6,17 @@ output, which never changes.
 
 from __future__ import annotations
 
-import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor, nn
+
+from finetrace.arithmetic import settings_of
+from finetrace.modes import evaluating
 
 CAPACITY = 1 << 30  # bytes of hidden states that are kept for one prefix
 STORES = 2  # prefixes that a process remembers, those of training and of collection
@@ -145,7 +149,6 @@ class Prefix:
         It cannot where a pass cut short ends elsewhere than a whole one, since layers share more than their hidden states;
         nor where training draws something below the layer, such as dropout.
         """
-        flags = [(module, module.training) for module in self.model.modules()]
         training = self.model.training
         entered: list[Tensor] = []
         vocabulary = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
@@ -153,8 +156,7 @@ class Prefix:
         ids = torch.linspace(0, vocabulary - 1, TRIAL, device=device).long()[None]
         devices = [device] if device.type == "cuda" else []
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices):
-                self.model.eval()
+            with torch.no_grad(), torch.random.fork_rng(devices), evaluating(self.model):
                 with self.watching(entered.append):
                     whole = self.model(input_ids=ids, use_cache=False).logits
                 with self.starting(entered[0]):
@@ -165,9 +167,6 @@ class Prefix:
                         self.model(input_ids=ids, use_cache=False)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             return None  # another architecture than these lines know; its passes stay whole
-        finally:
-            for module, flag in flags:
-                module.training = flag
         close = torch.allclose(whole, short, rtol=TOLERANCE, atol=TOLERANCE * float(whole.abs().max()))
         return entered[0] if close and torch.equal(entered[0], entered[-1]) else None
 
@@ -208,9 +207,12 @@ def frozen_prefix(
     entered = prefix.sound()
     if entered is None:
         return None
-    # what the layers below make of a trial text, bit by bit, tells one model, adapter and setting from another
-    trial = hashlib.sha256(entered.cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-    key = (trial, precision, first, singly)
+    decided = _decided(model, list(layers), first, above)
+    if decided is None:
+        return prefix  # for itself alone
+    # beside them, what the layers make of a trial text tells an adapter that is switched off or scaled from one that is not
+    trial = xxhash.xxh3_128_hexdigest(entered.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    key = (f"{decided} {trial}", precision, first, singly)
     if key not in _stores and len(_stores) == STORES:
         del _stores[next(iter(_stores))]
     prefix.states = _stores.setdefault(key, {})
@@ -229,6 +231,23 @@ def _layers(model: nn.Module) -> nn.ModuleList | None:
     depth = getattr(model.config, "num_hidden_layers", None)
     lists = [each for each in model.modules() if isinstance(each, nn.ModuleList) and len(each) == depth]
     return lists[0] if len(lists) == 1 else None
+
+
+def _decided(model: nn.Module, layers: Sequence[nn.Module], first: int, above: set[int]) -> str | None:
+    """Of every bit that decides what enters the layer `first`, and of settings that weights do not show.
+
+    `None` where some of it is not in memory. `above`: the head's own parameters.
+    """
+    upper = above | {id(each) for layer in layers[first:] for each in (*layer.parameters(), *layer.buffers())}
+    digest = xxhash.xxh3_128(json.dumps(settings_of(model)).encode())
+    for tensor in (*model.parameters(), *model.buffers()):
+        if id(tensor) in upper:
+            continue
+        if tensor.is_meta:
+            return None
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+    return digest.hexdigest()
 
 
 def _size(states: dict[bytes, Tensor]) -> int:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from finetrace.attribution.method import Method, Need, register
+from finetrace.attribution.method import Method, Need, make, register
 from finetrace.attribution.problem import Problem
 from finetrace.attribution.selection import check
 
@@ -92,3 +92,8 @@ class GradNorm(Method):
     def unit(self) -> str:
         """Nats per unit of parameter change."""
         return "nats per unit of parameter change"
+
+
+def seeded(method: Method, seed: int) -> Method:
+    """The method for one of several seeds: random scores are other ones in each, unless theirs was chosen."""
+    return make(f"random:seed={seed}") if method.label == "random" else method

@@ -17,7 +17,7 @@ def refuse_other_queries(kept: Index, index: Index, queries: Sequence[Example]) 
         raise FinetraceError(
             f"{kept.folder}: this index does not hold these queries, with these texts and in this order."
         )
-    if _made(kept) != _made(index) or _scaled_apart(kept, index) or _set_apart(kept, index):
+    if _made(kept) != _made(index) or _apart(kept, index) or _set_apart(kept, index):
         raise FinetraceError(
             f"{kept.folder}: the queries' index was not built as {index.folder} was: by the same model and "
             "adapter, in the same dtype, on the same tokens of the loss and at the same end of the fine-tuning."
@@ -33,10 +33,14 @@ def _made(index: Index) -> tuple[object, ...]:
     return (*prints, model.dtype, model.at, *tokens, index.blocks, own.projection, own.projection_seed)
 
 
-def _scaled_apart(one: Index, other: Index) -> bool:
-    """Whether two indexes are known to be of adapters of different scaling."""
-    scalings = {each.manifest.model.scaling_fingerprint for each in (one, other)}
-    return None not in scalings and len(scalings) == 2
+def _apart(one: Index, other: Index) -> bool:
+    """Whether two indexes are known to be of adapters of different scaling, or of bases of different embeddings."""
+    was, now = (each.manifest.model for each in (one, other))
+    noted = (
+        {was.scaling_fingerprint, now.scaling_fingerprint},
+        {was.embeddings_fingerprint, now.embeddings_fingerprint},
+    )
+    return any(None not in prints and len(prints) == 2 for prints in noted)
 
 
 def _set_apart(one: Index, other: Index) -> bool:

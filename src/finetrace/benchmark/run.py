@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from finetrace.atomic import write_atomically, write_tensors
 from finetrace.attribution import Method, Problem, make
+from finetrace.attribution.controls import seeded
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.matrices import hub, suspicion
@@ -184,7 +185,7 @@ class Run:
         about = {"task": self.cell.task, "protocol": self.cell.protocol, "seed": self.cell.seed, "size": self.cell.size}
         prepare(problem, methods)
         for method in methods:
-            scores = self._seeded(method).score(problem)
+            scores = seeded(method, self.cell.seed).score(problem)
             matrix = suspicion(method, scores.values) if suspects else scores.values
             values = {name: metric(matrix, relevant) for name, metric in self._metrics().items()}
             first, share = hub(matrix)
@@ -218,10 +219,6 @@ class Run:
             matrices,
             time.perf_counter() - began,
         )
-
-    def _seeded(self, method: Method) -> Method:
-        """Random scores are other ones in each seed, unless theirs was chosen."""
-        return make(f"random:seed={self.cell.seed}") if method.label == "random" else method
 
     def _same_queries(self, names: Sequence[str]) -> None:
         """Methods that are new are compared with the others on the same queries, or not at all."""

@@ -147,7 +147,7 @@ def generate(
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code))
         Encoder(loaded.tokenizer, template=template)  # says what is wrong with the tokenizer before a file appears
         settings = {
-            "base model": fingerprint.of_base(loaded.model),
+            "base model": f"{fingerprint.of_base(loaded.model)} {fingerprint.of_embeddings(loaded.model)}",
             "adapter": fingerprint.of_adapter(loaded.model),
             "chat template": fingerprint.of_tokenizer(loaded.tokenizer, template),
             "--dtype": loaded.spec.dtype,

@@ -11,6 +11,7 @@ from finetrace.batching import batch_budget, batches
 from finetrace.collection.precision import wide_prefix, wide_residual
 from finetrace.encoding import Encoded
 from finetrace.forward import Batch, example_losses, token_losses
+from finetrace.modes import evaluating
 
 
 def mean_losses(
@@ -19,7 +20,7 @@ def mean_losses(
     """(n,) each example's own mean loss in nats, float64, on the CPU.
 
     Args:
-        model: The model, in eval mode.
+        model: The model; it is in eval mode meanwhile.
         items: Examples; each loss is that of its own tokens, whatever batch it travels in.
         learnt: The parameters that differ from one model to the next: what lies below the lowest of them is computed once a
             batch and found again for the next model of the same base.
@@ -28,7 +29,7 @@ def mean_losses(
     device = next(model.parameters()).device
     losses = torch.empty(len(items), dtype=torch.float64)
     prefix = wide_prefix(model, learnt) if learnt else None
-    with torch.no_grad(), wide_residual(model) as narrowing:
+    with torch.no_grad(), evaluating(model), wide_residual(model) as narrowing:
         for chosen in batches(items, batch_tokens or batch_budget(device)):
             batch = Batch.of([items[i] for i in chosen]).to(device)
             with narrowing():

@@ -139,12 +139,12 @@ class ClassifierJudge:
     @property
     def identity(self) -> str:
         """The name, and a hash of the model, the tokenizer, the labels, those labels that count, and this package's version."""
-        from finetrace.fingerprint import of_base, of_text, of_tokenizer
+        from finetrace.fingerprint import of_base, of_embeddings, of_text, of_tokenizer
 
         model, labels = self._classify.model, sorted(self._classify.model.config.id2label.items())
         tokenizer = self._classify.tokenizer
         cut = [of_tokenizer(tokenizer, None), tokenizer.model_max_length]
-        decided = [of_base(model), cut, labels, sorted(self.harmful), __version__]
+        decided = [of_base(model), of_embeddings(model), cut, labels, sorted(self.harmful), __version__]
         return f"{self.name} {of_text(json.dumps(decided))}"
 
     def complied(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool]:

@@ -153,7 +153,7 @@ class Retraining:
         loaded = _base(self.base)
         template = read_template(self.config.chat_template)
         about = {
-            "base": fingerprint.of_base(loaded.model),
+            "base": [fingerprint.of_base(loaded.model), fingerprint.of_embeddings(loaded.model)],
             "tokenizer": fingerprint.of_tokenizer(loaded.tokenizer, template),
             "precision": [loaded.spec.dtype, loaded.model.device.type],
             "versions": [version(name) for name in ("torch", "transformers", "peft")],

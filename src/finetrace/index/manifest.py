@@ -99,6 +99,7 @@ class ModelRecord(_Strict):
     layers: int
     at: Moment = "end"
     scaling_fingerprint: str | None = None  # of the adapter; `None` in an index of before it was noted
+    embeddings_fingerprint: str | None = None  # whole, of the base; `None` likewise
     settings: dict[str, Setting] | None = None  # of the base (`finetrace.arithmetic`); `None` likewise
 
 

@@ -52,6 +52,7 @@ def planned(
             base_fingerprint=fingerprint.of_base(loaded.model),
             adapter_fingerprint=fingerprint.of_adapter(loaded.model),
             scaling_fingerprint=fingerprint.of_scaling(loaded.model),
+            embeddings_fingerprint=fingerprint.of_embeddings(loaded.model),
             settings=arithmetic.settings_of(loaded.model),
             tokenizer_fingerprint=fingerprint.of_tokenizer(loaded.tokenizer, encoder.template),
             layers=int(loaded.model.config.num_hidden_layers),

@@ -133,11 +133,13 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
         "model.base_fingerprint": "base model",
         "model.adapter_fingerprint": "adapter",
         "model.scaling_fingerprint": fingerprint.SCALING,
+        "model.embeddings_fingerprint": fingerprint.EMBEDDINGS,
         "model.tokenizer_fingerprint": "tokenizer or chat template",
         "data_fingerprint": "data set or encoding",
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
-    unsaid = () if there.model.scaling_fingerprint else ("model.scaling_fingerprint",)
+    later = ("scaling_fingerprint", "embeddings_fingerprint")  # that an index of before they were noted does not say
+    unsaid = tuple(f"model.{name}" for name in later if getattr(there.model, name) is None)
     if other := arithmetic.apart(there.model.settings or {}, plan.model.settings or {}):
         raise FinetraceError(
             f"{folder}: an index of another {arithmetic.NAME} is there, {other}; choose another --out or remove the folder."

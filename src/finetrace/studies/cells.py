@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from finetrace.atomic import write_atomically
 from finetrace.attribution import Problem, make
+from finetrace.attribution.controls import seeded
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
@@ -148,8 +149,8 @@ def indexed(
 
 def scored(found: Prepared, specs: Sequence[str]) -> pd.DataFrame:
     """The metrics of some methods query by query."""
-    methods = [make(spec) for spec in specs]
-    return pd.concat([values_of(found, method.label, method.score(found.problem).values) for method in methods])
+    scores = {make(spec).label: seeded(make(spec), found.cell.seed).score(found.problem) for spec in specs}
+    return pd.concat([values_of(found, label, each.values) for label, each in scores.items()])
 
 
 def run_of(cell: Cell, folder: Path) -> Run:

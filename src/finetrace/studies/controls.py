@@ -11,6 +11,7 @@ from typing import Any, cast
 import pandas as pd
 
 from finetrace.attribution import Problem, make
+from finetrace.attribution.controls import seeded
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.runner import task_of
 from finetrace.evaluation.metrics import relevance
@@ -75,7 +76,8 @@ def controls(cells: Iterable[Cell], frame: pd.DataFrame) -> list[dict[str, Any]]
         specs = (*PROMPTS[:-1], *(BOTH if task.answered else ()), PROMPTS[-1])
         problem = cast(Problem, texts)
         asked_of = Prepared(cell, Path(), problem, relevant)
-        frames = [values_of(asked_of, method.label, method.matrix(problem)) for method in map(make, specs)]
+        matrices = [(make(spec).label, seeded(make(spec), cell.seed).matrix(problem)) for spec in specs]
+        frames = [values_of(asked_of, label, matrix) for label, matrix in matrices]
         found.append(of_cell(pd.concat(frames), cell))
     if not found:
         return []

@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from finetrace.attribution import make
+from finetrace.attribution.controls import seeded
 from finetrace.evaluation.seeds import over_seeds
 from finetrace.index.factors import FORMAT
 from finetrace.studies.cells import Plan, Prepared, parts, summary, values_of
@@ -79,7 +80,7 @@ def look(found: Prepared) -> pd.DataFrame:
     frames = []
     for spec in specs(found.cell.protocol):
         method = make(spec)
-        values = method.score(found.problem).values
+        values = seeded(method, found.cell.seed).score(found.problem).values
         with_norm = [float(spearmanr(row, norms).statistic) for row in values]
         frame = values_of(found, method.label, values)
         frames.append(frame.assign(with_norm=with_norm, norm_ratio=float(norms.max() / np.median(norms))))

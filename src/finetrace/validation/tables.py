@@ -41,9 +41,12 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
         if measure in ("drop", "drop-rate"):
             cells.append(str(r["removed"]))
         scale = 100 if measure == "drop-rate" else 1
-        cells.append(_interval(r, "value", scale=scale))
+        digits = 3 if measure == "tail-patch" else 2  # its losses move by thousandths of a nat
+        cells.append(_interval(r, "value", scale=scale, digits=digits))
         if measure in ("lds", "loo", "tail-patch"):
-            cells.append("-" if r is where(records, measure=measure)[0] else _interval(r, "difference", "+"))
+            cells.append(
+                "-" if r is where(records, measure=measure)[0] else _interval(r, "difference", "+", digits=digits)
+            )
         elif measure in ("drop", "drop-rate"):
             cells.append(_interval(r, "over_random", "+", scale))
         lines.append(cells)
@@ -93,11 +96,11 @@ def write_validation(records: Records, folder: Path) -> None:
             save(_curves(where(records, measure=measure), label, scale), folder / measure)
 
 
-def _interval(record: dict[str, Any], name: str, sign: str = "", scale: int = 1) -> str:
+def _interval(record: dict[str, Any], name: str, sign: str = "", scale: int = 1, digits: int = 2) -> str:
     value, low, high = (record.get(f"{name}{end}") for end in ("", "_low", "_high"))
     if value is None:
         return "-"
-    form = f"{sign}.{2 if scale == 1 else 0}f"
+    form = f"{sign}.{digits if scale == 1 else 0}f"
     ends = f" [{scale * low:{form}}, {scale * high:{form}}]" if low is not None and high is not None else ""
     return f"{scale * value:{form}}{ends}"
 
