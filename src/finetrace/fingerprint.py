@@ -39,8 +39,7 @@ def of_embeddings(model: nn.Module) -> str:
 
     Some models differ there in a few rows alone, those of tokens that were added, which the sample of `of_base` may miss.
     """
-    modules = [getattr(model, f"get_{side}_embeddings", lambda: None)() for side in ("input", "output")]
-    wanted = {id(parameter) for module in modules if module is not None for parameter in module.parameters()}
+    wanted = {id(parameter) for side in ("input", "output") for parameter in _embedding(model, side)}
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: _plain(pair[0])):
         if id(parameter) in wanted and "lora_" not in name:
@@ -126,6 +125,15 @@ def of_file(path: Path) -> str:
         while piece := file.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _embedding(model: nn.Module, side: str) -> list[nn.Parameter]:
+    """The parameters of one side; none where a model does not say which they are."""
+    try:
+        module = getattr(model, f"get_{side}_embeddings")()
+    except (AttributeError, NotImplementedError):
+        return []
+    return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
 def _active(model: nn.Module) -> list[str]:
