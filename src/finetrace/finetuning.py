@@ -79,7 +79,7 @@ def finetune(
         **({"held_out": [examples[i].id for i in held]} if held else {}),
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
         "base_fingerprint": fingerprint.of_base(loaded.model),
-        "embeddings_fingerprint": fingerprint.of_embeddings(loaded.model),
+        **({"embeddings_fingerprint": embeddings} if (embeddings := fingerprint.of_embeddings(loaded.model)) else {}),
         **config.model_dump(mode="json"),
     }
     if last is not None:

@@ -34,8 +34,8 @@ def of_base(model: nn.Module) -> str:
     return _hash_tensors(((n, p) for n, p in _parameters(model) if "lora_" not in n), _SAMPLE)
 
 
-def of_embeddings(model: nn.Module) -> str:
-    """Of every entry of the embeddings and of the head, rounded to bfloat16.
+def of_embeddings(model: nn.Module) -> str | None:
+    """Of every entry of the embeddings and of the head, rounded to bfloat16; `None` where they are not in memory.
 
     Some models differ there in a few rows alone, those of tokens that were added, which the sample of `of_base` may miss.
     """
@@ -44,7 +44,9 @@ def of_embeddings(model: nn.Module) -> str:
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: _plain(pair[0])):
         if id(parameter) in wanted and "lora_" not in name:
             digest.update(f"{_plain(name)} {tuple(parameter.shape)}".encode())
-            if parameter.is_floating_point() and not parameter.is_meta:
+            if parameter.is_meta:
+                return None
+            if parameter.is_floating_point():
                 digest.update(_bytes(parameter.detach().to(torch.bfloat16).view(torch.int16)))
     return digest.hexdigest()[:16]
 

@@ -139,7 +139,7 @@ def _refuse_other(folder: Path, there: Manifest, plan: Manifest) -> None:
     }
     was, now = _flat(there.model_dump(mode="json")), _flat(plan.model_dump(mode="json"))
     later = ("scaling_fingerprint", "embeddings_fingerprint")  # that an index of before they were noted does not say
-    unsaid = tuple(f"model.{name}" for name in later if getattr(there.model, name) is None)
+    unsaid = tuple(f"model.{name}" for name in later if None in (getattr(there.model, name), getattr(plan.model, name)))
     if other := arithmetic.apart(there.model.settings or {}, plan.model.settings or {}):
         raise FinetraceError(
             f"{folder}: an index of another {arithmetic.NAME} is there, {other}; choose another --out or remove the folder."
