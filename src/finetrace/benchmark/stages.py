@@ -65,7 +65,7 @@ def tuned_adapter(folder: Path, base: ModelSpec, rows: Sequence[Example], config
         finetune(load(base), rows, folder, config, resume=True)
     elif (there := found_config(folder)) is not None and there != config:
         raise FinetraceError(
-            f"{folder}: an adapter of another fine-tuning is there; remove {folder.parent}, which has what was made with it, or "
+            f"{folder}: an adapter of another fine-tuning is there; remove {folder.parent}, with what was made of it, or "
             "choose another --out."
         )
     return folder
