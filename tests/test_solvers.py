@@ -158,7 +158,7 @@ def test_in_memory_the_rounding_of_products_is_named_beside_the_residual(n: int,
     problem: Any = SimpleNamespace(
         features=SimpleNamespace(gradients=query),
         computed=computed,
-        products=lambda: iter([(SimpleNamespace(size=width), Products.of(train, query))]),
+        products=lambda: iter([(SimpleNamespace(size=width, entries=width), Products.of(train, query))]),
     )
     method = Exact(damping=1e-6)
     for part in method.parts(problem):
