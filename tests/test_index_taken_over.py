@@ -116,6 +116,10 @@ def test_settings_that_only_one_release_names_say_nothing() -> None:
     assert apart(was, {**was, "rms_norm_eps": 1e-5}) == "rms_norm_eps (1e-06, not 1e-05)"
     assert apart(was, {"logit_scale": 0.5}) == "logit_scale (None, not 0.5)"
     assert apart({}, was) is None
+    assert apart({"rms_norm_eps": 1e-5}, {"rms_norm_eps": 9.999999747378752e-06}) is None  # float32, as GGUF keeps it
+    assert apart({"heads": 9}, {"heads": 9.0}) is None
+    assert apart({"flag": True}, {"flag": False}) == "flag (True, not False)"
+    assert apart({"cap": None}, {"cap": 50.0}) == "cap (None, not 50.0)"
 
 
 def test_settings_are_those_of_the_text_model_and_of_each_kind_of_layer() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -69,9 +70,15 @@ def apart(was: Mapping[str, Setting], now: Mapping[str, Setting]) -> str | None:
     Releases of transformers name some that others do not; these say nothing.
     """
     for name in sorted(set(was) & set(now)):
-        if was[name] != now[name]:
+        if not _same(was[name], now[name]):
             return f"{name} ({was[name]}, not {now[name]})"
     return None
+
+
+def _same(was: Setting, now: Setting) -> bool:
+    """Equal, numbers to the digits of float32, in which some formats keep them."""
+    numbers = [each for each in (was, now) if isinstance(each, int | float) and not isinstance(each, bool)]
+    return math.isclose(*numbers, rel_tol=1e-6) if len(numbers) == 2 else was == now
 
 
 def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Setting]]:
