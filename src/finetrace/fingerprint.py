@@ -35,11 +35,13 @@ def of_base(model: nn.Module) -> str:
 
 
 def of_embeddings(model: nn.Module) -> str | None:
-    """Of every entry of the embeddings and of the head, rounded to bfloat16; `None` where they are not in memory.
+    """Of every entry of the embeddings and of the head, rounded to bfloat16; `None` where they are not in memory or not named.
 
     Some models differ there in a few rows alone, those of tokens that were added, which the sample of `of_base` may miss.
     """
     wanted = {id(parameter) for side in ("input", "output") for parameter in _embedding(model, side)}
+    if not wanted:
+        return None
     digest = xxhash.xxh3_128()
     for name, parameter in sorted(model.named_parameters(), key=lambda pair: _plain(pair[0])):
         if id(parameter) in wanted and "lora_" not in name:
@@ -131,9 +133,10 @@ def of_file(path: Path) -> str:
 
 def _embedding(model: nn.Module, side: str) -> list[nn.Parameter]:
     """The parameters of one side; none where a model does not say which they are."""
+    ask = getattr(model, f"get_{side}_embeddings", None)
     try:
-        module = getattr(model, f"get_{side}_embeddings")()
-    except (AttributeError, NotImplementedError):
+        module = ask() if ask is not None else None
+    except NotImplementedError:  # as transformers has it of models without
         return []
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 

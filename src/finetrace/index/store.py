@@ -232,8 +232,8 @@ def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -
         facts += (
             (fingerprint.SCALING, record.scaling_fingerprint, scaling, "open it with the adapter it was built with"),
         )
-    embeddings, remedy = fingerprint.of_embeddings(loaded.model), "open it with the model it was built with"
-    if None not in (record.embeddings_fingerprint, embeddings):
+    if record.embeddings_fingerprint is not None and (embeddings := fingerprint.of_embeddings(loaded.model)):
+        remedy = "open it with the model it was built with"
         facts += ((fingerprint.EMBEDDINGS, record.embeddings_fingerprint, embeddings, remedy),)
     if other := arithmetic.apart(record.settings or {}, arithmetic.settings_of(loaded.model)):
         raise FinetraceError(
