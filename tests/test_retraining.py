@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetrace import training
+from finetrace import fingerprint, training
 from finetrace.collection import precision
 from finetrace.collection.losses import mean_losses
 from finetrace.encoding import Encoder
@@ -157,6 +157,25 @@ def test_another_base_or_template_under_the_same_name_is_another_retraining(base
     save_base(place, make_llama(seed=9))
     assert path() != before[0]
     assert path(base=ModelSpec(str(place), None, "float32", "cpu")) != path()
+
+
+def test_a_base_with_another_embedding_of_one_token_is_another_retraining(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_SAMPLE", 20)  # entries of a matrix: one column of some rows
+    place = tmp_path / "base"
+    shutil.copytree(base_folder, place)
+    found = []
+    for by in (0.0, 0.5):
+        model = make_llama()
+        with torch.no_grad():
+            model.get_input_embeddings().weight[7, 1:] += by
+        save_base(place, model)
+        retraining._bases.clear()
+        found.append((fingerprint.of_base(model), make(place, tmp_path / "r")._path(Subset((0, 1)))))
+    retraining._bases.clear()
+    assert found[0][0] == found[1][0]
+    assert found[0][1] != found[1][1]
 
 
 def test_a_base_with_an_adapter_and_layers_that_are_not_there_are_refused(
