@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 from pathlib import Path
@@ -19,6 +20,12 @@ import pytest
 
 from finetrace.models import Loaded, ModelSpec, load
 from tiny import make_gpt2, make_llama, make_tokenizer, save_base, with_lora
+
+
+def pytest_collection_finish() -> None:
+    """What the imports made stays: no look for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

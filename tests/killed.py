@@ -19,7 +19,16 @@ from finetrace.index import build_index, notes
 from finetrace.models import ModelSpec, load
 from tiny import make_examples
 
-PRELOADED = ["finetrace.index", "finetrace.models", "peft", "transformers.models.llama.modeling_llama"]
+PRELOADED = [  # what the modules of the tests import, once in place of once a process
+    "finetrace.benchmark.report",
+    "finetrace.cli",
+    "finetrace.index",
+    "finetrace.models",
+    "finetrace.studies.registry",
+    "peft",
+    "pytest",
+    "transformers.models.llama.modeling_llama",
+]
 CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link")  # audit events; `open` for writing is one too
 
 

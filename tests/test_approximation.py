@@ -168,6 +168,7 @@ def test_digits_are_drawn_apart_and_refused_where_there_are_not_enough() -> None
         Digits.draw(4999, 10, 8, 0)
 
 
+@pytest.mark.slow
 def test_the_quick_study_end_to_end(tmp_path: Path) -> None:
     out = tmp_path / "study"
     command = ["study", "approximation", "--quick", "--seeds", "1", "--out", str(out)]

@@ -465,6 +465,7 @@ def test_methods_asked_for_later_are_refused_other_queries(base, tmp_path):
     assert kept["resumed"] is False
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_numbers_of_one(finished, tmp_path):
     folder, made, _ = finished
     said: list[str] = []

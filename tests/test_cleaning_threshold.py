@@ -28,7 +28,9 @@ def drawn(rng: Any, n: int, answers: int, alike: float, planted: int) -> tuple[N
 
 
 @pytest.mark.parametrize("answers", [1, 20])
-@pytest.mark.parametrize("alike", [0.0, 0.2, 0.5, 0.9])
+@pytest.mark.parametrize(
+    "alike", [0.0, pytest.param(0.2, marks=pytest.mark.slow), pytest.param(0.5, marks=pytest.mark.slow), 0.9]
+)
 def test_as_many_rows_pass_by_chance_as_expected_however_alike_the_answers_are(answers: int, alike: float) -> None:
     """Groups of as many random rows as there are answers would let a fifth of all pass where the answers are alike."""
     rng, passed = np.random.default_rng(0), []

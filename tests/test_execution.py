@@ -51,7 +51,7 @@ def test_workers_do_not_repeat_what_libraries_say_of_their_future(capfd: pytest.
     assert "a row is odd" in said
 
 
-@pytest.mark.parametrize("workers", [1, 2, 5])
+@pytest.mark.parametrize("workers", [1, 2, pytest.param(5, marks=pytest.mark.slow)])
 def test_every_item_is_done_once_with_its_place(workers: int) -> None:
     assert dict(run_each(square, [3, 1, 2, 7], workers)) == {0: 9, 1: 1, 2: 4, 3: 49}
     assert not list(run_each(square, [], workers))

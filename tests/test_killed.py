@@ -52,7 +52,7 @@ class Moments:
             self.seconds = min(self.seconds, (self.seconds + seconds) / 2)
 
 
-@pytest.mark.parametrize("kronecker", [None, "model"])
+@pytest.mark.parametrize("kronecker", [pytest.param(None, marks=pytest.mark.slow), "model"])
 def test_killed_at_random_moments(base_folder: Path, adapter_folder: Path, tmp_path: Path, kronecker: Any) -> None:
     given = {"base": str(base_folder), "adapter": str(adapter_folder), "rows": 31, "rows_per_shard": 2}
     given |= {"kronecker": kronecker}

@@ -148,6 +148,7 @@ def test_an_adapter_with_more_than_lora(base_folder: Path, tmp_path: Path) -> No
     assert torch.allclose(logits(loaded.model), logits(model), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow  # two processes that import everything; the bytes of an index, two hash seeds apart, are compared in any case
 def test_a_saved_adapter_has_the_same_bytes(tmp_path: Path) -> None:
     """PEFT keeps target modules in a set, whose order changes from process to process."""
     script = (
@@ -316,6 +317,7 @@ print(time.perf_counter() - start)
 """
 
 
+@pytest.mark.slow
 def test_a_second_load_takes_less_than_three_seconds(embedded: Any) -> None:
     """Without the imports of torch and of the model's code; on a slow or busy machine, thrice what copying the weights takes."""
     found = []

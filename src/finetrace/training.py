@@ -53,6 +53,11 @@ class ResponseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.add_callback(_ProgressCallback())
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The Trainer's own, without its walk through all objects of the process: a training leaves no garbage to collect."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.free_memory = lambda *objects: list(objects)
+
     def compute_loss(
         self,
         model: nn.Module,

@@ -71,7 +71,7 @@ def per_query(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) 
         FinetraceError: The shapes do not fit.
     """
     losses = _checked(losses, members)
-    return _against(_predicted(scores, members, losses), losses)
+    return _against(_predicted(scores, members, losses), losses, _ranked(losses.swapaxes(1, 2)))
 
 
 def agreement(losses: Losses) -> NDArray[np.float64]:
@@ -84,8 +84,7 @@ def agreement(losses: Losses) -> NDArray[np.float64]:
     """
     if len(losses) < 2:
         raise FinetraceError("a noise ceiling needs retrainings under at least two seeds.")
-    pairs = [_spearman(a.T, b.T) for a, b in combinations(losses, 2)]
-    return np.asarray(np.mean(pairs, axis=0))
+    return _agreed(_ranked(losses.swapaxes(1, 2)))
 
 
 def reachable(losses: Losses) -> float:
@@ -146,11 +145,13 @@ def compare(
     for _ in range(resamples):
         s, q = rng.integers(0, subsets, subsets), rng.integers(0, queries, queries)
         here = losses[:, s][:, :, q]
+        ranked = _ranked(here.swapaxes(1, 2))
         for name, values in predicted.items():
-            drawn[name].append(_mean(_against(values[q][:, s], here)))
+            drawn[name].append(_mean(_against(values[q][:, s], here, ranked)))
         if len(losses) > 1:
-            agreed.append(_mean(agreement(here)))
-    each_query = {name: _against(values, losses) for name, values in predicted.items()}
+            agreed.append(_mean(_agreed(ranked)))
+    ranked = _ranked(losses.swapaxes(1, 2))
+    each_query = {name: _against(values, losses, ranked) for name, values in predicted.items()}
     known = int(np.isfinite(next(iter(each_query.values()))).sum())
     ends = (1 - level) / 2, (1 + level) / 2
 
@@ -192,11 +193,16 @@ def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses)
     return np.asarray(-np.round(sums / np.where(largest > 0, largest, 1.0), 12))
 
 
-def _against(predicted: NDArray[np.float64], losses: Losses) -> NDArray[np.float64]:
-    """(m,) mean over seeds of Spearman's correlation; silence counts as 0."""
-    found = np.mean([_spearman(predicted, each.T) for each in losses], axis=0)
+def _against(predicted: NDArray[np.float64], losses: Losses, ranked: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(m,) mean over seeds of Spearman's correlation with losses and their `_ranked`; silence counts as 0."""
+    found = (_ranked(predicted) * ranked).sum(axis=-1).mean(axis=0)
     silent = (np.ptp(predicted, axis=1) == 0) & (np.ptp(losses, axis=1) > 0).all(0)
     return np.asarray(np.where(silent, 0.0, found))
+
+
+def _agreed(ranked: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(m,) mean over pairs of seeds of their correlation, of (k, m, s) `_ranked` losses."""
+    return np.asarray(np.mean([(a * b).sum(axis=-1) for a, b in combinations(ranked, 2)], axis=0))
 
 
 def _checked(losses: Losses, members: NDArray[np.bool_]) -> Losses:
@@ -212,13 +218,16 @@ def _checked(losses: Losses, members: NDArray[np.bool_]) -> Losses:
     return losses
 
 
-def _spearman(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """(m,) row by row of two (m, s); NaN where one of them does not vary."""
-    x, y = (rankdata(each, axis=1) for each in (a, b))
-    x, y = (each - each.mean(axis=1, keepdims=True) for each in (x, y))
-    norms = np.sqrt((x**2).sum(axis=1) * (y**2).sum(axis=1))
+def _ranked(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks along the last axis, centred and of length 1, so that the sum of products of two is Spearman's correlation.
+
+    NaN where they do not vary.
+    """
+    ranks = rankdata(rows, axis=-1)
+    ranks -= ranks.mean(axis=-1, keepdims=True)
+    norms = np.sqrt((ranks**2).sum(axis=-1, keepdims=True))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return np.asarray(np.where(norms > 0, (x * y).sum(axis=1) / norms, np.nan))
+        return np.asarray(ranks / norms)
 
 
 def _mean(values: NDArray[np.float64]) -> float:
