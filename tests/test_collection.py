@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig, Phi3Config
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    GraniteConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+)
 
 from finetrace.collection import Collector, Features, Representation, track
 from finetrace.collection.representations import FINAL, POOLINGS
@@ -21,6 +29,7 @@ from tiny import (
     VOCABULARY,
     conversation,
     make_encoded,
+    make_examples,
     make_gpt2,
     make_llama,
     names,
@@ -488,3 +497,21 @@ def test_cuda_equals_the_cpu() -> None:
     assert found.gradients.device.type == "cpu"
     assert relative_error(found.gradients, expected.gradients) < 1e-5  # rotary angles are float32 everywhere
     assert relative_error(found.losses, expected.losses) < 1e-6
+
+
+def test_a_gradient_that_is_rounding_is_none(tokenizer: Any) -> None:
+    """A key's bias in a model whose positions do not turn keys: a softmax does not see it."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(
+        vocab_size=VOCABULARY, num_attention_heads=2, max_position_embeddings=512, init_std=0.3, pad_token_id=0, **sizes
+    )
+    items, _ = Encoder(tokenizer).encode_all(make_examples(5))
+    for dtype in (torch.float64, torch.float32):
+        model = OPTForCausalLM(config).to(dtype).eval()
+        tracking = track(model, ["self_attn"])
+        for batch_tokens in (1, 2048):
+            found = Collector(model, tracking, (), batch_tokens).collect(items, [f"{i}" for i in range(5)]).gradients
+            for block in tracking.blocks:
+                norms = found[:, block.columns].norm(dim=1)
+                assert (norms == 0).all() if block.name.endswith("k_proj.bias") else (norms > 1e-4).all(), block.name

@@ -373,7 +373,9 @@ def test_queries_in_another_order_are_refused(tmp_path: Path, tiny_loaded: Loade
     queries = make_examples(3, seed=5)
     index, _ = build_index(tiny_loaded, make_examples(4), tmp_path / "i", encoder)
     kept, _ = build_index(tiny_loaded, queries, tmp_path / "q", encoder)
-    with pytest.raises(FinetraceError, match="does not hold these queries, with these texts and in this order"):
+    with pytest.raises(
+        FinetraceError, match="does not hold these queries, with these texts and weights and in this order"
+    ):
         Problem(index, queries[::-1], kept_queries=kept)
 
 
@@ -403,3 +405,21 @@ def test_queries_of_every_loss_are_collected_before_the_clock_starts(tmp_path: P
     make("gradcos:loss_on=response+probe").warm(problem)
     assert problem._features is None  # the index's own loss is not looked at
     assert all(problem.on(name)._features is not None for name in ("response", "probe"))
+
+
+def test_kept_queries_of_other_weights_are_refused(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    encoder = Encoder(tiny_loaded.tokenizer, "weights")
+
+    def weighted(rows: list[Example], first: float) -> list[Example]:
+        items, _ = Encoder(tiny_loaded.tokenizer).encode_all(rows)
+        return [
+            replace(row, metadata={"loss_weights": [first] + [1.0] * (item.loss_tokens - 1)})
+            for row, item in zip(rows, items, strict=True)
+        ]
+
+    queries = make_examples(3, seed=5)
+    index, _ = build_index(tiny_loaded, weighted(make_examples(4), 1.0), tmp_path / "i", encoder)
+    kept, _ = build_index(tiny_loaded, weighted(queries, 1.0), tmp_path / "q", encoder)
+    assert Problem(index, weighted(queries, 1.0), kept_queries=kept).features is not None
+    with pytest.raises(FinetraceError, match="does not hold these queries"):
+        Problem(index, weighted(queries, 3.0), kept_queries=kept)

@@ -117,6 +117,11 @@ def texts(examples: Sequence[Example]) -> list[list[object]]:
     ]
 
 
+def texts_and_weights(examples: Sequence[Example]) -> list[object]:
+    """What decides the examples' tokens and losses, whichever tokens a loss is on."""
+    return [*texts(examples), *(each.metadata.get("loss_weights") for each in examples)]
+
+
 def of_text(text: str) -> str:
     """Of a string."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]

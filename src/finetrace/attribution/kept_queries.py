@@ -7,15 +7,15 @@ from collections.abc import Sequence
 from finetrace import arithmetic
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.fingerprint import texts
+from finetrace.fingerprint import texts_and_weights
 from finetrace.index.store import Index
 
 
 def refuse_other_queries(kept: Index, index: Index, queries: Sequence[Example]) -> None:
     """Raise `FinetraceError` unless the features in `kept` are those that `index` would collect of the queries."""
-    if texts(kept.rows.examples) != texts(queries):
+    if texts_and_weights(kept.rows.examples) != texts_and_weights(queries):
         raise FinetraceError(
-            f"{kept.folder}: this index does not hold these queries, with these texts and in this order."
+            f"{kept.folder}: this index does not hold these queries, with these texts and weights and in this order."
         )
     if _made(kept) != _made(index) or _apart(kept, index) or _set_apart(kept, index):
         raise FinetraceError(

@@ -25,6 +25,7 @@ from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
 from finetrace.reproducible import reproducible
+from finetrace.rotary import batch_tokens_within
 
 BY_HAND = (torch.bfloat16, torch.float32)
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
@@ -87,7 +88,7 @@ class Collector:
         gathered = self._room(len(items), factors is not None and factors.labels == "model")
         fused = self._fused()
         prefix = self._prefix()
-        todo = deque(batches(items, self.batch_tokens))
+        todo = deque(batches(items, batch_tokens_within(self.model, items, self.batch_tokens, ids)))
         with (
             reproducible(next(self.model.parameters()).device),
             GradientRecorder(self.model, self.tracking, self.dtype) as recorder,

@@ -14,6 +14,8 @@ from finetrace.collection.precision import wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
+ROUNDING = 100  # units of precision of the terms' sizes below which a sum is none
+
 
 class GradientRecorder:
     """While open, every backward pass fills `rows`: (B, D), the gradient of each example's own loss.
@@ -137,7 +139,7 @@ class GradientRecorder:
             rows = len(batch.rows)
             pairs = list(zip(inputs[0, :rows].split(batch.counts), delta[0, :rows].split(batch.counts), strict=True))
             weight = torch.stack([d.T @ a for a, d in pairs])  # (B, out, in)
-            bias = torch.stack([d.sum(0) for _, d in pairs])
+            bias = torch.stack([_summed(d, 0) for _, d in pairs])
         else:
             if inputs.dim() != 3 or inputs.shape[0] != len(batch):
                 raise FinetraceError(
@@ -145,7 +147,7 @@ class GradientRecorder:
                     "example (routed experts do that), so its gradients cannot be told apart; leave it out of --modules."
                 )
             weight = torch.bmm(delta.transpose(1, 2), inputs)  # (B, out, in)
-            bias = delta.sum(1)  # (B, out)
+            bias = _summed(delta, 1)  # (B, out)
         if layer.transposed:
             weight = weight.transpose(1, 2)
         self.add(layer.weight, weight.flatten(1))
@@ -157,6 +159,18 @@ class GradientRecorder:
         flat = self.tracking.flat.get(block.name)
         made = rows if flat is None else flat.project(rows)
         self.rows[:, block.columns] += made.to(self.rows.device)  # layers may lie on several devices
+
+
+def _summed(delta: Tensor, tokens: int) -> Tensor:
+    """The sum over tokens, 0 where nothing but rounding is left of it.
+
+    A softmax does not see a key's bias where no position turns keys. Its gradient is 0, and what rounding makes of it would be
+    scaled up to the size of others by damping and norms that go block by block.
+    """
+    found = delta.sum(tokens)
+    size = torch.linalg.vector_norm(delta, dim=-1).sum(tokens)
+    real = torch.linalg.vector_norm(found, dim=-1) > ROUNDING * torch.finfo(delta.dtype).eps * size
+    return found * real.unsqueeze(-1)
 
 
 def _start_graph(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -12,6 +12,7 @@ from finetrace.collection.precision import wide_prefix, wide_residual
 from finetrace.encoding import Encoded
 from finetrace.forward import Batch, example_losses, token_losses
 from finetrace.modes import evaluating
+from finetrace.rotary import batch_tokens_within
 
 
 def mean_losses(
@@ -30,7 +31,7 @@ def mean_losses(
     losses = torch.empty(len(items), dtype=torch.float64)
     prefix = wide_prefix(model, learnt) if learnt else None
     with torch.no_grad(), evaluating(model), wide_residual(model) as narrowing:
-        for chosen in batches(items, batch_tokens or batch_budget(device)):
+        for chosen in batches(items, batch_tokens_within(model, items, batch_tokens or batch_budget(device))):
             batch = Batch.of([items[i] for i in chosen]).to(device)
             with narrowing():
                 tokens, _ = token_losses(model, batch, prefix=prefix)

@@ -70,7 +70,7 @@ def start(
         if not started.shards or not _furnished(folder, started):
             _furnish(folder, started, loaded, examples, encoded)
         elif (known := rows.read(folder, there).examples) != tuple(examples):  # of the same tokens: labels or metadata
-            if _decides(known) != _decides(examples):
+            if fingerprint.texts_and_weights(known) != fingerprint.texts_and_weights(examples):
                 _remove_views_of_other_tokens(folder, there)
             rows.write(folder, there, examples, encoded)
         return started
@@ -83,11 +83,6 @@ def start(
     manifest.write(folder, plan)
     _furnish(folder, plan, loaded, examples, encoded)
     return plan
-
-
-def _decides(examples: Sequence[Example]) -> list[object]:
-    """What decides the examples' tokens and losses, whichever tokens a loss is on."""
-    return [*fingerprint.texts(examples), *(each.metadata.get("loss_weights") for each in examples)]
 
 
 def _remove_views_of_other_tokens(folder: Path, about: Manifest) -> None:

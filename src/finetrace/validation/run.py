@@ -250,4 +250,4 @@ def _beside(name: str, differences: Mapping[str, Estimate]) -> dict[str, float |
 
 def _numbers(name: str, value: Estimate) -> dict[str, float | None]:
     ends = {"": value.value, "_low": value.low, "_high": value.high}
-    return {f"{name}{end}": round(float(v), 6) if np.isfinite(v) else None for end, v in ends.items()}
+    return {f"{name}{end}": float(f"{v:.6g}") if np.isfinite(v) else None for end, v in ends.items()}
