@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from finetrace.examples import Example
-from finetrace.generation import CUT, answer, generate
+from finetrace.generation import CUT, _text, answer, generate
 from finetrace.models import Loaded
 from tiny import conversation, make_examples
 
@@ -68,6 +68,21 @@ def test_an_answer_that_the_limit_cut_says_so(embedded: Loaded) -> None:
     assert whole.id == cut.id == question.id
     mixed = answer(embedded, [question, conversation("Write a long poem.")], max_new_tokens=12)
     assert [reply.metadata.get("finish_reason") for reply in mixed] == [None, "length"]
+
+
+@pytest.mark.parametrize("kept", range(5))
+def test_a_character_that_the_limit_cut_in_two_is_left_out(tokenizer: Any, kept: int) -> None:
+    """A face of four bytes, of which some were generated."""
+    said = tokenizer("ab")["input_ids"] + tokenizer("\N{GRINNING FACE}")["input_ids"][:kept]
+    assert len(tokenizer("\N{GRINNING FACE}")["input_ids"]) == 4
+    assert _text(tokenizer, said, whole=False) == ("ab\N{GRINNING FACE}" if kept == 4 else "ab")
+
+
+def test_bytes_that_are_no_character_stay(tokenizer: Any) -> None:
+    """Those that the model gave before the limit, and in a whole answer."""
+    tail = tokenizer("\N{GRINNING FACE}")["input_ids"][:2]
+    assert _text(tokenizer, tail, whole=True).endswith("\N{REPLACEMENT CHARACTER}")
+    assert _text(tokenizer, tail * 3, whole=False).endswith("\N{REPLACEMENT CHARACTER}")
 
 
 def test_nothing_asked(tiny_loaded: Loaded) -> None:

@@ -15,6 +15,7 @@ from finetrace.modes import evaluating
 from finetrace.progress import Tracker
 
 ANSWER_TOKENS = 40  # enough to tell an answer from a refusal
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what bytes decode to that are no character
 CUT = {"finish_reason": "length"}  # an answer that ran into the limit never said its end-of-turn token
 
 # the likeliest token each time, whatever a model's own generation settings ask for
@@ -93,10 +94,22 @@ def _generate(
                 )
             for row, i in enumerate(batch):
                 new = output[row, width:]
-                text = str(loaded.tokenizer.decode(new, skip_special_tokens=True)).strip()
-                answers[i] = (text, len(new) < max_new_tokens or bool(ends & set(new.tolist())))
+                whole = len(new) < max_new_tokens or bool(ends & set(new.tolist()))
+                answers[i] = (_text(loaded.tokenizer, new.tolist(), whole).strip(), whole)
             tracker.advance(len(batch))
     return answers
+
+
+def _text(tokenizer: Any, new: list[int], whole: bool) -> str:
+    """The text of generated tokens; where the limit cut a character in two, its first bytes are left out.
+
+    They would be the tokens of a replacement character, which the model never gave.
+    """
+    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    if whole or not text.endswith(REPLACEMENT):
+        return text
+    shorter = (str(tokenizer.decode(new[:-count], skip_special_tokens=True)) for count in (1, 2, 3))
+    return next((each for each in shorter if not each.endswith(REPLACEMENT)), text)
 
 
 def _end_tokens(loaded: Loaded) -> set[int]:
