@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,13 @@ class _Quiet:
         return type("Captured", (), {"out": "", "err": ""})()
 
 
-def tuned_index(folder: Path, data: Path, epochs: int = 2) -> Path:
-    """`base`, `adapter` and `idx` in `folder`: a tiny model, fine-tuned on `data` and indexed, as a user gives the commands."""
+def tuned_index(folder: Path, data: Path, epochs: int = 2, columns: Sequence[object] = ()) -> Path:
+    """`base`, `adapter` and `idx` in `folder`: a tiny model, fine-tuned on `data` and indexed, as a user gives the commands.
+
+    `columns` are options that name the columns of `data`.
+    """
     save_base(folder / "base", make_llama().float())
-    here = ["--model", folder / "base"]
+    here = ["--model", folder / "base", *columns]
     tuned = ["--epochs", epochs, "--learning-rate", 0.01, "--batch-size", 4, "--rank", 2, "--out", folder / "adapter"]
     assert run(_Quiet(), "finetune", data, *here, *tuned)[0] == 0
     assert run(_Quiet(), "index", data, "--out", folder / "idx", "--adapter", folder / "adapter", *here)[0] == 0

@@ -16,7 +16,7 @@ from finetrace.examples import Example, Message, content_id
 from finetrace.formats import Row, Table, table_of
 from finetrace.sources import read_table
 
-__all__ = ["Columns", "examples_from_rows", "read_examples", "write_examples"]
+__all__ = ["Columns", "examples_from_rows", "read_examples", "rows_of", "write_examples"]
 
 
 class _Draft(NamedTuple):
@@ -106,7 +106,16 @@ def write_examples(path: str | Path, examples: Sequence[Example], *, overwrite: 
     write_atomically(path, b"".join(lines), str(os.getpid()))
 
 
-def _json_lines(examples: Sequence[Example], name: str) -> list[bytes]:
+def rows_of(examples: Sequence[Example], name: str) -> list[dict[str, Any]]:
+    """The rows that `write_examples` writes, of which `read_examples` makes the same examples.
+
+    Args:
+        examples: Each with an id of its own.
+        name: What errors call the rows.
+
+    Raises:
+        FinetraceError: An id is empty or there twice.
+    """
     paired = all(_is_pair(example) for example in examples)
     labelled = any(example.label is not None for example in examples)
     columns = {"id", *(("prompt", "response") if paired else ("messages",)), *(("label",) if labelled else ())}
@@ -115,7 +124,7 @@ def _json_lines(examples: Sequence[Example], name: str) -> list[bytes]:
     guessed = ["system", *(("messages",) if paired else ()), *(() if labelled else ("label",))]
     nested = (keys & (columns | {"metadata"})) | mistaken_for_roles(keys, guessed)
 
-    lines, seen = [], dict[str, int]()
+    rows, seen = [], dict[str, int]()
     for number, example in enumerate(examples, 1):
         if not example.id.strip():
             raise FinetraceError(f"{name}, row {number}: the example has an empty id; give it one")
@@ -134,6 +143,13 @@ def _json_lines(examples: Sequence[Example], name: str) -> list[bytes]:
         row |= {key: value for key, value in example.metadata.items() if key not in nested}
         if inner := {key: value for key, value in example.metadata.items() if key in nested}:
             row["metadata"] = inner
+        rows.append(row)
+    return rows
+
+
+def _json_lines(examples: Sequence[Example], name: str) -> list[bytes]:
+    lines = []
+    for number, row in enumerate(rows_of(examples, name), 1):
         try:
             lines.append(json.dumps(json_value(row), ensure_ascii=False, allow_nan=False).encode() + b"\n")
         except UnicodeEncodeError as error:

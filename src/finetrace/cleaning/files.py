@@ -52,18 +52,6 @@ def ranking_rows(ranked: Ranked, examples: Sequence[Example], bad: Sequence[Exam
     ]
 
 
-def plain_rows(examples: Sequence[Example]) -> list[dict[str, Any]]:
-    """Rows of an index, where the training set itself is not at hand."""
-    rows = []
-    for example in examples:
-        turns = [{"role": turn.role, "content": turn.content} for turn in example.messages]
-        pair = [turn.role for turn in example.messages] == ["user", "assistant"]
-        texts = {"prompt": example.prompt, "response": example.response} if pair else {"messages": turns}
-        label = {"label": example.label} if example.label is not None else {}
-        rows.append({"id": example.id, **texts, **label, **dict(example.metadata)})
-    return rows
-
-
 def raw_rows(table: Table, examples: Sequence[Example], index: Sequence[Example]) -> list[dict[str, Any]]:
     """Rows of the training set as they stand in its file, checked to be those of the index and in its order.
 

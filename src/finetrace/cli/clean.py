@@ -99,7 +99,7 @@ def clean(
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
         from finetrace.benchmark.stages import claim
-        from finetrace.cleaning.files import plain_rows, ranking_rows, raw_rows, reasons, refuse_path, write_rows
+        from finetrace.cleaning.files import ranking_rows, raw_rows, reasons, refuse_path, write_rows
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
@@ -107,7 +107,7 @@ def clean(
         from finetrace.fingerprint import of_examples
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
-        from finetrace.reading import Columns, read_examples
+        from finetrace.reading import Columns, read_examples, rows_of
         from finetrace.reporting.results import write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
@@ -144,7 +144,7 @@ def clean(
         finetuning = finetuning_of(opened, config, adapter) if retrain else None
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = list(opened.rows.examples)
-        rows = plain_rows(examples)
+        rows = rows_of(examples, str(index))
         if data is not None:
             every = opened.all_rows.examples
             raw = raw_rows(read_table(data, split, None), read_examples(data, columns, split=split), every)
