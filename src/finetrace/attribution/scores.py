@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from finetrace.atomic import write_atomically
 from finetrace.attribution.score_files import MATRIX, writing_scores
+from finetrace.delimited import delimited
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 
@@ -173,13 +174,18 @@ class Top:
         return pd.DataFrame(self.records())
 
 
+def as_csv(frame: pd.DataFrame) -> str:
+    """A table as CSV, each text as it is."""
+    return delimited(list(frame.columns), frame.itertuples(index=False, name=None))
+
+
 def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`)."""
     if path.suffix == ".parquet":
         frame.attrs = {"config": about}
         content = frame.to_parquet(index=False)
     elif path.suffix == ".csv":
-        content = frame.to_csv(index=False).encode()
+        content = as_csv(frame).encode()
     elif path.suffix == ".json":
         records = json.loads(frame.to_json(orient="records"))
         content = json.dumps({"config": about, "records": records}, indent=1).encode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -13,6 +11,7 @@ from typing import Any
 from finetrace.atomic import write_atomically
 from finetrace.cleaning.rank import Ranked
 from finetrace.columns import json_value
+from finetrace.delimited import delimited
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.formats import Table
@@ -112,12 +111,8 @@ def _encoded(path: Path, rows: Sequence[Mapping[str, Any]]) -> bytes:
         import pandas as pd
 
         return bytes(pd.DataFrame([dict(row) for row in rows], columns=columns).to_parquet(index=False))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, delimiter="\t" if suffix == ".tsv" else ",", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: _cell(value) for key, value in row.items()})
-    return text.getvalue().encode()
+    cells = ([_cell(row.get(column)) for column in columns] for row in rows)
+    return delimited(columns, cells, "\t" if suffix == ".tsv" else ",").encode()
 
 
 def _cell(value: Any) -> Any:

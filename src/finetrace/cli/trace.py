@@ -210,7 +210,6 @@ def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[E
 
 def _print(results: Sequence[Result | RankedResult], format: str, top: int, opponents: bool) -> None:
     import json
-    import sys
 
     from rich.console import Console
 
@@ -223,7 +222,9 @@ def _print(results: Sequence[Result | RankedResult], format: str, top: int, oppo
     if format == "csv":
         import pandas as pd
 
-        pd.DataFrame.from_records(_records(results, top, opponents)).to_csv(sys.stdout, index=False)
+        from finetrace.attribution.scores import as_csv
+
+        typer.echo(as_csv(pd.DataFrame.from_records(_records(results, top, opponents))), nl=False)
         return
     if format == "parquet":
         return
