@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -179,6 +180,11 @@ def as_csv(frame: pd.DataFrame) -> str:
     return delimited(list(frame.columns), frame.itertuples(index=False, name=None))
 
 
+def _or_null(cell: Any) -> Any:
+    """A number with all its digits; JSON has none that is not finite."""
+    return None if isinstance(cell, float) and not math.isfinite(cell) else cell
+
+
 def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`)."""
     if path.suffix == ".parquet":
@@ -187,7 +193,9 @@ def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequ
     elif path.suffix == ".csv":
         content = as_csv(frame).encode()
     elif path.suffix == ".json":
-        records = json.loads(frame.to_json(orient="records"))
+        names = list(frame.columns)
+        rows = frame.itertuples(index=False, name=None)
+        records = [{name: _or_null(cell) for name, cell in zip(names, row, strict=True)} for row in rows]
         content = json.dumps({"config": about, "records": records}, indent=1).encode()
     else:
         raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
