@@ -16,7 +16,7 @@ from commands import run, tuned_index
 from finetrace.attribution import Problem, make
 from finetrace.cleaning import rank as cleaning
 from finetrace.cleaning import threshold
-from finetrace.cleaning.files import write_rows
+from finetrace.cleaning.files import Rows, write_files
 from finetrace.cleaning.rank import Cut, Outcome, rank
 from finetrace.cli.clean import _interval, _record
 from finetrace.errors import FinetraceError
@@ -282,7 +282,7 @@ def test_rows_keep_their_values_in_every_format(tmp_path: Path) -> None:
     rows = [{"prompt": 'a "b", c', "n": 1, "tags": ["x", "y"]}, {"prompt": "ü\nz", "n": 2, "tags": []}]
     for suffix in (".jsonl", ".json", ".csv", ".tsv", ".parquet"):
         path = tmp_path / f"rows{suffix}"
-        write_rows(path, rows)
+        write_files({path: Rows(rows)})
         if suffix == ".jsonl":
             found = [json.loads(line) for line in path.read_text().splitlines()]
         elif suffix == ".json":
@@ -294,4 +294,4 @@ def test_rows_keep_their_values_in_every_format(tmp_path: Path) -> None:
             found = [{**row, "tags": json.loads(row["tags"])} for row in table.to_dict("records")]
         assert found == rows
     with pytest.raises(FinetraceError, match="written as"):
-        write_rows(tmp_path / "rows.txt", rows)
+        write_files({tmp_path / "rows.txt": Rows(rows)})

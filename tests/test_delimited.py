@@ -13,7 +13,7 @@ import pytest
 
 from finetrace.attribution import Scores, make
 from finetrace.attribution.scores import write_frame
-from finetrace.cleaning.files import write_rows
+from finetrace.cleaning.files import Rows, write_files
 from finetrace.cli.trace import _print
 from finetrace.delimited import delimited
 from finetrace.examples import Example
@@ -37,7 +37,7 @@ def test_cells_read_back() -> None:
 def test_cleaned_rows_read_back(suffix: str, tmp_path: Path) -> None:
     rows = [{"prompt": f"{text}?", "response": f"{text}.", "id": str(i)} for i, text in enumerate(TEXTS)]
     path = tmp_path / f"rows{suffix}"
-    write_rows(path, rows)
+    write_files({path: Rows(rows)})
     found = [{"prompt": e.prompt, "response": e.response, "id": e.id} for e in read_examples(path)]
     assert found == rows
     assert pd.read_csv(path, sep="\t" if suffix == ".tsv" else ",", dtype=str).to_dict("records") == rows

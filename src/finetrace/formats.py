@@ -5,9 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,11 +29,13 @@ class Table:
         name: What the user calls the data; opens every error about a row.
         rows: The rows, each a mapping from column to value.
         label_names: For a column of class numbers, the names of the classes (a `ClassLabel` of `datasets`).
+        arrow: Where the data has types of its own, what reads the same rows as an Arrow table with its schema.
     """
 
     name: str
     rows: Sequence[Row]
     label_names: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    arrow: Callable[[], Any] | None = field(default=None, compare=False)
 
     @cached_property
     def columns(self) -> list[str]:
@@ -55,14 +57,20 @@ def table_of(rows: Iterable[Any], name: str) -> Table:
     # Features have to be asked for before the rows, and only objects of `datasets` have them.
     features = getattr(rows, "features", None) or {}
     label_names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
+    arrow = None
     if hasattr(rows, "with_format"):  # a Dataset may be set to return tensors or arrays
-        rows = rows.with_format(None)
+        rows, arrow = rows.with_format(None), partial(_arrow_of, rows, features)
     try:
-        return Table(name, _numbered(enumerate(rows, 1), name), label_names)
+        return Table(name, _numbered(enumerate(rows, 1), name), label_names, arrow)
     except FinetraceError:
         raise
     except Exception as error:  # a dataset decodes images, fetches shards and more while it is walked through
         raise FinetraceError(f"the rows of {name} cannot be read ({first_line(error)})") from error
+
+
+def _arrow_of(data: Any, features: Any) -> Any:
+    """A `datasets.Dataset` as one Arrow table, with the note in it of what its columns are."""
+    return data.with_format("arrow")[:].replace_schema_metadata(features.arrow_schema.metadata)
 
 
 def _numbered(values: Iterable[tuple[int, Any]], name: str) -> list[Row]:
@@ -218,7 +226,15 @@ def _read_parquet(path: Path, name: str, split: str | None) -> Table:
         raise FinetraceError(
             f"{name} is not a Parquet file that can be read ({first_line(error)}); write it again"
         ) from error
-    return Table(name, _numbered(enumerate(values, 1), name), _parquet_label_names(schema.metadata or {}))
+    rows = _numbered(enumerate(values, 1), name)
+    return Table(name, rows, _parquet_label_names(schema.metadata or {}), partial(_parquet_arrow, path))
+
+
+def _parquet_arrow(path: Path) -> Any:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(path) as file:
+        return file.read()
 
 
 def _parquet_label_names(metadata: Mapping[bytes, bytes]) -> dict[str, list[str]]:

@@ -5,19 +5,54 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from finetrace.atomic import write_atomically
 from finetrace.cleaning.rank import Ranked
-from finetrace.columns import json_value
+from finetrace.columns import Columns, assign, json_value, name_of
 from finetrace.delimited import delimited
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.formats import Table
+from finetrace.formats import Table, first_line
+from finetrace.reading import rows_of
 from finetrace.units import many
 
+MARKS = ("finetrace_rank", "finetrace_value", "finetrace_reason")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Rows to be written.
+
+    Attributes:
+        values: As they go to JSON and CSV.
+        arrow: The same rows as they go to Parquet, where their source has types of its own.
+        names: The columns of labels and ids.
+    """
+
+    values: Sequence[Mapping[str, Any]]
+    arrow: Any = None
+    names: frozenset[str] = frozenset()
+
+    def chosen(self, rows: Sequence[int]) -> Rows:
+        """Some of them, in this order."""
+        arrow = None if self.arrow is None else self.arrow.take(pa.array(rows, pa.int64()))
+        return Rows([self.values[row] for row in rows], arrow, self.names)
+
+    def beside(self, more: Sequence[Mapping[str, Any]]) -> Rows:
+        """Each with further columns, the same in every row."""
+        values = [{**row, **new} for row, new in zip(self.values, more, strict=True)]
+        arrow = self.arrow
+        if arrow is not None:
+            for column in more[0]:
+                arrow = arrow.append_column(column, pa.array([new[column] for new in more]))
+        return Rows(values, arrow, self.names)
 
 
 def reasons(ranked: Ranked, bad: Sequence[Example]) -> list[dict[str, Any]]:
@@ -37,9 +72,9 @@ def reasons(ranked: Ranked, bad: Sequence[Example]) -> list[dict[str, Any]]:
     return found
 
 
-def ranking_rows(ranked: Ranked, examples: Sequence[Example], bad: Sequence[Example]) -> list[dict[str, Any]]:
+def ranking_rows(ranked: Ranked, examples: Sequence[Example], bad: Sequence[Example]) -> Rows:
     """Of every row, the most responsible first: id, rank and value, whether it goes, and the bad answer it is most behind."""
-    return [
+    values = [
         {
             "id": examples[row].id,
             "finetrace_rank": place,
@@ -49,13 +84,19 @@ def ranking_rows(ranked: Ranked, examples: Sequence[Example], bad: Sequence[Exam
         }
         for place, row in enumerate(ranked.order.tolist(), 1)
     ]
+    return Rows(values)
 
 
-def raw_rows(table: Table, examples: Sequence[Example], index: Sequence[Example]) -> list[dict[str, Any]]:
+def index_rows(examples: Sequence[Example], name: str) -> Rows:
+    """Rows of an index, where the training set itself is not at hand; `name` is what errors call it."""
+    return _unmarked(Rows(rows_of(examples, name), names=frozenset({"id", "label"})), name)
+
+
+def data_rows(table: Table, columns: Columns, examples: Sequence[Example], index: Sequence[Example]) -> Rows:
     """Rows of the training set as they stand in its file, checked to be those of the index and in its order.
 
     Raises:
-        FinetraceError: A row differs.
+        FinetraceError: A row differs, or a column has the name of one that the removed rows are given.
     """
     if len(examples) != len(index):
         raise FinetraceError(
@@ -66,7 +107,19 @@ def raw_rows(table: Table, examples: Sequence[Example], index: Sequence[Example]
             raise FinetraceError(
                 f"{table.name}, row {row.number}: it is not the index's {theirs.id}; give the file the index was built from."
             )
-    return [dict(row.values) for row in table.rows]
+    values = [dict(row.values) for row in table.rows]
+    for column, names in table.label_names.items():
+        for each in values:
+            each[column] = name_of(each.get(column), column, names)
+    roles = assign(columns, table.columns, table.name, responses=True)
+    named = frozenset(name for name in (roles.id, roles.label) if name is not None)
+    return _unmarked(Rows(values, table.arrow() if table.arrow is not None else None, named), table.name)
+
+
+def _unmarked(rows: Rows, name: str) -> Rows:
+    if there := [column for column in MARKS if any(column in row for row in rows.values)]:
+        raise FinetraceError(f"{name}: the removed rows are given a column {there[0]!r}, and there is one; rename it.")
+    return rows
 
 
 def refuse_path(path: Path) -> None:
@@ -86,35 +139,65 @@ def refuse_path(path: Path) -> None:
         raise FinetraceError(f"{path}: nothing can be written in {blocked}; choose another folder.")
 
 
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows in the format of the suffix, whole or not at all; a file that is there is not replaced.
+def write_files(files: Mapping[Path, Rows]) -> None:
+    """Write rows in the format of each suffix: every file, whole, or none; one that is there is not replaced.
 
     Raises:
-        FinetraceError: The suffix is not known, the file exists, or a value has no place in the format.
+        FinetraceError: A suffix is not known, a file exists or cannot be written, or a value has no place in the format.
     """
-    refuse_path(path)
+    for path in files:
+        refuse_path(path)
+    contents = {path: _encoded(path, rows) for path, rows in files.items()}
+    written: list[Path] = []
+    try:
+        for path, content in contents.items():
+            _make_folder(path)
+            write_atomically(path, content)
+            written.append(path)
+    except BaseException:
+        for path in written:
+            path.unlink(missing_ok=True)
+        raise
+
+
+def _make_folder(path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, _encoded(path, rows))
-    except (TypeError, ValueError, OSError) as error:
-        raise FinetraceError(f"{path}: the rows cannot be written ({error}).") from error
+    except OSError as error:
+        raise FinetraceError(f"{path}: its folder cannot be made ({error}); choose another.") from error
 
 
-def _encoded(path: Path, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    suffix = path.suffix.lower()
+def _encoded(path: Path, rows: Rows) -> bytes:
+    try:
+        return _in_format(path.suffix.lower(), rows)
+    except (TypeError, ValueError, OverflowError, pa.ArrowException) as error:
+        raise FinetraceError(
+            f"{path}: the rows cannot be written in this format ({first_line(error)}); choose another, such as .jsonl."
+        ) from error
+
+
+def _in_format(suffix: str, rows: Rows) -> bytes:
     if suffix in (".jsonl", ".ndjson"):
-        return "".join(json.dumps(json_value(dict(row)), ensure_ascii=False) + "\n" for row in rows).encode()
+        return "".join(json.dumps(json_value(dict(row)), ensure_ascii=False) + "\n" for row in rows.values).encode()
     if suffix == ".json":
-        return (json.dumps([json_value(dict(row)) for row in rows], ensure_ascii=False, indent=1) + "\n").encode()
-    columns = list(dict.fromkeys(column for row in rows for column in row))
+        return (
+            json.dumps([json_value(dict(row)) for row in rows.values], ensure_ascii=False, indent=1) + "\n"
+        ).encode()
+    columns = list(dict.fromkeys(column for row in rows.values for column in row))
     if suffix == ".parquet":
-        import pandas as pd
-
-        return bytes(pd.DataFrame([dict(row) for row in rows], columns=columns).to_parquet(index=False))
-    cells = ([_cell(row.get(column)) for column in columns] for row in rows)
+        table = rows.arrow
+        if table is None:
+            table = pa.table({column: pa.array([row.get(column) for row in rows.values]) for column in columns})
+        sink = pa.BufferOutputStream()
+        pq.write_table(table, sink)
+        return bytes(sink.getvalue().to_pybytes())
+    cells = ([_cell(row.get(column), column in rows.names) for column in columns] for row in rows.values)
     return delimited(columns, cells, "\t" if suffix == ".tsv" else ",").encode()
 
 
-def _cell(value: Any) -> Any:
-    """Objects and lists have no place in a cell but as JSON."""
-    return json.dumps(json_value(value), ensure_ascii=False) if isinstance(value, (dict, list, tuple)) else value
+def _cell(value: Any, names: bool) -> Any:
+    """Objects and lists have no place in a cell but as JSON; a class or an id 2.0 is read as 2, and the text 2.0 is not."""
+    value = json_value(value)
+    if names and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (dict, list)) else value

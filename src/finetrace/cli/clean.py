@@ -99,7 +99,7 @@ def clean(
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
         from finetrace.benchmark.stages import claim
-        from finetrace.cleaning.files import ranking_rows, raw_rows, reasons, refuse_path, write_rows
+        from finetrace.cleaning.files import data_rows, index_rows, ranking_rows, reasons, refuse_path, write_files
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
         from finetrace.evaluation.judging import make_judge
@@ -107,7 +107,7 @@ def clean(
         from finetrace.fingerprint import of_examples
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
-        from finetrace.reading import Columns, read_examples, rows_of
+        from finetrace.reading import Columns, read_examples
         from finetrace.reporting.results import write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
@@ -144,11 +144,11 @@ def clean(
         finetuning = finetuning_of(opened, config, adapter) if retrain else None
         columns = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = list(opened.rows.examples)
-        rows = rows_of(examples, str(index))
-        if data is not None:
-            every = opened.all_rows.examples
-            raw = raw_rows(read_table(data, split, None), read_examples(data, columns, split=split), every)
-            rows = [raw[row] for row in opened.data_rows]
+        if data is None:
+            rows = index_rows(examples, str(index))
+        else:
+            every, found = opened.all_rows.examples, read_examples(data, columns, split=split)
+            rows = data_rows(read_table(data, split, None), columns, found, every).chosen(list(opened.data_rows))
         if opened.manifest.left_out:
             options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
         asked = read_examples(bad, columns if data is None else Columns(), responses=False)
@@ -182,10 +182,9 @@ def clean(
                 say=options.say,
             )
             settings = said_of(own_loss(problem), outcomes[0].loss.value)
-        write_rows(kept, [rows[i] for i in ranked.kept])
-        write_rows(removed, [{**rows[i], **why} for i, why in zip(ranked.gone, reasons(ranked, answers), strict=True)])
-        if ranking is not None:
-            write_rows(ranking, ranking_rows(ranked, examples, answers))
+        gone = rows.chosen(ranked.gone).beside(reasons(ranked, answers))
+        written = {kept: rows.chosen(ranked.kept), removed: gone}
+        write_files(written if ranking is None else {**written, ranking: ranking_rows(ranked, examples, answers)})
         if outcomes:
             about: dict[str, object] = {
                 "index": str(index),
