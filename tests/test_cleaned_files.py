@@ -1,14 +1,17 @@
-"""What `finetrace clean` writes reads back as the rows it was given."""
+"""What `finetrace clean` writes reads back as the rows it was given, and what it says of them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from commands import run, tuned_index
+from finetrace.cleaning import rank as cleaning
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
 from tiny import make_examples
@@ -60,3 +63,21 @@ def test_columns_of_the_same_names_do_not_replace_the_indexs_texts(
         if suffix in ("jsonl", "json", "parquet"):
             rest = {key: value for key, value in each.metadata.items() if not key.startswith("finetrace_")}
             assert rest == original.metadata
+
+
+def test_it_is_said_where_rows_go_that_are_not_behind_the_answers(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    kept, removed = tmp_path / "kept.jsonl", tmp_path / "removed.jsonl"
+    found = cleaning.Ranked(np.array([3.0, 1, 0, -2]), np.arange(4), 3, None, np.zeros(4, dtype=int), ("bm25",))
+    assert [replace(found, removed=count).below for count in (1, 2, 3)] == [0, 0, 1]
+    monkeypatch.setattr(cleaning, "standard", lambda problem, methods: np.repeat([[3.0, 2, 0, -1]], 3, axis=1))
+    code, out, err = run(capsys, *clean(place, kept, removed, "--top", 8))
+    assert code == 0, err
+    said = "of the 8 removed have no value above 0: no more behind the answers than most rows; remove fewer."
+    assert f"2 {said}" in " ".join(out.split())
+    kept.unlink()
+    removed.unlink()
+    code, out, err = run(capsys, *clean(place, kept, removed, "--top", 6))
+    assert code == 0, err
+    assert "no value above 0" not in out

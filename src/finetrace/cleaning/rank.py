@@ -90,6 +90,11 @@ class Ranked:
         return int((self.values[self.order[self.removed :]] == self.values[self.order[self.removed - 1]]).sum())
 
     @property
+    def below(self) -> int:
+        """How many of the rows that go have no value above 0, the middle of all rows."""
+        return int((self.values[self.order[: self.removed]] <= 0).sum())
+
+    @property
     def kept(self) -> tuple[int, ...]:
         """The others, in the data's order."""
         gone = set(self.gone)

@@ -268,6 +268,10 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     if ranked.tied:
         note += f"; {many(ranked.tied, 'kept row')} with the same value as the last that goes: the data's order decided"
     console.print(note, style="dim", highlight=False, markup=False)
+    if ranked.below:
+        said = f"{ranked.below} of the {ranked.removed} removed have no value above 0"
+        said += ": no more behind the answers than most rows; remove fewer."
+        console.print(said, style="dim", highlight=False, markup=False)
     if not outcomes:
         return
     after = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"asked again (judge: {judge.name})", title_justify="left")
