@@ -116,6 +116,25 @@ def test_a_class_of_floats_stays_the_class(suffix: str, tmp_path: Path) -> None:
     assert {str(e.metadata["weight"]) for e in read_examples(path)} == {"2.0"}
 
 
+@pytest.mark.parametrize("column", ["prompt", "response", "system"])
+def test_turns_do_not_become_text(column: str, tmp_path: Path) -> None:
+    lists = {
+        "prompt": [{"role": "user", "content": "q"}],
+        "response": [{"role": "assistant", "content": "a"}],
+        "system": [{"type": "text", "text": "be kind"}],
+    }
+    row = {"prompt": "q", "response": "a", column: lists[column], "tags": ["x"]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    rows = rows_of(tmp_path / "t.jsonl")
+    with pytest.raises(
+        FinetraceError, match=f"k.csv: .*the column '{column}' holds lists.*; choose another, such as .jsonl"
+    ):
+        write_files({tmp_path / "k.csv": rows})
+    write_files({tmp_path / "k.jsonl": rows, tmp_path / "k.parquet": rows})
+    for name in ("k.jsonl", "k.parquet"):
+        assert read_examples(tmp_path / name)[0].messages == read_examples(tmp_path / "t.jsonl")[0].messages
+
+
 def test_all_files_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mixed = Rows([{"prompt": "q", "n": 1}, {"prompt": "r", "n": "one"}])
     first, second = tmp_path / "kept.csv", tmp_path / "removed.parquet"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +34,18 @@ class Rows:
         values: As they go to JSON and CSV.
         arrow: The same rows as they go to Parquet, where their source has types of its own.
         names: The columns of labels and ids.
+        texts: The columns of prompts and responses, of which a list in a cell of CSV would be read as text.
     """
 
     values: Sequence[Mapping[str, Any]]
     arrow: Any = None
     names: frozenset[str] = frozenset()
+    texts: frozenset[str] = frozenset()
 
     def chosen(self, rows: Sequence[int]) -> Rows:
         """Some of them, in this order."""
         arrow = None if self.arrow is None else self.arrow.take(pa.array(rows, pa.int64()))
-        return Rows([self.values[row] for row in rows], arrow, self.names)
+        return replace(self, values=[self.values[row] for row in rows], arrow=arrow)
 
     def beside(self, more: Sequence[Mapping[str, Any]]) -> Rows:
         """Each with further columns, the same in every row."""
@@ -52,7 +54,7 @@ class Rows:
         if arrow is not None:
             for column in more[0]:
                 arrow = arrow.append_column(column, pa.array([new[column] for new in more]))
-        return Rows(values, arrow, self.names)
+        return replace(self, values=values, arrow=arrow)
 
 
 def reasons(ranked: Ranked, bad: Sequence[Example]) -> list[dict[str, Any]]:
@@ -113,7 +115,8 @@ def data_rows(table: Table, columns: Columns, examples: Sequence[Example], index
             each[column] = name_of(each.get(column), column, names)
     roles = assign(columns, table.columns, table.name, responses=True)
     named = frozenset(name for name in (roles.id, roles.label) if name is not None)
-    return _unmarked(Rows(values, table.arrow() if table.arrow is not None else None, named), table.name)
+    texts = frozenset(name for name in (roles.prompt, roles.context, roles.response, roles.system) if name is not None)
+    return _unmarked(Rows(values, table.arrow() if table.arrow is not None else None, named, texts), table.name)
 
 
 def _unmarked(rows: Rows, name: str) -> Rows:
@@ -191,6 +194,9 @@ def _in_format(suffix: str, rows: Rows) -> bytes:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         return bytes(sink.getvalue().to_pybytes())
+    for column in columns:
+        if column in rows.texts and any(isinstance(row.get(column), list) for row in rows.values):
+            raise ValueError(f"the column {column!r} holds lists, which would be read back as text")
     cells = ([_cell(row.get(column), column in rows.names) for column in columns] for row in rows.values)
     return delimited(columns, cells, "\t" if suffix == ".tsv" else ",").encode()
 
