@@ -17,8 +17,8 @@ from finetrace.errors import FinetraceError
 from finetrace.index import build_index, checking, open_index, shards, view
 from finetrace.index import manifest as manifests
 from finetrace.index.checking import repair, verify
-from finetrace.index.lock import writing
 from finetrace.index.views import kronecker_factors
+from finetrace.lock import writing
 from finetrace.models import ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 from test_index import files
@@ -191,7 +191,7 @@ def test_other_bytes_than_before_are_said_and_old_factors_go(made: Path, tmp_pat
 
 
 def test_the_second_writer_is_refused_and_a_killed_one_leaves_no_lock(made: Path, idx: Path, capsys: Any) -> None:
-    holding = "import sys, time; from pathlib import Path; from finetrace.index.lock import writing\n"
+    holding = "import sys, time; from pathlib import Path; from finetrace.lock import writing\n"
     holding += "with writing(Path(sys.argv[1])): print('held', flush=True); time.sleep(3600)"
     holder = subprocess.Popen([sys.executable, "-c", holding, str(idx)], stdout=subprocess.PIPE)
     try:

@@ -88,7 +88,7 @@ def configure(
         raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
     base = PRESETS[preset].model_dump()
     if saved is not None:
-        base |= {k: v for k, v in _read_saved(saved).items() if k not in ABOUT}
+        base |= {k: v for k, v in read_saved(saved).items() if k not in ABOUT}
     given = {k: v for k, v in given.items() if v is not None}
     try:
         return FinetuneConfig.model_validate({**base, **given})
@@ -102,14 +102,16 @@ def configure(
 
 def saved_model(saved: Path) -> str:
     """The base model that a saved finetune.yaml names."""
-    return str(_read_saved(saved).get("model", EMBEDDED))
+    return str(read_saved(saved).get("model", EMBEDDED))
 
 
-def _read_saved(saved: Path) -> dict[str, Any]:
+def read_saved(saved: Path, called: str = "") -> dict[str, Any]:
+    """What a finetune.yaml says; errors call it by its option, or as `called`."""
     try:
         return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise FinetraceError(f"--config {saved}: cannot be read as a saved configuration ({error}).") from error
+        called = called or f"--config {saved}"
+        raise FinetraceError(f"{called}: cannot be read as a saved configuration ({error}).") from error
 
 
 def other_base(loaded: Loaded) -> str:
@@ -129,7 +131,7 @@ def other_base(loaded: Loaded) -> str:
 
 def other_rows(adapter: Path, data_fingerprint: str) -> str:
     """A sentence where `finetrace finetune` left word in the folder of an adapter that it saw other rows; else empty."""
-    about = _read_saved(adapter / SAVED) if (adapter / SAVED).exists() else {}
+    about = read_saved(adapter / SAVED) if (adapter / SAVED).exists() else {}
     trained = about.get("data_fingerprint")
     if trained == data_fingerprint and (held := about.get("held_out")):
         named = ", ".join(map(str, held[:5])) + (" ..." if len(held) > 5 else "")

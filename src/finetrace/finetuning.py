@@ -15,17 +15,21 @@ import yaml
 from safetensors import SafetensorError
 from transformers import set_seed
 
-from finetrace import fingerprint
+from finetrace import fingerprint, lock
+from finetrace.atomic import part_of, write_atomically
 from finetrace.encoding import Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig
+from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig, read_saved
+from finetrace.lock import writing
 from finetrace.models import Loaded, save_adapter
 from finetrace.training import fit
 from finetrace.units import many
 
 if TYPE_CHECKING:
     from peft import PeftModel
+
+CHECKPOINTS = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,7 @@ def finetune(
     at that adapter too. `say` hears, before the training, of rows longer than the limits.
     """
     config = config or FinetuneConfig()
-    checkpoints = folder / "checkpoints"
-    last = _last_complete(checkpoints)
-    if finished(folder):
-        raise FinetraceError(f"{folder}: a finished adapter is already there; choose another --out or remove it.")
-    if last is not None and not resume:
-        raise FinetraceError(f"{folder}: an unfinished run is there; go on with --resume, or choose another --out.")
-    if not (folder / SAVED).exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
+    _begun(folder, resume=resume)
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
     template = read_template(config.chat_template)
@@ -82,32 +79,32 @@ def finetune(
         **({"embeddings_fingerprint": embeddings} if (embeddings := fingerprint.of_embeddings(loaded.model)) else {}),
         **config.model_dump(mode="json"),
     }
-    if last is not None:
-        _check_same(folder / SAVED, saved)
-
     model = new_adapter(loaded, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if last is None:
-            (folder / SAVED).write_text(yaml.safe_dump(saved, sort_keys=False), encoding="utf-8")
     except OSError as error:
         raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
-
-    log = fit(
-        model,
-        [encoded[i] for i in train],
-        config,
-        held=[encoded[i] for i in held],
-        checkpoints=checkpoints,
-        resume_from=last,
-    )
-    try:
-        (folder / "log.json").write_text(json.dumps(log, indent=1))
-        save_adapter(model, folder)
-    except (OSError, SafetensorError) as error:
-        raise FinetraceError(
-            f"{folder}: the adapter cannot be written ({error}); free some space and run it again."
-        ) from error
+    with writing(folder, "adapter"):
+        last = _begun(folder, resume=resume)  # another process may have been here since
+        if last is not None or (folder / SAVED).exists():
+            _check_same(folder, saved, last is not None)
+        else:
+            write_atomically(folder / SAVED, yaml.safe_dump(saved, sort_keys=False).encode())
+        log = fit(
+            model,
+            [encoded[i] for i in train],
+            config,
+            held=[encoded[i] for i in held],
+            checkpoints=folder / CHECKPOINTS,
+            resume_from=last,
+        )
+        try:
+            (folder / "log.json").write_text(json.dumps(log, indent=1))
+            save_adapter(model, folder)
+        except (OSError, SafetensorError) as error:
+            raise FinetraceError(
+                f"{folder}: the adapter cannot be written ({error}); free some space and run it again."
+            ) from error
     loaded.model = model
     return Finetuned(folder, log, lengths, tuple(examples[i].id for i in held))
 
@@ -150,6 +147,28 @@ def new_adapter(loaded: Loaded, config: FinetuneConfig) -> PeftModel:
 def finished(folder: Path) -> bool:
     """Whether `folder` holds an adapter that was trained to its end; its configuration is written last."""
     return (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists()
+
+
+def _begun(folder: Path, *, resume: bool) -> str | None:
+    """The checkpoint to go on from, of an unfinished run in `folder`; none where there is nothing, or no checkpoint yet.
+
+    Raises:
+        FinetraceError: A finished adapter is there, an unfinished run that is not to be resumed, or something else.
+    """
+    last = _last_complete(folder / CHECKPOINTS)
+    if finished(folder):
+        raise FinetraceError(f"{folder}: a finished adapter is already there; choose another --out or remove it.")
+    if last is not None and not resume:
+        raise FinetraceError(f"{folder}: an unfinished run is there; go on with --resume, or choose another --out.")
+    ours = {
+        lock.NAME,
+        part_of(SAVED),
+        SAVED,
+        CHECKPOINTS,
+    }  # what a run leaves that was killed before its first checkpoint
+    if last is None and folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - ours):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out.")
+    return last
 
 
 def _last_complete(checkpoints: Path) -> str | None:
@@ -195,12 +214,19 @@ def _split(n: int, config: FinetuneConfig) -> tuple[list[int], list[int]]:
     return train, sorted(held)
 
 
-def _check_same(path: Path, wanted: dict[str, Any]) -> None:
-    there: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+def _check_same(folder: Path, wanted: dict[str, Any], begun: bool) -> None:
+    """Refuse to go on where the settings that are saved are not those `wanted`; with a checkpoint, a run has `begun`."""
+    path = folder / SAVED
+    there = read_saved(path, str(path)) if path.exists() else {}
     for key, value in wanted.items():
         if key in NOTED and key not in there:  # by a version that did not note it
             continue
         if there.get(key) != value:
+            if not begun:
+                raise FinetraceError(
+                    f"{folder}: there is something else already, a {SAVED} with {key} {there.get(key)} where this run has "
+                    f"{value}; choose another --out."
+                )
             raise FinetraceError(
                 f"{path}: the unfinished run has {key} {there.get(key)}, this one {value}; go on with the same settings "
                 "and data, or choose another --out."

@@ -23,12 +23,12 @@ from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.index import factors, manifest, rows, shards
 from finetrace.index.build import build_index, refuse_duplicates
-from finetrace.index.lock import writing
 from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.index.view_folders import remove_view, views_of
 from finetrace.index.views import model_of
+from finetrace.lock import writing
 
 FOLDER = "append"
 DONE = ".append.done"  # its name while it is removed

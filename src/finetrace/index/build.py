@@ -20,12 +20,12 @@ from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.index import factors, manifest, sizing, sums
 from finetrace.index.collecting import collect_shards
-from finetrace.index.lock import writing
 from finetrace.index.manifest import Manifest, left_out_sentence
 from finetrace.index.settings import planned
 from finetrace.index.starting import make_folder, start
 from finetrace.index.store import Index
 from finetrace.index.stored import FeatureDtype
+from finetrace.lock import writing
 from finetrace.models import Loaded
 from finetrace.moments import Moment, at_moment
 

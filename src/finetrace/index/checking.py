@@ -13,11 +13,11 @@ from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import adapter_file, factors, manifest, rows, shards
 from finetrace.index.appending import settle
-from finetrace.index.lock import writing
 from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
 from finetrace.index.view_folders import remove_view, views_of
 from finetrace.index.views import model_of
+from finetrace.lock import writing
 from finetrace.moments import at_moment
 
 Kind = Literal["unfinished", "manifest", "examples", "adapter", "shard", "factors"]

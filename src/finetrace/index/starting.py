@@ -10,12 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetrace import arithmetic, fingerprint
+from finetrace import arithmetic, fingerprint, lock
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
-from finetrace.index import adapter_file, lock, manifest, rows, shards
+from finetrace.index import adapter_file, manifest, rows, shards
 from finetrace.index.manifest import Manifest
 from finetrace.index.view_folders import remove_view, views_of
 from finetrace.models import Loaded, save_adapter

@@ -12,11 +12,11 @@ from finetrace.errors import FinetraceError
 from finetrace.index import factors
 from finetrace.index.build import build_index
 from finetrace.index.collecting import collect_shards
-from finetrace.index.lock import writing
 from finetrace.index.manifest import JOURNAL, fold, read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
 from finetrace.index.view_folders import FOLDER
+from finetrace.lock import writing
 from finetrace.models import Loaded
 from finetrace.moments import Moment
 from finetrace.positions import Positions

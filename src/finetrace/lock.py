@@ -1,4 +1,4 @@
-"""One writer an index: the second is refused, and a killed one leaves no lock behind."""
+"""One writer a folder: the second is refused, and a killed one leaves no lock behind."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ NAME = ".lock"
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """While open, no other process writes to the index in `folder`, which has to be there.
+def writing(folder: Path, what: str = "index") -> Iterator[None]:
+    """While open, no other process writes to the index, or `what` it is, in `folder`, which has to be there.
 
     The operating system holds the lock and lets it go when the process ends, however it ends.
 
@@ -27,7 +27,7 @@ def writing(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise FinetraceError(
-            f"{folder}: another process is writing this index; wait until it is done, or stop it, and start again."
+            f"{folder}: another process is writing this {what}; wait until it is done, or stop it, and start again."
         ) from None
     except OSError as error:
         raise FinetraceError(
