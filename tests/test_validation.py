@@ -129,6 +129,7 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
         (("--adapter", "nowhere"), ("--adapter nowhere",)),
         (("--judge", "refusal-prefix", "--measure", "lds"), ("--judge refusal-prefix", "--measure drop")),
         (("--judge-label", "bad"), ("--judge-label bad", "--judge")),
+        (("--method", "nowhere"), ("nowhere: no such method",)),
         (("--judge", "refusal-prefix", "--judge-label", "bad"), ("--judge-label bad", "no labels")),
     ],
 )
@@ -139,6 +140,16 @@ def test_mistakes_are_one_sentence(more: Any, words: Any, place: Path, tmp_path:
     assert all(word in err for word in words), err
     if any(word in ("--share", "--remove") for word in more):
         assert "scoring" not in err  # said before anything is computed
+    assert not (tmp_path / "v").exists()
+
+
+def test_a_scoring_that_fails_leaves_no_claim(place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    def refused(*_: object) -> None:
+        raise FinetraceError("it cannot be scored.")
+
+    monkeypatch.setattr("finetrace.validation.run.prepare", refused)
+    assert run(capsys, *command(place, tmp_path / "v", "--measure", "lds", "--method", "random"))[0] == 2
+    assert not list((tmp_path / "v").iterdir())
 
 
 def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:

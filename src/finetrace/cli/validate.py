@@ -84,7 +84,7 @@ def validate(
     from rich.console import Console
 
     with options.quiet_libraries():
-        from finetrace.benchmark.stages import claim
+        from finetrace.benchmark.stages import claim, unclaim
         from finetrace.evaluation.judging import make_judge
         from finetrace.fingerprint import of_examples
         from finetrace.index import open_index
@@ -136,9 +136,17 @@ def validate(
         }
         judging = {"judge": judged_by.name if judge is not None else None, "judge_label": judge_label}
         about |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
-        claim(out / "validation.json", about, "a validation")  # methods may join: what was retrained is found again
-        counting = judged_by if judge is not None else None
-        found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine)
+        counting, claimed = judged_by if judge is not None else None, out / "validation.json"
+
+        def begin() -> None:
+            claim(claimed, about, "a validation")  # methods may join: what was retrained is found again
+
+        try:
+            found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine, begin)
+        except FinetraceError:  # a method that the index has nothing for, perhaps
+            if claimed.is_file():
+                unclaim(claimed)
+            raise
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
         command = f"finetrace validate --index {index} --queries {queries}"

@@ -65,6 +65,7 @@ def validate(
     device: str = "auto",
     judge: Judge | None = None,
     engine: Engine | None = None,
+    begin: Callable[[], None] = lambda: None,
 ) -> Validated:
     """Retrain on subsets of the index's rows and without the rows that methods name, and compare.
 
@@ -78,6 +79,7 @@ def validate(
         device: For retraining.
         judge: Lets every model without the rows that a method names answer again, and says which answers count.
         engine: Where retrainings are done, in place of `config.workers`.
+        begin: Called when all that was asked for has been checked, before any work is done.
 
     Raises:
         FinetraceError: A measure is not known, the index is not of an adapter, or a subset or removal leaves too few rows.
@@ -101,6 +103,7 @@ def validate(
         refuse_projected(index)
     problem = Problem(index, queries)
     chosen = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in config.methods)]
+    begin()
     say(f"scoring {problem.n} rows for {problem.m} queries by {len(chosen)} methods")
     prepare(problem, chosen)
     scores = {method.label: method.score(problem).values for method in chosen}
