@@ -112,6 +112,15 @@ def test_an_adapter_for_another_model(base_folder: Path, tmp_path: Path, other: 
     assert len(str(caught.value)) < 700
 
 
+def test_an_adapter_cut_short(base_folder: Path, adapter_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter_folder, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(FinetraceError, match=r"adapter_model.safetensors is broken \(.*\); save or copy") as caught:
+        load(spec(base_folder, tmp_path / "adapter"))
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("make", ["nowhere", "empty", "broken", "a model", "not peft"])
 def test_an_adapter_that_is_none(base_folder: Path, tmp_path: Path, make: str) -> None:
     folder = base_folder if make == "a model" else tmp_path / "adapter"

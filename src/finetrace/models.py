@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from safetensors import SafetensorError
 
 from finetrace import placement
 from finetrace.atomic import share
@@ -67,14 +68,17 @@ class Loaded:
         return self.spec if self.asked is None else replace(self.spec, device=self.asked)
 
 
-def load(spec: ModelSpec) -> Loaded:
-    """Load model, tokenizer and adapter; raises `FinetraceError` in one sentence where any of them cannot be."""
+def load(spec: ModelSpec, index: Path | None = None) -> Loaded:
+    """Load model, tokenizer and adapter; raises `FinetraceError` in one sentence where any of them cannot be.
+
+    `index` is the one whose model it is, if that is not named by options: errors say what mends it there.
+    """
     placement.refuse_both(spec.device_map, spec.device)
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
     source = str(embedded_folder()) if spec.model in (EMBEDDED, ALIGNED) else spec.model
     # merging happens in float32, whatever the dtype, so that the aligned model is the same one in each
-    model, tokenizer = _load_base(source, torch.float32 if spec.model == ALIGNED else dtype, spec)
+    model, tokenizer = _load_base(source, torch.float32 if spec.model == ALIGNED else dtype, spec, index)
     if spec.model == ALIGNED:
         if not (ALIGNMENT_ADAPTER / "adapter_model.safetensors").exists():
             raise FinetraceError(f"{ALIGNMENT_ADAPTER}: the alignment adapter is missing; reinstall finetrace.")
@@ -82,7 +86,7 @@ def load(spec: ModelSpec) -> Loaded:
         for parameter in model.parameters():  # not model.to(), which would round the rotary frequencies too
             parameter.data = parameter.data.to(dtype)
     if spec.adapter is not None:
-        model = attach_adapter(model, spec.adapter)
+        model = attach_adapter(model, spec.adapter, index=index)
     model.eval()
     resolved = ModelSpec(
         _absolute(spec.model) if source == spec.model else spec.model,
@@ -95,17 +99,22 @@ def load(spec: ModelSpec) -> Loaded:
     return Loaded(model.to(device) if spec.device_map is None else model, tokenizer, resolved, spec.device)
 
 
-def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = False) -> PreTrainedModel:
-    """`model` with a PEFT adapter on it, after checking that the adapter was made for such a model."""
+def attach_adapter(
+    model: PreTrainedModel, adapter: str, *, trainable: bool = False, index: Path | None = None
+) -> PreTrainedModel:
+    """`model` with a PEFT adapter on it, after checking that the adapter was made for such a model; `index` as in `load`."""
     from peft import PeftConfig, PeftModel
 
+    again = (
+        index and f"run finetrace index on {index} again, with the same data and the adapter that it was built with."
+    )
     try:
         adapter = _local_adapter(adapter)
         config = PeftConfig.from_pretrained(adapter)
     except Exception as error:
         raise FinetraceError(
-            f"{adapter}: no PEFT adapter can be read there ({_first_line(error)}); give a folder that holds "
-            "adapter_config.json and adapter_model.safetensors."
+            f"{adapter}: no PEFT adapter can be read there ({_first_line(error)}); "
+            + (again or "give a folder that holds adapter_config.json and adapter_model.safetensors.")
         ) from error
     folder = Path(adapter)
     if folder.is_dir() and not (folder / "adapter_model.safetensors").exists():
@@ -122,10 +131,15 @@ def attach_adapter(model: PreTrainedModel, adapter: str, *, trainable: bool = Fa
         strays = [key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if "lora_" in key]
         if strays:
             raise ValueError(f"{len(strays)} weights have no counterpart, {strays[0]} for one")
+    except SafetensorError as error:
+        raise FinetraceError(
+            f"{adapter}: adapter_model.safetensors is broken ({_first_line(error)}); "
+            + (again or "save or copy the adapter again, or give another.")
+        ) from error
     except Exception as error:
         raise FinetraceError(
             f"{adapter}: this adapter was made for {config.base_model_name_or_path or 'another model'} and does not fit "
-            f"the model loaded ({_first_line(error)}); give the adapter's own base with --model."
+            f"the model loaded ({_first_line(error)}); " + (again or "give the adapter's own base with --model.")
         ) from error
     return attached
 
@@ -216,7 +230,7 @@ def _cpu_multiplies_bfloat16() -> bool:
     return any(bool(flags.get(name)) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
-def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, Any]:
+def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec, index: Path | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     logging.disable_progress_bar()
@@ -231,8 +245,14 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec) -> tuple[Any, A
         if placed is not None and "offload" in str(error):
             raise placement.offloaded(spec.model) from error
         raise FinetraceError(
-            f"{spec.model}: this model cannot be loaded ({_first_line(error)}); give a folder with config.json, a "
-            "tokenizer and safetensors weights, or a Hub id that this machine can reach."
+            f"{spec.model}: this model cannot be loaded ({_first_line(error)}); "
+            + (
+                f"if it lies elsewhere now, run finetrace index on {index} again, with the same data and adapter and the new "
+                "place as --model: it is noted, and nothing is collected anew."
+                if index
+                else "give a folder with config.json, a tokenizer and safetensors weights, or a Hub id that this machine can "
+                "reach."
+            )
         ) from error
     placement.refuse_offloaded(model, spec.model)
     return model, tokenizer

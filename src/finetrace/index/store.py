@@ -135,7 +135,7 @@ class Index:
                 trust_remote_code,
                 device_map,
             )
-            self._loaded = load(spec)
+            self._loaded = load(spec, self.folder)
         there = str(self._loaded.model.dtype).removeprefix("torch.")
         if dtype not in (None, "auto", there):
             raise FinetraceError(
