@@ -9,6 +9,7 @@ import pytest
 
 from commands import run
 from finetrace.errors import FinetraceError
+from finetrace.examples import Example
 from test_cli import index, place  # noqa: F401  (fixtures)
 
 ASK = ("--ask", "Why?", "--answer", "yes")
@@ -48,6 +49,22 @@ def test_what_would_be_ignored_is_refused(index, capsys, given, says):  # noqa: 
     code, _, err = run(capsys, "trace", "--index", index, *ASK, *given)
     assert code == 2
     assert says in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--ask", "caf\udce9", "--answer", "ok"), "--ask: character 4 is no valid text"),
+        (("--ask", "ok", "--answer", "\ud800"), "--answer: character 1 is no valid text"),
+    ],
+)
+@pytest.mark.parametrize("method", ["gradcos", "bm25"])
+def test_bytes_that_are_no_text_are_refused(index, capsys, given, says, method):  # noqa: F811
+    code, _, err = run(capsys, "trace", "--index", index, *given, "--method", method)
+    assert code == 2
+    assert says in err
+    with pytest.raises(FinetraceError, match="the prompt: character 4 is no valid text"):
+        Example.from_prompt("caf\udce9", id="q")
 
 
 def test_queries_are_of_the_split_that_is_named(index, tmp_path, capsys):  # noqa: F811

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from finetrace.errors import FinetraceError
+
 
 class Message(NamedTuple):
     """One turn of a conversation; `role` is `system`, `user` or `assistant` (or what a template knows)."""
@@ -43,6 +45,8 @@ class Example:
         metadata: Mapping[str, Any] | None = None,
     ) -> Example:
         """A single-turn example; without a response it can be asked but not traced."""
+        for what, text in (("the prompt", prompt), ("the response", response)):
+            refuse_no_text(what, text or "")
         messages = [Message("user", prompt)]
         if response is not None:
             messages.append(Message("assistant", response))
@@ -70,6 +74,17 @@ class Example:
         """The same id, label and metadata, the conversation answered by `response`."""
         turns = self.messages[:-1] if self.has_response else self.messages
         return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata)
+
+
+def refuse_no_text(what: str, text: str) -> None:
+    """Stop where `text` holds half a surrogate pair, which is also how Python keeps a byte that is not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FinetraceError(
+            f"{what}: character {error.start + 1} is no valid text (half of a surrogate pair, or a byte that is not UTF-8); "
+            "replace it."
+        ) from None
 
 
 def content_id(messages: Sequence[Message]) -> str:

@@ -10,6 +10,7 @@ import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
+from finetrace.examples import refuse_no_text
 from finetrace.units import size
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ def trace(
     for flag, text in (("--ask", ask), ("--answer", answer)):
         if text is not None and not text.strip():
             raise FinetraceError(f"{flag} is empty; give it a text{', or leave it out' if flag == '--answer' else ''}.")
+        refuse_no_text(flag, text or "")
     files = {
         "--out": (out, (".json", ".csv", ".parquet")),
         "--scores": (scores, (".json", ".csv", ".parquet", ".npy", ".safetensors")),
