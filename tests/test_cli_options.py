@@ -10,6 +10,7 @@ import pytest
 from commands import run
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.finetune_config import PRESETS, configure
 from test_cli import index, place  # noqa: F401  (fixtures)
 
 ASK = ("--ask", "Why?", "--answer", "yes")
@@ -41,6 +42,11 @@ def test_an_option_is_for_methods_that_do_not_set_it(index, capsys, given, wante
         (["--method", "exact:damping=0.5", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
         (["--method", "bm25", "--damping", "0.1"], "--damping 0.1: none of the methods chosen"),
         (["--method", "exact:damping=inf"], "exact:damping=inf: parameter damping: Input should be a finite number"),
+        (["--method", "exact:damping=5,damping=0.1"], "damping is given twice, here and as '5'; give it once"),
+        (
+            ["--method", "gradcos:scope"],
+            "gradcos:scope: the parameter 'scope' lacks a value; write gradcos:scope=VALUE.",
+        ),
         (["--label-column", "kind"], "the column options and --split are of --queries"),
         (["--split", "test"], "the column options and --split are of --queries"),
     ],
@@ -100,6 +106,33 @@ def test_layers_that_are_none_are_refused(capsys, tmp_path, layers):
     code, _, err = run(capsys, "finetune", tmp_path / "rows.jsonl", f"--layers={layers}", "--out", tmp_path / "a")
     assert code == 2
     assert f"--layers {layers}" in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--target-modules", ""), "--target-modules '': a name is empty"),
+        (("--target-modules", "q_proj,"), "--target-modules 'q_proj,': a name is empty"),
+        (("--patience", 2), "--patience 2: only --validation heeds it"),
+        (("--model", ""), "this model cannot be loaded"),
+        (("--config", "{full}", "--preset", "paper"), "--preset paper: --config {full} sets all that this preset does"),
+    ],
+)
+def test_finetune_refuses_what_would_have_no_effect(place, capsys, tmp_path, given, says):  # noqa: F811
+    full = tmp_path / "full.yaml"
+    full.write_text(json.dumps(PRESETS["released"].model_dump(mode="json")))
+    given = [str(each).format(full=full) for each in given]
+    out = ("--out", tmp_path / "out")
+    code, _, err = run(capsys, "finetune", place / "train.jsonl", "--model", place / "base", *out, *given)
+    assert code == 2
+    assert says.format(full=full) in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_fills_what_a_configuration_leaves_open(tmp_path):
+    (tmp_path / "part.yaml").write_text("epochs: 2\n")
+    found = configure("paper", tmp_path / "part.yaml", {})
+    assert found == PRESETS["paper"].model_copy(update={"epochs": 2})
 
 
 def test_an_empty_list_of_layers_is_not_all_of_them():

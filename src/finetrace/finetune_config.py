@@ -88,7 +88,13 @@ def configure(
         raise FinetraceError(f"--preset {preset}: not known; use {', '.join(PRESETS)}.")
     base = PRESETS[preset].model_dump()
     if saved is not None:
-        base |= {k: v for k, v in read_saved(saved).items() if k not in ABOUT}
+        told = {k: v for k, v in read_saved(saved).items() if k not in ABOUT}
+        own = {k for k, v in PRESETS["default"].model_dump().items() if base[k] != v}
+        if own and own <= told.keys():
+            raise FinetraceError(
+                f"--preset {preset}: --config {saved} sets all that this preset does; leave one of them out."
+            )
+        base |= told
     given = {k: v for k, v in given.items() if v is not None}
     try:
         return FinetuneConfig.model_validate({**base, **given})

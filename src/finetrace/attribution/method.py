@@ -200,15 +200,16 @@ def make(spec: str, **overrides: Any) -> Method:
         raise FinetraceError(f"{name}: no such method; there are {', '.join(methods)}.")
     fields = {field.name: field for field in dataclasses.fields(methods[name])}  # type: ignore[arg-type]
     values = {key: value for key, value in overrides.items() if key in fields and value is not None}
-    given = set(values)
     for setting in _settings(settings):
         key, equals, value = setting.partition("=")
-        if not equals or key not in fields:
+        if key not in fields:
             known = ", ".join(fields) or "none"
             raise FinetraceError(
                 f"{spec}: {name} has no parameter {key!r}; it has {known}. Write {name}:parameter=value."
             )
-        if key in given:
+        if not equals:
+            raise FinetraceError(f"{spec}: the parameter {key!r} lacks a value; write {name}:{key}=VALUE.")
+        if key in values:
             raise FinetraceError(f"{spec}: {key} is given twice, here and as {values[key]!r}; give it once.")
         values[key] = value
     try:

@@ -64,7 +64,7 @@ def finetune(
         "rank": rank,
         "alpha": alpha,
         "dropout": dropout,
-        "target_modules": tuple(target_modules.split(",")) if target_modules else None,
+        "target_modules": parse_names(target_modules),
         "layers": parse_layers(layers),
         "validation": validation,
         "patience": patience,
@@ -80,7 +80,12 @@ def finetune(
         from finetrace.reading import read_examples
 
         settings = configure(preset, config, given)
-        model = model or (saved_model(config) if config is not None else EMBEDDED)
+        if patience is not None and not settings.validation:
+            raise FinetraceError(
+                f"--patience {patience}: only --validation heeds it; add that option, or leave this one out."
+            )
+        if model is None:
+            model = saved_model(config) if config is not None else EMBEDDED
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)
         examples = read_examples(data, chosen, split=split)
         loaded = load(ModelSpec(model, None, options.dtype(dtype), device, trust_remote_code))
@@ -90,6 +95,19 @@ def finetune(
         done = run(loaded, examples, out, settings, resume=resume, say=options.say)
     losses = [entry["loss"] for entry in done.log if "loss" in entry]
     typer.echo(f"adapter: {out}   training loss {losses[0]:.3f} -> {losses[-1]:.3f} in {many(len(losses), 'epoch')}")
+
+
+def parse_names(text: str | None) -> tuple[str, ...] | None:
+    """The names of --target-modules, or the one regular expression."""
+    if text is None:
+        return None
+    names = tuple(text.split(","))
+    if not all(name.strip() for name in names):
+        raise FinetraceError(
+            f"--target-modules {text!r}: a name is empty; write names of linear layers, for instance q_proj,v_proj, or leave "
+            "it out."
+        )
+    return names
 
 
 def parse_layers(text: str | None) -> tuple[int, ...] | None:
