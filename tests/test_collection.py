@@ -291,6 +291,27 @@ def test_other_kinds_of_lora_are_refused(targets: list[str], options: dict[str, 
         track(with_lora(make_llama(), targets, **options))
 
 
+def test_an_adapter_that_is_not_at_work_is_refused(llama: Any) -> None:
+    """Also where it is only that of one layer, whose gradients would be zero."""
+    model = with_lora(llama)
+    count = len(track(model).blocks)
+    layer = model.base_model.model.model.layers[1].self_attn.v_proj
+    for off, on, state in (
+        (layer.merge, layer.unmerge, "layers.1.self_attn.v_proj: its adapter is merged"),
+        (model.merge_adapter, model.unmerge_adapter, "its adapter is merged, .* unmerge_adapter"),
+        (
+            model.disable_adapter_layers,
+            model.enable_adapter_layers,
+            "its adapter is disabled, .* enable_adapter_layers",
+        ),
+    ):
+        off()
+        with pytest.raises(FinetraceError, match=state):
+            track(model)
+        on()
+        assert len(track(model).blocks) == count
+
+
 def test_trained_weights_that_are_not_seen_are_named(llama: Any) -> None:
     assert track(with_lora(llama)).skipped == {}
     model = with_lora(make_llama(), modules_to_save=["lm_head"])

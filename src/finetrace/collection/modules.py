@@ -150,6 +150,15 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if not isinstance(module, LoraLayer):
             continue
         short = name.removeprefix("base_model.model.")
+        if module.merged or module.disable_adapters:
+            state, remedy = (
+                ("merged", "take it apart with unmerge_adapter()")
+                if module.merged
+                else ("disabled", "leave disable_adapter(), or call enable_adapter_layers()")
+            )
+            raise FinetraceError(
+                f"{short}: its adapter is {state}, so nothing flows through it and it would have no gradient; {remedy} first."
+            )
         for adapter in module.active_adapters:
             if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
                 continue
