@@ -365,7 +365,7 @@ def test_empty_answers_and_refusals_are_said(prompts, ask, tmp_path, monkeypatch
     monkeypatch.setattr(finetrace.generation, "_generate", silent)
     code, said, err = ask(prompts, tmp_path / "out.jsonl")
     assert code == 0, err
-    assert "2 prompts were answered with nothing and are left out" in err
+    assert "answered with nothing and left out: 2 prompts (" in err
     assert "4 answers read like a refusal" in err, "the prompt that comes twice is one of them"
     assert "11 answers, 0 of them cut" in said
     monkeypatch.setattr(finetrace.generation, "_generate", lambda loaded, rows, *more: [("", True)] * len(rows))

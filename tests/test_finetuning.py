@@ -283,6 +283,16 @@ def test_the_saved_configuration_runs_again(fresh: Any, tmp_path: Path) -> None:
     (tmp_path / "odd.yaml").write_text("- 1\n")
     with pytest.raises(FinetraceError, match="cannot be read as a saved configuration"):
         configure("default", tmp_path / "odd.yaml", {})
+    for text, sentence in (
+        ("", "odd.yaml: the file is empty; give a finetune.yaml"),
+        ("# nothing\n", "odd.yaml: the file is empty"),
+        ("epochs: [1\nrank: 2\n", r"cannot be read as a saved configuration \(line 2: expected ',' or ']'"),
+        ("1: 2\n", "it takes one setting a line, for instance epochs: 3"),
+    ):
+        (tmp_path / "odd.yaml").write_text(text)
+        with pytest.raises(FinetraceError, match=sentence) as caught:
+            configure("default", tmp_path / "odd.yaml", {})
+        assert "\n" not in str(caught.value)
     (tmp_path / "odd.yaml").write_text("surprise: 1\n")
     with pytest.raises(FinetraceError, match="surprise"):
         configure("default", tmp_path / "odd.yaml", {})

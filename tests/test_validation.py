@@ -148,7 +148,9 @@ def test_a_scoring_that_fails_leaves_no_claim(place: Path, tmp_path: Path, capsy
         raise FinetraceError("it cannot be scored.")
 
     monkeypatch.setattr("finetrace.validation.run.prepare", refused)
-    assert run(capsys, *command(place, tmp_path / "v", "--measure", "lds", "--method", "random"))[0] == 2
+    code, _, err = run(capsys, *command(place, tmp_path / "v", "--measure", "lds", "--method", "random"))
+    assert code == 2
+    assert "scoring 12 rows for 3 queries by 1 method\n" in err
     assert not list((tmp_path / "v").iterdir())
 
 

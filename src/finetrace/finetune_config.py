@@ -113,11 +113,20 @@ def saved_model(saved: Path) -> str:
 
 def read_saved(saved: Path, called: str = "") -> dict[str, Any]:
     """What a finetune.yaml says; errors call it by its option, or as `called`."""
+    called = called or f"--config {saved}"
     try:
-        return dict(yaml.safe_load(saved.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        called = called or f"--config {saved}"
-        raise FinetraceError(f"{called}: cannot be read as a saved configuration ({error}).") from error
+        told = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        why = f"line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else " ".join(str(error).split())
+        raise FinetraceError(f"{called}: cannot be read as a saved configuration ({why}).") from error
+    if told is None:
+        raise FinetraceError(f"{called}: the file is empty; give a finetune.yaml with the settings of a fine-tuning.")
+    if not isinstance(told, dict) or not all(isinstance(key, str) for key in told):
+        raise FinetraceError(
+            f"{called}: cannot be read as a saved configuration; it takes one setting a line, for instance epochs: 3."
+        )
+    return told
 
 
 def other_base(loaded: Loaded) -> str:

@@ -38,6 +38,7 @@ from finetrace.positions import PROBE
 from finetrace.reading import write_examples
 from finetrace.tasks import Recipe, Task
 from finetrace.tracing import prepare
+from finetrace.units import many
 
 GONE = ".gone"  # how the name of a folder ends while it is removed
 
@@ -72,7 +73,7 @@ class Run:
             self._same_queries([])
             self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
             return
-        say(f"{self.name}: scoring by {len(methods)} methods")
+        say(f"{self.name}: scoring by {many(len(methods), 'method')}")
         self._score(problem, methods, began)
         say(f"{self.name}: done in {time.perf_counter() - began:.0f} s")
 
@@ -84,7 +85,7 @@ class Run:
     def ready(self, say: Callable[[str], None], *, factors: bool = False) -> Problem | None:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""
         self.claim_folder()
-        say(f"{self.name}: fine-tuning on {len(self.task.train)} rows")
+        say(f"{self.name}: fine-tuning on {many(len(self.task.train), 'row')}")
         try:
             self._adapter()
         except FinetraceError:  # a model that is not there, perhaps
@@ -95,7 +96,7 @@ class Run:
             count = len(self.task.queries)
             say(f"{self.name}: the model complied with none of {count} requests; there is nothing to trace")
             return None
-        say(f"{self.name}: indexing {len(self.task.train)} rows and {len(queries)} queries")
+        say(f"{self.name}: indexing {many(len(self.task.train), 'row')} and {many(len(queries), 'query')}")
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
         fit: Labels | None = "model" if factors else None
         index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)

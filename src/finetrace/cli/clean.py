@@ -150,7 +150,7 @@ def clean(
             every, found = opened.all_rows.examples, read_examples(data, columns, split=split)
             rows = data_rows(read_table(data, split, None), columns, found, every).chosen(list(opened.data_rows))
         if opened.manifest.left_out:
-            options.say(f"{len(opened.manifest.left_out)} rows that the index left out are in neither file")
+            options.say(f"in neither file: {many(len(opened.manifest.left_out), 'row')} that the index left out")
         asked = read_examples(bad, columns if data is None else Columns(), responses=False)
         judged_by = make_judge(judge, judge_label)
         if finetuning is not None:
@@ -161,7 +161,7 @@ def clean(
             claim(out / "cleaning.json", told, "a cleaning")
         opened.model(None, device, trust_remote_code, device_map)
         answers = _bad(opened, asked, judged_by, max_new_tokens)
-        options.say(f"ranking {len(examples)} rows against {many(len(answers), 'bad answer')}")
+        options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
         problem = Problem(opened, answers)
         ranked = rank(problem, cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
@@ -199,7 +199,9 @@ def clean(
     if settings is not None:
         console.print(settings, style="dim", highlight=False, markup=False)
     console.print(
-        f"kept: {kept} ({len(ranked.kept)} rows)   removed: {removed} ({ranked.removed})", highlight=False, markup=False
+        f"kept: {kept} ({many(len(ranked.kept), 'row')})   removed: {removed} ({ranked.removed})",
+        highlight=False,
+        markup=False,
     )
 
 
@@ -214,11 +216,13 @@ def _bad(index: Index, asked: list[Example], judge: Judge, max_new_tokens: int) 
         replies = answer(index.model(), silent, max_new_tokens=max_new_tokens, template=template)
         verdicts = judge.complied([each.prompt for each in replies], [each.response for each in replies])
         given |= {each.id: each for each, yes in zip(replies, verdicts, strict=True) if yes and each.has_response}
-        options.say(f"the model answered {len(silent)} prompts; {judge.name} calls {sum(verdicts)} of the answers bad")
+        options.say(
+            f"the model answered {many(len(silent), 'prompt')}; {judge.name} calls {sum(verdicts)} of the answers bad"
+        )
     found = [given[each.id] for each in asked if each.id in given]
     if not found:
         raise FinetraceError(
-            f"none of {len(asked)} answers is bad by the judge {judge.name}, so there is nothing to clean."
+            f"none of {many(len(asked), 'answer')} is bad by the judge {judge.name}, so there is nothing to clean."
         )
     return found
 

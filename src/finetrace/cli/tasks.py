@@ -13,6 +13,7 @@ import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from finetrace.examples import Example
@@ -92,10 +93,10 @@ def build(
     if data is not None and (notice := say_repeated(task, data)):
         options.say(notice)
     options.say(
-        f"queries: {asked}   {len(task.queries)} rows"
+        f"queries: {asked}   {many(len(task.queries), 'row')}"
         + ("" if task.answered else ", some without a response: the fine-tuned model is to answer them")
     )
-    typer.echo(f"training rows: {out}   {len(task.train)} rows, {len(task.classes)} classes")
+    typer.echo(f"training rows: {out}   {many(len(task.train), 'row')}, {len(task.classes)} classes")
 
 
 def _made(name: str | None, real: RealData, seed: int, size: float) -> Task:
@@ -168,11 +169,12 @@ def generate(
     if len(said) < len(rows):
         silent = [row.id for row in done if not row.has_response]
         ids = ", ".join(silent[:5]) + (", ..." if len(silent) > 5 else "")
-        options.say(f"{len(silent)} prompts were answered with nothing and are left out: {ids}")
+        options.say(f"answered with nothing and left out: {many(len(silent), 'prompt')} ({ids})")
     if refused:
-        options.say(f"{refused} answers read like a refusal; look at them before you train on them")
+        verb = "reads" if refused == 1 else "read"
+        options.say(f"{many(refused, 'answer')} {verb} like a refusal; look closer before you train")
     cut = sum(row.metadata.get("finish_reason") == "length" for row in said)
-    typer.echo(f"rows: {out}   {len(said)} answers, {cut} of them cut at {max_new_tokens} tokens")
+    typer.echo(f"rows: {out}   {many(len(said), 'answer')}, {cut} of them cut at {max_new_tokens} tokens")
 
 
 def _unanswered(row: Example, label: str | None) -> Example:
@@ -222,7 +224,7 @@ def _answers(
         left = list({_key(row): row for row in rows if _key(row) not in found}.values())
         known = sum(_key(row) in found for row in rows)
         options.say(
-            f"answering {len(left)} prompts with {loaded.spec.model} ({loaded.spec.dtype}, {loaded.spec.device})"
+            f"answering {many(len(left), 'prompt')} with {loaded.spec.model} ({loaded.spec.dtype}, {loaded.spec.device})"
             + (f"; {known} of {len(rows)} rows have their answer already" if known else "")
         )
         with part.open("ab") as file:

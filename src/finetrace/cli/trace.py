@@ -11,7 +11,7 @@ import typer
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
 from finetrace.examples import refuse_no_text
-from finetrace.units import size
+from finetrace.units import many, size
 
 if TYPE_CHECKING:
     from finetrace.attribution import Method, Problem
@@ -170,7 +170,8 @@ def _say_left_out(
     problem: Problem, methods: Sequence[Method], top: int, scores: Path | None, report: Path | None
 ) -> None:
     """What needs the whole matrix of scores, where it is not held."""
-    what = f"the {problem.m} x {problem.n} scores of {len(methods)} methods do not fit the memory of {size(problem.memory)}"
+    of = f"the {problem.m} x {problem.n} scores of {many(len(methods), 'method')}"
+    what = f"{of} do not fit the memory of {size(problem.memory)}"
     if report is not None:
         raise FinetraceError(f"--report {report}: {what}, and the page needs them all; give more with --memory.")
     if scores is not None and scores.suffix in (".json", ".csv"):

@@ -104,7 +104,7 @@ def validate(
     problem = Problem(index, queries)
     chosen = [make(spec) for spec in dict.fromkeys(make(spec).label for spec in config.methods)]
     begin()
-    say(f"scoring {problem.n} rows for {problem.m} queries by {len(chosen)} methods")
+    say(f"scoring {many(problem.n, 'row')} for {many(problem.m, 'query')} by {many(len(chosen), 'method')}")
     prepare(problem, chosen)
     scores = {method.label: method.score(problem).values for method in chosen}
     patches, beside = {}, {}
