@@ -293,7 +293,7 @@ def test_every_method_is_listed_explained_and_runs(base_loaded, tmp_path):
     [
         ("exactly", "no such method; there are random"),
         ("exact:lambda=3", "exact has no parameter 'lambda'; it has normalise, scope, damping"),
-        ("exact:damping", "Write exact:parameter=value"),
+        ("exact:damping", "the parameter 'damping' lacks a value; write exact:damping=VALUE"),
         ("exact:damping=lots", "parameter damping"),
         ("exact:damping=0", "parameter damping"),
         ("exact:normalise=max", "parameter normalise"),
