@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -52,3 +53,14 @@ def main() -> None:
     except FinetraceError as error:
         typer.echo(f"finetrace: {error}", err=True)
         sys.exit(error.exit_code)
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Print what is held back; where the reader of a pipe has gone, as `head` does, there is nothing to say: exit code 1."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
+        sys.exit(1)

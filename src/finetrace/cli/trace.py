@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetrace.cli import options
+from finetrace.cli.traced import show, write_page, write_ranked
 from finetrace.errors import FinetraceError
 from finetrace.examples import refuse_no_text
 from finetrace.units import many, size
@@ -138,13 +139,13 @@ def trace(
     options.say_lengths(problem.lengths)
     for result in results:
         _say_computed(result)
-    _print(results, format, top, opponents)
     if out is not None:
-        _write_ranked(results, out, top, opponents)
+        write_ranked(results, out, top, opponents)
     if scores is not None and whole:
         whole[0].scores.save(scores)
     if report is not None:
-        _report(opened, whole, report)
+        write_page(opened, whole, report)
+    show(results, format, top, opponents)  # last: a pipe that is closed ends the command
 
 
 def _heeds(spec: str, parameter: str, *, default: bool) -> bool:
@@ -209,67 +210,3 @@ def _answered(index: Index, asked: list[Example], max_new_tokens: int) -> list[E
                 f"query {id_}: the model answers nothing, so there is nothing to trace; give --answer."
             )
     return [replies.get(example.id, example) for example in asked]
-
-
-def _print(results: Sequence[Result | RankedResult], format: str, top: int, opponents: bool) -> None:
-    import json
-
-    from rich.console import Console
-
-    from finetrace.reporting.tables import print_methods, print_top
-
-    if format == "json":
-        document = {"config": [r.scores.describe() for r in results], "records": _records(results, top, opponents)}
-        typer.echo(json.dumps(document, indent=1))
-        return
-    if format == "csv":
-        import pandas as pd
-
-        from finetrace.attribution.scores import as_csv
-
-        typer.echo(as_csv(pd.DataFrame.from_records(_records(results, top, opponents))), nl=False)
-        return
-    if format == "parquet":
-        return
-    console = Console()
-    for row, query in enumerate(results[0].scores.queries):
-        console.print(f"\nasked:    {query.prompt}", markup=False, highlight=False, style="bold")
-        console.print(f"answered: {query.response}", markup=False, highlight=False)
-        for result in results:
-            console.print(f"\n{result.method.title}: proponents ({result.scores.unit})", markup=False, highlight=False)
-            print_top(result.scores.top(top), row, console)
-            if opponents:
-                console.print(f"{result.method.title}: opponents", markup=False, highlight=False)
-                print_top(result.scores.bottom(top), row, console)
-    if len(results) > 1:
-        print_methods(results, console)
-
-
-def _records(results: Sequence[Result | RankedResult], top: int, opponents: bool) -> list[dict[str, Any]]:
-    records = []
-    for result in results:
-        records += result.scores.top(top).records()
-        if opponents:
-            records += result.scores.bottom(top).records()
-    return records
-
-
-def _write_ranked(results: Sequence[Result | RankedResult], out: Path, top: int, opponents: bool) -> None:
-    import pandas as pd
-
-    from finetrace.attribution.scores import write_frame
-
-    frame = pd.DataFrame.from_records(_records(results, top, opponents))
-    write_frame(frame, out, [result.scores.describe() for result in results])
-    typer.echo(f"ranked rows: {out}", err=True)
-
-
-def _report(index: Index, results: list[Result], path: Path) -> None:
-    from finetrace.reporting.compose import compose
-    from finetrace.reporting.facts import index_facts
-    from finetrace.reporting.page import write_report
-    from finetrace.reporting.validated import kept_verdict
-
-    verdict = kept_verdict(index.folder)
-    write_report(path, compose(f"Trace of {index.folder.name}", results, index_facts(index), validated=verdict))
-    typer.echo(f"report: {path}", err=True)
