@@ -87,6 +87,38 @@ def test_broken_factors_go_and_come_again(idx: Path) -> None:
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize(
+    ("was", "now"), [("v_proj.lora_B", "w_proj.lora_B"), ('"right": "right.1"', '"right": "right.0"')]
+)
+def test_what_is_noted_of_factors_is_compared_too(was: str, now: str, idx: Path, capsys: Any) -> None:
+    path = idx / "factors" / "data.json"
+    text = path.read_text()
+    assert was in text
+    path.write_text(text.replace(was, now, 1))
+    with pytest.raises(
+        FinetraceError, match=r"data\.json: the blocks it names .* remove .* and they are computed again"
+    ):
+        kronecker_factors(open_index(idx), "data")
+    assert [each.kind for each in verify(idx)] == ["factors"]
+    code, out, _ = run(capsys, "index", "verify", idx)
+    assert (code, str(path) in out) == (1, True)
+    assert repair(idx) == []
+    kronecker_factors(open_index(idx), "data")
+    assert path.read_text() == text
+
+
+def test_a_view_that_lost_its_manifest_is_broken_and_goes(idx: Path) -> None:
+    home = idx / "views" / "response-at-start"
+    (home / "manifest.json").unlink()
+    with pytest.raises(
+        FinetraceError, match=r"manifest\.json: missing.* remove .*response-at-start and it is collected again"
+    ):
+        view(open_index(idx), "response", at="start")
+    assert [(each.path, each.kind) for each in verify(idx)] == [(home / "manifest.json", "manifest")]
+    assert repair(idx) == []
+    assert not home.exists()
+
+
 def test_a_broken_view_goes_and_broken_examples_are_left_with_what_to_do(idx: Path, capsys: Any) -> None:
     (idx / "views" / "response-at-start" / "manifest.json").write_text("{}")
     assert [each.kind for each in verify(idx)] == ["manifest"]

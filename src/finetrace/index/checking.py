@@ -15,7 +15,7 @@ from finetrace.index import adapter_file, factors, manifest, rows, shards
 from finetrace.index.appending import settle
 from finetrace.index.manifest import ShardRecord
 from finetrace.index.store import Index
-from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.view_folders import headless, remove_view, views_of
 from finetrace.index.views import model_of
 from finetrace.lock import writing
 from finetrace.moments import at_moment
@@ -59,7 +59,10 @@ def verify(folder: Path) -> list[Damage]:
         found.append(Damage(folder, wrong[0], "adapter", wrong[1]))
     for view in views_of(folder):
         if not (view / manifest.NAME).exists():
-            continue  # begun and not far enough to be told from nothing
+            if headless(view):
+                what = f"{view / manifest.NAME}: missing, so the whole view is of no use."
+                found.append(Damage(view, view / manifest.NAME, "manifest", what))
+            continue  # else begun and not far enough to be told from nothing
         try:
             there = manifest.read(view)
             found += _verify_one(view, there)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -93,6 +94,7 @@ def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
         "data_fingerprint": manifest.data_fingerprint,
         "adapter_fingerprint": manifest.model.adapter_fingerprint,
         "sha256": fingerprint.of_file(path(folder, labels)),
+        "blocks_sha256": _digest(records),
         "blocks": records,
     }
     write_atomically(path(folder, labels).with_suffix(".json"), json.dumps(about, indent=1).encode())
@@ -153,6 +155,13 @@ def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, Kronecke
             raise FinetraceError(f"{file}: these factors are of another adapter or data set; {remedy}")
         if fingerprint.of_file(file) != about["sha256"]:
             raise FinetraceError(f"{file}: these factors are broken (their checksum differs); {remedy}")
+        known = "blocks_sha256" not in about or about["blocks_sha256"] == _digest(
+            about["blocks"]
+        )  # older ones have none
+        if not known or [each["name"] for each in about["blocks"]] != [block.name for block in manifest.blocks]:
+            raise FinetraceError(
+                f"{file.with_suffix('.json')}: the blocks it names are not those of the index, so it is broken; {remedy}"
+            )
         tensors = load_file(str(file))
         return {
             record["name"]: KroneckerBasis(
@@ -162,6 +171,11 @@ def read(folder: Path, manifest: Manifest, labels: Labels) -> dict[str, Kronecke
         }
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise FinetraceError(f"{file}: these factors cannot be read ({error}); {remedy}") from error
+
+
+def _digest(records: list[dict[str, Any]]) -> str:
+    """The checksum of what is noted of the blocks."""
+    return hashlib.sha256(json.dumps(records).encode()).hexdigest()
 
 
 def _gradients(

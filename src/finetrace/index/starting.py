@@ -17,7 +17,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import SAVED
 from finetrace.index import adapter_file, manifest, rows, shards
 from finetrace.index.manifest import Manifest
-from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.view_folders import headless, remove_view, views_of
 from finetrace.models import Loaded, save_adapter
 
 MAY_DIFFER = ("shards", "lost", "left_out", "appended", "finetrace", "model.name")
@@ -25,11 +25,10 @@ MAY_DIFFER = ("shards", "lost", "left_out", "appended", "finetrace", "model.name
 
 def make_folder(folder: Path) -> None:
     """Make the folder; one that holds something else than an index, finished or not, is refused."""
-    known = (manifest.PART, lock.NAME)
     try:
         if (folder / manifest.NAME).exists():
             return
-        if folder.exists() and (not folder.is_dir() or any(path.name not in known for path in folder.iterdir())):
+        if folder.exists() and (not folder.is_dir() or headless(folder)):
             raise FinetraceError(
                 f"{folder}: there is something else already; choose another --out or empty the folder."
             )

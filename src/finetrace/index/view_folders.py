@@ -5,12 +5,21 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from finetrace.index import lock, manifest
+
 FOLDER = "views"
 
 
 def views_of(folder: Path) -> list[Path]:
     """The folders of an index's views, finished or not."""
     return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir())
+
+
+def headless(folder: Path) -> bool:
+    """Whether a folder has what comes after a manifest, and no manifest: it was lost, since it is the first to be written."""
+    if (folder / manifest.NAME).exists() or not folder.is_dir():
+        return False
+    return any(path.name not in (manifest.PART, lock.NAME) for path in folder.iterdir())
 
 
 def remove_view(folder: Path) -> None:

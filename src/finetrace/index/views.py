@@ -12,10 +12,10 @@ from finetrace.errors import FinetraceError
 from finetrace.index import factors
 from finetrace.index.build import build_index
 from finetrace.index.collecting import collect_shards
-from finetrace.index.manifest import JOURNAL, fold, read
+from finetrace.index.manifest import JOURNAL, NAME, fold, read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
-from finetrace.index.view_folders import FOLDER
+from finetrace.index.view_folders import FOLDER, headless
 from finetrace.lock import writing
 from finetrace.models import Loaded
 from finetrace.moments import Moment
@@ -32,6 +32,10 @@ def view(index: Index, loss_on: str, kronecker: Labels | None = None, at: Moment
     if positions == Positions.parse(index.manifest.encoding.loss_on) and at == own:
         return index
     folder = index.folder / FOLDER / (positions.slug if at == own else f"{positions.slug}-at-{at}")
+    if headless(folder):
+        raise FinetraceError(
+            f"{folder / NAME}: missing, so this view is broken; remove {folder} and it is collected again."
+        )
     if not Index.finished(folder):
         _refuse_changed(index)
         try:
