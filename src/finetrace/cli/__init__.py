@@ -10,6 +10,7 @@ import typer
 from finetrace._version import __version__
 from finetrace.cli import bench, clean, demo, doctor, finetune, index, methods, plan, study, tasks, trace, validate
 from finetrace.errors import FinetraceError
+from finetrace.reporting.cells import printable
 
 app = typer.Typer(
     name="finetrace",
@@ -51,7 +52,7 @@ def main() -> None:
     try:
         app()
     except FinetraceError as error:
-        typer.echo(f"finetrace: {error}", err=True)
+        typer.echo(f"finetrace: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     finally:
         _flush()

@@ -249,6 +249,7 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     from rich.text import Text
 
     from finetrace.evaluation.judging import RefusalPrefixJudge
+    from finetrace.reporting import cells
 
     assert isinstance(console, Console)
     table = Table(
@@ -257,14 +258,16 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
         title=f"behind them, by {' and '.join(ranked.methods)}",
         title_justify="left",
     )
-    for head in ("rank", "value", "id"):
-        table.add_column(
-            head, justify="right" if head != "id" else "left", no_wrap=True, max_width=14, overflow="ellipsis"
-        )
-    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=max(20, console.width - 36))
-    for place, row in enumerate(ranked.gone[:10], 1):
-        example = examples[row]
-        table.add_row(str(place), f"{ranked.values[row]:.2f}", Text(example.id), Text(" ".join(example.prompt.split())))
+    first = ranked.gone[:10]
+    free = max(34, console.width - 22)  # what rank, value and the spaces leave
+    ids = cells.names([examples[row].id for row in first], free - 20)
+    for head in ("rank", "value"):
+        table.add_column(head, justify="right", no_wrap=True)
+    table.add_column("id", overflow="fold", min_width=min(cells.width(ids), free // 2))
+    table.add_column("prompt", no_wrap=True, overflow="ellipsis", max_width=max(20, free - cells.width(ids)))
+    for place, (row, name) in enumerate(zip(first, ids, strict=True), 1):
+        prompt = cells.flat(examples[row].prompt)
+        table.add_row(str(place), f"{ranked.values[row]:.2f}", Text(name), Text(prompt))
     console.print(table)
     note = "value: mean over the bad answers of the score in robust standard deviations"
     if ranked.threshold is not None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
 import typer
 
 from finetrace.errors import FinetraceError
+from finetrace.reporting.cells import printable
 
 if TYPE_CHECKING:
     from finetrace.encoding import LengthReport
@@ -127,7 +128,7 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
 
 def say(text: str = "") -> None:
     """A line for the person, on standard error: standard output is for results."""
-    typer.echo(text, err=True)
+    typer.echo(printable(text), err=True)
 
 
 def listing(rows: Iterable[Sequence[str]]) -> None:

@@ -88,12 +88,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from finetrace.reporting.cells import printable
+
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     table.add_column("what", no_wrap=True)
     table.add_column("value", overflow="fold")
     for name, cells in _rows(plan):
         for i, cell in enumerate(cells):
-            table.add_row(name if i == 0 else "", escape(cell))
+            table.add_row(name if i == 0 else "", escape(printable(cell).replace("\n", " ")))
     console.print(table)
 
 

@@ -19,6 +19,7 @@ def show(results: Sequence[Result | RankedResult], format: str, top: int, oppone
 
     from rich.console import Console
 
+    from finetrace.reporting.cells import printable
     from finetrace.reporting.tables import print_methods, print_top
 
     if format == "json":
@@ -36,8 +37,8 @@ def show(results: Sequence[Result | RankedResult], format: str, top: int, oppone
         return
     console = Console()
     for row, query in enumerate(results[0].scores.queries):
-        console.print(f"\nasked:    {query.prompt}", markup=False, highlight=False, style="bold")
-        console.print(f"answered: {query.response}", markup=False, highlight=False)
+        console.print(f"\nasked:    {printable(query.prompt)}", markup=False, highlight=False, style="bold")
+        console.print(f"answered: {printable(query.response)}", markup=False, highlight=False)
         for result in results:
             console.print(f"\n{result.method.title}: proponents ({result.scores.unit})", markup=False, highlight=False)
             print_top(result.scores.top(top), row, console)

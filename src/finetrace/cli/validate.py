@@ -11,6 +11,7 @@ import typer
 
 from finetrace.cli import options
 from finetrace.errors import FinetraceError
+from finetrace.reporting.cells import printable
 
 if TYPE_CHECKING:
     from finetrace.finetune_config import FinetuneConfig
@@ -153,7 +154,7 @@ def validate(
         stronger = keep_verdict(index, found.verdict, command, basis(plan, len(opened)))
     console = Console()
     for sentence in found.verdict:
-        console.print(f"- {sentence}", markup=False, highlight=False)
+        console.print(f"- {printable(sentence)}", markup=False, highlight=False)
     print_validation(found.records, console)
     console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False)
     shown = (

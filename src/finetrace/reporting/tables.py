@@ -12,6 +12,8 @@ from rich.text import Text
 
 from finetrace.attribution import Top
 from finetrace.evaluation.intervals import Estimate
+from finetrace.reporting import cells
+from finetrace.reporting.cells import flat
 from finetrace.reporting.payload import ModelBehaviour
 from finetrace.tracing import RankedResult, Result
 from finetrace.units import many
@@ -45,21 +47,24 @@ def print_methods(results: Sequence[Result | RankedResult], console: Console) ->
 
 
 def print_top(top: Top, row: int, console: Console) -> None:
-    """The ranked examples of one query, texts cut to the width of the terminal."""
-    room = max(20, console.width - 42)  # what the other columns leave
+    """The ranked examples of one query: texts cut to the width of the terminal, ids and labels where texts had no room left."""
+    examples = [top.scores.train[column] for column in top.order[row]]
+    free = max(45, console.width - 27)  # what rank, score and the spaces leave
+    labels = cells.names([example.label or "-" for example in examples], max(9, free // 4))
+    ids = cells.names([example.id for example in examples], max(12, free - 20 - max(5, cells.width(labels))))
+    room = max(20, free - cells.width(ids) - max(5, cells.width(labels)))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     table.add_column("rank", justify="right", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("id", no_wrap=True, max_width=12, overflow="ellipsis")
-    table.add_column("label", no_wrap=True, max_width=9, overflow="ellipsis")
+    table.add_column("id", overflow="fold", min_width=min(cells.width(ids), free // 2))
+    table.add_column("label", overflow="fold", min_width=max(5, min(cells.width(labels), free // 4)))
     table.add_column("prompt / response", no_wrap=True, max_width=room, overflow="ellipsis")
-    for rank, (column, score) in enumerate(zip(top.order[row], top.values[row], strict=True), start=1):
-        example = top.scores.train[column]
+    for place, (example, score) in enumerate(zip(examples, top.values[row], strict=True)):
         texts = Group(
-            Text(_flat(example.prompt), no_wrap=True, overflow="ellipsis"),
-            Text(_flat(example.response), no_wrap=True, overflow="ellipsis", style="dim"),
+            Text(flat(example.prompt), no_wrap=True, overflow="ellipsis"),
+            Text(flat(example.response), no_wrap=True, overflow="ellipsis", style="dim"),
         )
-        table.add_row(str(rank), _score(float(score)), escape(example.id), escape(example.label or "-"), texts)
+        table.add_row(str(place + 1), _score(float(score)), Text(ids[place]), Text(labels[place]), texts)
     console.print(table)
     ahead = top.kind == "proponent"
     wrong = sum(bool(score <= 0 if ahead else score >= 0) for score in top.values[row])
@@ -84,10 +89,10 @@ def print_behaviour(models: Sequence[ModelBehaviour], judge: str, console: Conso
         if rate.low is not None and rate.high is not None:
             cell += f" {_interval(100 * rate.low, 100 * rate.high, '.0f')}"
         answer = model.answers[0][1] if model.answers else ""
-        table.add_row(escape(model.name), cell, Text(_flat(answer), no_wrap=True, overflow="ellipsis"))
+        table.add_row(escape(model.name), cell, Text(flat(answer), no_wrap=True, overflow="ellipsis"))
     console.print(table)
     if models and models[0].answers:
-        prompt = _flat(models[0].answers[0][0])
+        prompt = flat(models[0].answers[0][0])
         console.print(f'judge: {judge}; first prompt: "{prompt}"', style="dim", markup=False, highlight=False)
 
 
@@ -119,8 +124,3 @@ def _short(value: float) -> str:
 
 def _score(value: float) -> str:
     return f"{value:+.3f}" if 1e-3 <= abs(value) < 1e4 or value == 0 else f"{value:+.2e}"
-
-
-def _flat(text: str) -> str:
-    """One line, control characters shown as spaces: a data set must not move the cursor."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
