@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ import pytest
 from rich.console import Console
 
 from commands import run, tuned_index
+from finetrace.attribution import available
 from finetrace.attribution.scores import Top
 from finetrace.examples import Example
 from finetrace.reading import write_examples
@@ -59,6 +61,16 @@ def test_ids_that_differ_where_they_would_be_cut_are_whole() -> None:
     assert names(ids, 20) == ids
     text = "".join("".join(shown(ids, 80)).split())
     assert all(f"x{i}y" in text for i in range(3))
+
+
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_method_is_explained_within_the_terminal(width: int, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for name in available():
+        code, out, err = run(capsys, "methods", name)
+        assert code == 0, err
+        assert max(map(len, out.splitlines())) <= width
+        assert "".join((inspect.getdoc(available()[name]) or "").split()) in "".join(out.split())
 
 
 def test_control_characters_of_data_stay_out_of_the_terminal(tmp_path: Path, capsys: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typer
@@ -23,14 +24,19 @@ def methods(
     console = Console()
     if name is not None:
         method = make(name)
-        typer.echo(f"{method.label}\n\n{inspect.getdoc(type(method))}\n")
+        said = [method.label, "", *_wrapped(inspect.getdoc(type(method)) or "", console.width), ""]
         kinds = get_type_hints(type(method), include_extras=True)
         for field in dataclasses.fields(method):  # type: ignore[arg-type]
             value = getattr(method, field.name)
             known = value if value != "" else "that of the index"
-            typer.echo(f"  {field.name} = {known}    ({_type(kinds[field.name])})")
-        typer.echo(f"\nneeds: {', '.join(method.needs) or 'nothing'}\nunit:  {method.unit}")
-        typer.echo("sign:  positive = proponent (training on it makes the answer more likely)")
+            said += _hung(f"  {field.name} = {known}    ({_type(kinds[field.name])})", console.width, 6)
+        said += [
+            "",
+            f"needs: {', '.join(method.needs) or 'nothing'}",
+            *_hung(f"unit:  {method.unit}", console.width, 7),
+        ]
+        said += _hung("sign:  positive = proponent (training on it makes the answer more likely)", console.width, 7)
+        typer.echo("\n".join(said))
         return
     table = Table(box=None, pad_edge=False)
     table.add_column("method")
@@ -42,6 +48,22 @@ def methods(
     typer.echo(
         "\nfinetrace methods NAME shows the equation and the parameters;\n--method NAME:parameter=value sets them."
     )
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Paragraphs filled to the width; lines that are set in stay lines."""
+    lines: list[str] = []
+    for paragraph in text.split("\n\n"):
+        together = paragraph if "\n " in f"\n{paragraph}" else " ".join(paragraph.split("\n"))
+        for line in together.split("\n"):
+            lines += _hung(line, width, len(line) - len(line.lstrip()))
+        lines.append("")
+    return lines[:-1]
+
+
+def _hung(line: str, width: int, indent: int) -> list[str]:
+    """One line as several that fit, all but the first set in."""
+    return textwrap.wrap(line, width, subsequent_indent=" " * indent, break_on_hyphens=False)
 
 
 def _type(annotation: Any) -> str:
