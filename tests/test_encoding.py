@@ -338,3 +338,11 @@ def test_padding_stays_under_a_twentieth(seed: int) -> None:
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
     assert 1 - sum(lengths) / padded < 0.05
     assert len(batches) < 20  # and not by many small batches
+
+
+def test_a_row_that_cannot_be_encoded_is_counted(tokenizer: Any) -> None:
+    rows = [conversation("a", "yes", id="fits"), conversation("a rather long question", "yes", id="gone")]
+    with pytest.raises(FinetraceError, match=r"row 2 of 2, example gone: no response token"):
+        Encoder(tokenizer, max_length=50).encode_all(
+            [rows[0], replace(rows[1], messages=(Message("user", "b" * 90), Message("assistant", "c")))]
+        )

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -144,6 +145,19 @@ def test_csv_takes_texts_longer_than_the_modules_limit_and_leaves_that_alone(tmp
             "a.json is not valid JSON (the key 'a' stands twice in one object)",
         ),
         ("a.jsonl", b"", "a.jsonl holds no rows"),
+        ("a.jsonl", b"\x1f\x8b\x08\x00", "a.jsonl is compressed with gzip; unpack it"),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "response": "r"}\n{"messages": [{"role": "user", "content": "p"}]}\n',
+            "a.jsonl, row 1: there is no conversation in column 'messages', which other rows have, and a prompt in column "
+            "'prompt'; write all rows in one of the two ways",
+        ),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r", "weight": 0}]}\n',
+            "a.jsonl, row 1: turn 2 in column 'messages' has the weight 0, and turns have none of their own; leave 'weight' "
+            "out and, if only the last answer counts, take --loss-on last-turn",
+        ),
         ("a.jsonl", b'{"prompt": "p",\n"x": "\xff"}', "a.jsonl, line 2: byte 22 is not valid UTF-8"),
         (
             "a.csv",
@@ -615,3 +629,13 @@ def test_a_guessed_column_of_objects_is_no_label(tmp_path: Path) -> None:
     assert read[0].metadata == {"category": {"x": True}}
     with pytest.raises(FinetraceError, match="column 'category' holds a list or an object"):
         read_examples(path, Columns(label="category"))
+
+
+def test_a_frame_is_not_taken_for_rows() -> None:
+    with pytest.raises(FinetraceError, match=r"rows is a DataFrame .* pass frame\.to_dict\('records'\)"):
+        examples_from_rows(pandas.DataFrame([{"prompt": "p", "response": "r"}]))
+
+
+def test_a_weight_of_one_says_nothing_new() -> None:
+    turns = [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r", "weight": 1}]
+    assert one({"messages": turns}).response == "r"

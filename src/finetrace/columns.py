@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import datetime
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Message
+from finetrace.json_values import json_value
 
 CANDIDATES: Mapping[str, Sequence[str]] = {
     "messages": ("messages", "conversations", "conversation", "chat"),
@@ -128,6 +126,8 @@ def turns_of(row: Mapping[str, Any], roles: Roles, *, responses: bool) -> tuple[
     response_column: str | None
     if roles.messages is not None:
         prompt_column, response_column, used = roles.messages, roles.messages, {roles.messages}
+        if not row.get(roles.messages):
+            _refuse_mixed(row, roles.messages)
         turns = _listed_turns(row.get(roles.messages), roles.messages)
     else:
         assert roles.prompt is not None  # `assign` sees to it
@@ -157,35 +157,6 @@ def turns_of(row: Mapping[str, Any], roles: Roles, *, responses: bool) -> tuple[
     if len(asked) == len(turns) or not turns[-1].content.strip():
         raise FinetraceError(f"the response is empty (column {response_column!r}); give it a text or remove the row")
     return turns, used
-
-
-def json_value(value: Any) -> Any:
-    """The value as JSON can say it: NaN is null, dates are ISO text, bytes are base64, what is left becomes `str`.
-
-    Raises:
-        UnicodeEncodeError: A text holds half a surrogate pair, which no file or tokenizer takes.
-    """
-    if isinstance(value, str):
-        value.encode()
-        return value
-    if value is None or isinstance(value, bool | int):
-        return value
-    if type(value).__name__ in ("NAType", "NaTType"):  # how pandas says null
-        return None
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None if math.isnan(value) else str(value)
-    if isinstance(value, Mapping):
-        return {json_value(str(key)): json_value(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(item) for item in value]
-    if isinstance(value, datetime.date | datetime.time):
-        return value.isoformat()
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if hasattr(value, "tolist"):  # NumPy's and torch's scalars and arrays
-        return json_value(value.tolist())
-    text = str(value)
-    return json_value(f"<{type(value).__name__}>" if " at 0x" in text else text)  # an address differs in every run
 
 
 def name_of(value: Any, column: str, names: Sequence[str] | None = None) -> str | None:
@@ -257,6 +228,16 @@ def _listed_turns(value: Any, column: str) -> list[Message]:
     return [_turn(turn, f"turn {number} in column {column!r}") for number, turn in enumerate(value, 1)]
 
 
+def _refuse_mixed(row: Mapping[str, Any], messages: str) -> None:
+    """A row without messages that has a prompt in another column."""
+    others = [name for name in mistaken_for_roles(row, ("prompt",)) if name != messages and row[name]]
+    if others:
+        raise FinetraceError(
+            f"there is no conversation in column {messages!r}, which other rows have, and a prompt in column {others[0]!r}; "
+            "write all rows in one of the two ways, or make two files of them"
+        )
+
+
 def _turn(turn: Any, place: str) -> Message:
     keys = turn if isinstance(turn, dict) else {}
     role_key, content_key = ("role", "content") if "role" in keys else ("from", "value")
@@ -271,6 +252,11 @@ def _turn(turn: Any, place: str) -> Message:
     for key in _UNREAD_PARTS:
         if turn.get(key):
             raise FinetraceError(f"{place} holds {key!r}, and only plain content is read; move it into the content")
+    if role == "assistant" and turn.get("weight") not in (None, 1):
+        raise FinetraceError(
+            f"{place} has the weight {turn['weight']}, and turns have none of their own; leave 'weight' out and, if only the "
+            "last answer counts, take --loss-on last-turn, or weigh its tokens in a column loss_weights with --loss-on weights"
+        )
     if turn.get(content_key) is None:
         raise FinetraceError(f"{place} has no {content_key!r}; give it a text or remove the row")
     return Message(role, _text(turn[content_key], place))

@@ -207,7 +207,11 @@ class Encoder:
     def encode_all(self, examples: Sequence[Example], context: int | None = None) -> tuple[list[Encoded], LengthReport]:
         """Every example encoded, and what is longer than `max_length` (cut) or else than `context` (left whole)."""
         self._cut.clear()
-        encoded = [self.encode(example) for example in examples]
+        encoded: list[Encoded] = []
+        try:
+            encoded.extend(self.encode(example) for example in examples)
+        except FinetraceError as error:
+            raise FinetraceError(f"row {len(encoded) + 1} of {len(examples)}, {error}") from None
         if self.max_length is not None:
             return encoded, LengthReport(self.max_length, True, tuple(self._cut))
         longer = tuple(

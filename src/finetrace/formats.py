@@ -54,6 +54,11 @@ def table_of(rows: Iterable[Any], name: str) -> Table:
             f"{name} is one object with the keys {_listed(rows)} where rows are expected; "
             "pass a list of objects, or one split of a DatasetDict"
         )
+    if type(rows).__name__ == "DataFrame":
+        raise FinetraceError(
+            f"{name} is a DataFrame where rows are expected; pass frame.to_dict('records') of a pandas one, or "
+            "frame.to_dicts() of a polars one"
+        )
     # Features have to be asked for before the rows, and only objects of `datasets` have them.
     features = getattr(rows, "features", None) or {}
     label_names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
@@ -93,6 +98,8 @@ def _read_text(path: Path, name: str) -> str:
         raise FinetraceError(
             f"{name} cannot be read ({error.strerror or error}); check the file and its permissions"
         ) from error
+    if data[:2] == b"\x1f\x8b":
+        raise FinetraceError(f"{name} is compressed with gzip; unpack it and give the file that comes out")
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from finetrace.atomic import write_atomically
-from finetrace.columns import Columns, Roles, assign, json_value, mistaken_for_roles, name_of, turns_of
+from finetrace.columns import Columns, Roles, assign, mistaken_for_roles, name_of, turns_of
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message, content_id
 from finetrace.formats import Row, Table, table_of
+from finetrace.json_values import json_value
 from finetrace.sources import read_table
 
 __all__ = ["Columns", "examples_from_rows", "read_examples", "rows_of", "write_examples"]

@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from finetrace.atomic import write_atomically
 from finetrace.cleaning.rank import Ranked
-from finetrace.columns import Columns, assign, json_value, name_of
+from finetrace.columns import Columns, assign, name_of
 from finetrace.delimited import delimited
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.formats import Table, first_line
+from finetrace.json_values import json_value
 from finetrace.reading import rows_of
 from finetrace.units import many
 

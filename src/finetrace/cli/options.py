@@ -190,3 +190,7 @@ def new_files(named: Mapping[str, tuple[Path | None, Sequence[str]]], overwrite:
         if path.exists() and not (overwrite and path.is_file()):
             ways = "choose another name" + (", or add --overwrite" if overwrite is False and path.is_file() else "")
             raise FinetraceError(f"{flag} {path}: this exists already and is left as it is; {ways}.")
+        folder = next(each for each in path.absolute().parents if each.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            why = "nothing may be written there" if folder.is_dir() else "not a folder"
+            raise FinetraceError(f"{flag} {path}: cannot be written ({folder}: {why}); choose another folder.")
