@@ -309,6 +309,10 @@ def test_a_wrong_specification_is_named(spec, words):
 
 def test_top_bottom_and_files(problem, tmp_path):
     scores = make("gradcos").score(problem)
+    for listed in (scores.top, scores.bottom):
+        for k in (0, -1):
+            with pytest.raises(FinetraceError, match=f"the {k} strongest rows cannot be given; ask for 1 or more"):
+                listed(k)
     frame = scores.top(3).to_pandas()
     assert list(frame["rank"]) == [1, 2, 3] * problem.m
     first = scores.values[0]

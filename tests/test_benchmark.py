@@ -296,6 +296,7 @@ def test_the_summary_fits_the_terminal(finished, capsys):
     print_summary(finished[2], Console(width=80))
     out = capsys.readouterr().out
     assert "emotion, corrected: 15 rows, 5 queries, 2 seeds" in out
+    assert "random (control)" in " ".join(out.split())  # in words: a pipe has no colours
     assert max(map(len, out.splitlines())) <= 80
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetrace.attribution.method import Method
 from finetrace.attribution.problem import Problem
-from finetrace.attribution.scores import Top, about
+from finetrace.attribution.scores import Top, about, at_least_one
 from finetrace.attribution.streamed_gradient import StreamedMethod
 from finetrace.attribution.streaming import all_blocks
 from finetrace.errors import FinetraceError
@@ -116,7 +116,7 @@ class Ranked:
     def _top(self, kept: Strongest, k: int, kind: Any) -> Top:
         if k > kept.k and kept.k < len(self.train):
             raise FinetraceError(f"{self.method}: the {kept.k} strongest rows were kept, not {k}.")
-        return Top(self, kept.order[:, :k], kept.values[:, :k], kind)
+        return Top(self, kept.order[:, : at_least_one(k)], kept.values[:, :k], kind)
 
 
 def fits(problem: Problem, methods: int = 1) -> bool:

@@ -68,12 +68,12 @@ class Scores:
 
     def top(self, k: int) -> Top:
         """The k strongest proponents of each query, best first; ties in row order."""
-        order = np.argsort(-self.values, axis=1, kind="stable")[:, :k]
+        order = np.argsort(-self.values, axis=1, kind="stable")[:, : at_least_one(k)]
         return Top(self, order, np.take_along_axis(self.values, order, 1), "proponent")
 
     def bottom(self, k: int) -> Top:
         """The k strongest opponents of each query, most negative first; ties in row order."""
-        order = np.argsort(self.values, axis=1, kind="stable")[:, :k]
+        order = np.argsort(self.values, axis=1, kind="stable")[:, : at_least_one(k)]
         return Top(self, order, np.take_along_axis(self.values, order, 1), "opponent")
 
     def to_pandas(self) -> pd.DataFrame:
@@ -130,6 +130,13 @@ class Listed(Protocol):
     def computed(self) -> Mapping[str, Any]:
         """How."""
         ...
+
+
+def at_least_one(k: int) -> int:
+    """`k`, the number of strongest rows that are asked for."""
+    if k < 1:
+        raise FinetraceError(f"the {k} strongest rows cannot be given; ask for 1 or more.")
+    return k
 
 
 def about(scores: Listed) -> dict[str, Any]:

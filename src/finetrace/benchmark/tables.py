@@ -85,11 +85,13 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
             values = [_value(row, name) for name in ("accuracy", "coverage", "auroc")]
             gap = f"{row.beats_lexical.value:+.2f}" if row.beats_lexical else "-"
             cells = [*values, _cell(row, "auprc"), gap]
-            table.add_row(escape(row.title), *cells, style="dim" if row.control else "")
+            table.add_row(
+                escape(row.title) + (" (control)" if row.control else ""), *cells, style="dim" if row.control else ""
+            )
         console.print(table)
     over = "queries and seeds" if any(row.seeds > 1 for row in rows) else "queries of one seed"
     console.print(
-        f"low-high: 95% over {over}; dim: controls; the tables in files have every interval",
+        f"low-high: 95% over {over}; the tables in files have every interval",
         style="dim",
         highlight=False,
     )

@@ -25,8 +25,9 @@ class Representation:
         layer: 0 is the embedding, k the output of transformer layer k, the last one after the final norm; negative
             numbers count from the end, so -1 is what the vocabulary projection sees. A number between 0 and 1 is a share
             of the model's depth: 0.75 of 30 layers is layer 22.
-        pooling: `last-prompt` (the token from which the answer starts), `last-token` (the answer's end-of-turn token)
-            or `mean-response` (mean over the tokens of the loss).
+        pooling: `last-prompt` (the token from which the answer starts), `last-token` (the last token of the loss: the
+            answer's end-of-turn token, or the text's last token with the loss on all) or `mean-response` (mean over the
+            tokens of the loss).
     """
 
     layer: int | float = -1
