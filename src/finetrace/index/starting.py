@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from finetrace import arithmetic, fingerprint, lock
+from finetrace import arithmetic, fingerprint
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example

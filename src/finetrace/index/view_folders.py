@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from finetrace.index import lock, manifest
+from finetrace import lock
+from finetrace.index import manifest
 
 FOLDER = "views"
 
