@@ -57,7 +57,9 @@ def test_the_second_query_finds_what_the_first_kept(copied, features, spec, step
     again = make(spec).score(problem(copied, features, step=step))
     assert {path: path.stat().st_ino for path in kept(copied)} == before
     assert np.array_equal(first, again.values)
-    assert np.allclose(first, wanted, rtol=1e-12, atol=1e-12 * np.abs(wanted).max())
+    by_rows = spec.startswith("datainf") and step is None and features.gradients.dtype == torch.float32
+    near = 1e-6 if by_rows else 1e-12  # one product with float32 rows in place of two with inner products
+    assert np.allclose(first, wanted, rtol=near, atol=near * np.abs(wanted).max())
     if "exact" in spec:
         assert again.computed["residual"] < 1e-5
 

@@ -208,7 +208,8 @@ class Problem:
 
     def inner(self) -> Tensor:
         """(m, n) V G^T over the blocks, float64: the rows are multiplied where they are mapped, in one pass."""
-        if all(self.keeping.get(self.index, block.name) for block in self.blocks):  # multiplied for another method
+        held = [self.keeping.get(self.index, block.name) for block in self.blocks]
+        if all(each is not None and each.multiplied for each in held):  # for another method
             return torch.stack([products.cross for _, products in self.products()] or [self._nothing()]).sum(0)
         total = self._nothing()
         for run in adjacent(self.blocks):

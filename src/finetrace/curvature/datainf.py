@@ -19,7 +19,7 @@ class DataInf:
 
     D_i = 1 / (lambda + ||g_i||^2), by Sherman and Morrison.
 
-    V P G^T = [C - (C D) K / n] / lambda
+    V P G^T = [C - (C D) K / n] / lambda = V R^T with R = G P = [G - K D G / n] / lambda, which does not depend on V.
     """
 
     def __init__(self, of: Products, damping: float) -> None:
@@ -42,6 +42,17 @@ class DataInf:
             gram = self.of.kept_gram  # no solve: K's own rounding weighs as much as that of this product
             second = (weighted.to(gram.dtype) @ gram).double()
         return second.div_(-self.of.n).add_(self.of.cross).div_(self.damping)
+
+    def rows(self) -> Tensor:
+        """(n, d) R, in the precision of the gradients; where d < n, K D G is taken as G (G^T D G), linear in n."""
+        assert self.of.gradients is not None, "summed products carry no gradients"
+        train = self.of.gradients.train
+        weighted = self._weights.to(train.dtype)[:, None] * train
+        if self.of.gradients.width < self.of.n:
+            second = train @ (train.T @ weighted)
+        else:
+            second = self.of.kept_gram.to(train.dtype) @ weighted
+        return second.div_(-self.of.n).add_(train).div_(self.damping)
 
     def train_self(self) -> Tensor:
         """(n,) [K_ii - sum_j D_j K_ij^2 / n] / lambda."""

@@ -83,7 +83,7 @@ class Products:
         made = cls.__new__(cls)
         made.gradients = None
         made.kept = kept
-        made.kept_gram, made._small, made._query_sq = gram, (cross, train_sq), query_sq
+        made.kept_gram, made._cross, made._train_sq, made._query_sq = gram, cross, train_sq, query_sq
         return made
 
     @property
@@ -94,12 +94,12 @@ class Products:
     @property
     def cross(self) -> Tensor:
         """(m, n) C, float64."""
-        return self._small[0].double()
+        return self._cross.double()
 
     @property
     def train_sq(self) -> Tensor:
         """(n,) squared norms of the training gradients, float64."""
-        return self._small[1].double()
+        return self._train_sq.double()
 
     @property
     def query_sq(self) -> Tensor:
@@ -107,9 +107,14 @@ class Products:
         return self._query_sq.double()
 
     @property
+    def multiplied(self) -> bool:
+        """Whether C is known already."""
+        return "_cross" in vars(self)
+
+    @property
     def n(self) -> int:
         """Number of training examples."""
-        return len(self._small[1])
+        return len(self._train_sq)
 
     @cached_property
     def kept_gram(self) -> Tensor:
@@ -123,12 +128,13 @@ class Products:
         return self.kept.fetch("gram", make)
 
     @cached_property
-    def _small(self) -> tuple[Tensor, Tensor]:
+    def _cross(self) -> Tensor:
         query, parts = self._known.query, self._known.parts
-        cross = joined([query @ part.T for part in gathered(parts)], dim=1)  # one copy of rows at a time
-        return cross, self.kept.fetch(
-            "squares", lambda: joined([row_squares(part) for part in self._known.parts], dim=0)
-        )
+        return joined([query @ part.T for part in gathered(parts)], dim=1)  # one copy of rows at a time
+
+    @cached_property
+    def _train_sq(self) -> Tensor:
+        return self.kept.fetch("squares", lambda: joined([row_squares(part) for part in self._known.parts], dim=0))
 
     @cached_property
     def _query_sq(self) -> Tensor:

@@ -34,6 +34,7 @@ LIMIT = 2 << 30  # bytes
 HEADER = 512  # bytes of a file's header at most, beside
 NAMED = 256  # those for each of its tensors
 STALE = 3600.0  # seconds after which a file that was never finished is removed
+ROWS = "rows"  # in the name of files that are left mapped
 
 _compared: dict[Path, tuple[int, int, int]] = {}  # files whose checksum this process compared, as they were then
 
@@ -51,6 +52,7 @@ class Cache:
         self.folder = index / FOLDER
         self.limit = limit
         self._needed: set[Path] = set()
+        self._refused = False  # the disk took no rows
         shards = [(shard.start, shard.stop, shard.sha256) for shard in manifest.shards]
         about = [FORMAT, __version__, manifest.data_fingerprint, manifest.feature_dtype, shards]
         self._about = json.dumps(about)
@@ -63,8 +65,7 @@ class Cache:
         self, name: str, blocks: Sequence[Block], make: Callable[[], Mapping[str, Tensor]], **depends: Any
     ) -> dict[str, Tensor]:
         """The same for several tensors that are made together."""
-        key = json.dumps([self._about, name, [(b.name, b.shape, b.offset) for b in blocks], depends], sort_keys=True)
-        path = self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+        path = self._path(name, blocks, depends)
         found = self._read(path)
         if found is not None:
             return found
@@ -72,11 +73,30 @@ class Cache:
         self._write(path, made)
         return made
 
-    def _read(self, path: Path) -> dict[str, Tensor] | None:
-        """The tensors of a file, copied; `None` where it is not there, or not what was written.
+    def fetch_rows(
+        self, name: str, blocks: Sequence[Block], make: Callable[[], Tensor], size: int, **depends: Any
+    ) -> Tensor | None:
+        """A tensor of `size` bytes, about as many as the gradients have, mapped where it is kept.
 
-        Its checksum is compared when this process first reads it, and again once it is another file. They are not left
-        mapped: on shared storage another machine may remove the file.
+        `None` where it cannot be kept: it takes longer to make than to do without.
+        """
+        path = self._path(name, blocks, depends)
+        found = self._read(path, mapped=True)
+        if found is None and not self._refused and self._ready(size + HEADER + NAMED):
+            self._write(path, {ROWS: make()})
+            found = self._read(path, mapped=True)
+            self._refused = found is None
+        return None if found is None else found[ROWS]
+
+    def _path(self, name: str, blocks: Sequence[Block], depends: Mapping[str, Any]) -> Path:
+        key = json.dumps([self._about, name, [(b.name, b.shape, b.offset) for b in blocks], depends], sort_keys=True)
+        return self.folder / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+
+    def _read(self, path: Path, *, mapped: bool = False) -> dict[str, Tensor] | None:
+        """The tensors of a file; `None` where it is not there, or not what was written.
+
+        Its checksum is compared when this process first reads it, and again once it is another file. They are copied, since on
+        shared storage another machine may remove the file, or left `mapped`: such a file stays for a while (`_make_room`).
         """
         try:
             before = _identity(path)
@@ -88,7 +108,7 @@ class Cache:
             ):
                 self._used(path, before)
                 self._needed.add(path)
-                return {name: tensor.clone() for name, tensor in tensors.items()}
+                return tensors if mapped else {name: tensor.clone() for name, tensor in tensors.items()}
         except (
             OSError,
             SafetensorError,
@@ -111,13 +131,10 @@ class Cache:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         """Keep them, if there is room and the folder can be written."""
         size = HEADER + sum(NAMED + tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        if size > self.limit // 2:
+        if not self._ready(size):
             return
         part = path.with_name(f".{uuid.uuid4().hex}.part")
         try:
-            self.folder.mkdir(exist_ok=True)
-            if not self._make_room(size):
-                return
             arrays = {name: np.ascontiguousarray(tensor.detach().cpu().numpy()) for name, tensor in tensors.items()}
             part.write_bytes(save(arrays, metadata={"format": FORMAT, "xxh3": _checksum(tensors)}))
             part.replace(path)
@@ -128,10 +145,20 @@ class Cache:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
 
+    def _ready(self, size: int) -> bool:
+        """Whether a file of so many bytes may be written; room is made for it."""
+        if size > self.limit // 2:
+            return False
+        try:
+            self.folder.mkdir(exist_ok=True)
+            return os.access(self.folder, os.W_OK) and self._make_room(size)
+        except OSError:
+            return False
+
     def _make_room(self, size: int) -> bool:
         """Remove what was used longest ago until `size` more bytes fit, and what a killed process left.
 
-        Nothing is removed where that would not do: what is needed now stays.
+        Nothing is removed where that would not do: what is needed now stays, and for an hour what others may have mapped.
         """
         taken, files = 0, []
         for path in self.folder.iterdir():
@@ -141,7 +168,8 @@ class Cache:
                     path.unlink()
                 elif path.suffix == ".safetensors":
                     taken += about.st_size
-                    if path not in self._needed:
+                    mapped = ROWS in path.name and time.time() - about.st_mtime < STALE
+                    if path not in self._needed and not mapped:
                         files.append((about.st_mtime, about.st_size, path))
         excess = taken + size - self.limit
         if excess > sum(bytes_ for _, bytes_, _ in files):
