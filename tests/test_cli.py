@@ -13,7 +13,7 @@ import pytest
 from commands import run
 from finetrace.attribution import make
 from finetrace.cli.trace import TRACED
-from finetrace.reading import write_examples
+from finetrace.reading import read_examples, write_examples
 from finetrace.tracing import BEST
 from tiny import make_examples, make_llama, save_base, with_lora
 
@@ -89,7 +89,10 @@ def test_trace_writes_json_csv_parquet_scores_and_a_report(index, place, capsys,
     document = json.loads(out)
     assert len(document["records"]) == 2 * 3 * 4
     assert document["config"][0]["sign"].startswith("positive = proponent")
-    assert len(pd.read_parquet(tmp_path / "r.parquet")) == 24
+    assert [row["id"] for row in document["queries"]] == [row.id for row in read_examples(place / "queries.jsonl")]
+    table = pd.read_parquet(tmp_path / "r.parquet")
+    assert len(table) == 24
+    assert table.attrs["queries"] == document["queries"]
     assert len(pd.read_csv(tmp_path / "s.csv")) == 3 * 12
     assert "Not validated" in (tmp_path / "r.html").read_text()
     written = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -116,6 +119,7 @@ def test_the_model_answers_what_is_asked(index, capsys):
         assert json.loads(out)["records"][0]["query"] == "ask"
     code, out, err = run(capsys, "trace", "--index", index, "--ask", "abc", "--answer", "de", "--format", "json")
     assert code == 0, err
+    assert json.loads(out)["queries"] == [{"id": "ask", "prompt": "abc", "response": "de"}]
 
 
 def test_every_method_traces(index, place, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -192,10 +192,12 @@ def _or_null(cell: Any) -> Any:
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
-def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`)."""
+def write_frame(
+    frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]], **more: Any
+) -> None:
+    """Write a table as .parquet, .csv or .json (`{"config": about, "records": [...]}`), with `more` beside `config`."""
     if path.suffix == ".parquet":
-        frame.attrs = {"config": about}
+        frame.attrs = dict[Hashable, Any]({"config": about}, **more)
         content = frame.to_parquet(index=False)
     elif path.suffix == ".csv":
         content = as_csv(frame).encode()
@@ -203,7 +205,7 @@ def write_frame(frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequ
         names = list(frame.columns)
         rows = frame.itertuples(index=False, name=None)
         records = [{name: _or_null(cell) for name, cell in zip(names, row, strict=True)} for row in rows]
-        content = json.dumps({"config": about, "records": records}, indent=1).encode()
+        content = json.dumps({"config": about, **more, "records": records}, indent=1).encode()
     else:
         raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
     try:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from finetrace.json_values import json_value
+
 if TYPE_CHECKING:
     from finetrace.index.store import Index
     from finetrace.tracing import RankedResult, Result
@@ -23,7 +25,8 @@ def show(results: Sequence[Result | RankedResult], format: str, top: int, oppone
     from finetrace.reporting.tables import print_methods, print_top
 
     if format == "json":
-        document = {"config": [r.scores.describe() for r in results], "records": _records(results, top, opponents)}
+        config, asked = [r.scores.describe() for r in results], _asked(results)
+        document = {"config": config, "queries": asked, "records": _records(results, top, opponents)}
         typer.echo(json.dumps(document, indent=1))
         return
     if format == "csv":
@@ -58,6 +61,13 @@ def _records(results: Sequence[Result | RankedResult], top: int, opponents: bool
     return records
 
 
+def _asked(results: Sequence[Result | RankedResult]) -> list[dict[str, Any]]:
+    """The queries with their answers, the model's own ones too, as `read_examples` reads them again."""
+    from finetrace.reading import rows_of
+
+    return [json_value(row) for row in rows_of(results[0].scores.queries, "the queries")]
+
+
 def write_ranked(results: Sequence[Result | RankedResult], out: Path, top: int, opponents: bool) -> None:
     """The ranked rows as a file."""
     import pandas as pd
@@ -65,7 +75,7 @@ def write_ranked(results: Sequence[Result | RankedResult], out: Path, top: int, 
     from finetrace.attribution.scores import write_frame
 
     frame = pd.DataFrame.from_records(_records(results, top, opponents))
-    write_frame(frame, out, [result.scores.describe() for result in results])
+    write_frame(frame, out, [result.scores.describe() for result in results], queries=_asked(results))
     typer.echo(f"ranked rows: {out}", err=True)
 
 
