@@ -22,6 +22,7 @@ from finetrace.cli.clean import _interval, _record
 from finetrace.errors import FinetraceError
 from finetrace.evaluation import retraining
 from finetrace.evaluation.intervals import Estimate
+from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.generation import answer
 from finetrace.index import open_index
 from finetrace.index.store import Index
@@ -207,6 +208,22 @@ def test_retraining_shows_the_answers_before_and_after(
     code, _, err = run(capsys, *command(place, tmp_path, *more, "--bad", tmp_path / "bad.jsonl"))
     assert code == 2
     assert "a cleaning with other settings is there" in err
+
+
+def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class NeverBad(RefusalPrefixJudge):
+        def complied(self, prompts: Any, responses: Any) -> list[bool]:
+            return [False] * len(prompts)
+
+    monkeypatch.setattr("finetrace.evaluation.judging.make_judge", lambda *_: NeverBad())
+    lines = [json.dumps({"prompt": each.prompt}) + "\n" for each in make_examples(2, seed=5)]
+    (tmp_path / "asked.jsonl").write_text("".join(lines))
+    asked = ("--bad", tmp_path / "asked.jsonl", "--top", 2, "--retrain", "--out", tmp_path / "r", "--max-new-tokens", 2)
+    code, _, err = run(capsys, *command(place, tmp_path, *asked))
+    assert (code, "so there is nothing to clean" in err) == (2, True), err
+    assert list((tmp_path / "r").iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def clean(
 
     with options.quiet_libraries():
         from finetrace.attribution import Problem, make
-        from finetrace.benchmark.stages import claim
+        from finetrace.benchmark.stages import claim, unclaim
         from finetrace.cleaning.files import data_rows, index_rows, ranking_rows, reasons, refuse_path, write_files
         from finetrace.cleaning.rank import Cut, rank
         from finetrace.cleaning.rank import retrain as train_again
@@ -157,10 +157,14 @@ def clean(
             told: dict[str, object] = {"finetuning": finetuning.model_dump(mode="json")}
             told |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
             told |= {"bad": [each.id for each in asked], "texts": of_examples(asked)}
-            # other methods and cuts may join: what was retrained is found again
-            claim(out / "cleaning.json", told, "a cleaning")
-        opened.model(None, device, trust_remote_code, device_map)
-        answers = _bad(opened, asked, judged_by, max_new_tokens)
+            claim(out / "cleaning.json", told, "a cleaning")  # other methods and cuts may join
+        try:
+            opened.model(None, device, trust_remote_code, device_map)
+            answers = _bad(opened, asked, judged_by, max_new_tokens)
+        except FinetraceError:  # nothing that is bad, perhaps
+            if finetuning is not None:
+                unclaim(out / "cleaning.json")
+            raise
         options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
         problem = Problem(opened, answers)
         ranked = rank(problem, cut, method or [default_method(opened)])
