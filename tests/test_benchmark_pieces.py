@@ -78,6 +78,7 @@ def test_the_ablation_is_drawn(tmp_path):
     assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
 
 
+@pytest.mark.slow
 def test_the_ablation_names_every_choice_of_tokens(tmp_path, monkeypatch):
     made = [make(spec) for spec in ABLATION]
     rows = [

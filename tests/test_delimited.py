@@ -14,7 +14,7 @@ import pytest
 from finetrace.attribution import Scores, make
 from finetrace.attribution.scores import write_frame
 from finetrace.cleaning.files import Rows, write_files
-from finetrace.cli.trace import _print
+from finetrace.cli.traced import show
 from finetrace.delimited import delimited
 from finetrace.examples import Example
 from finetrace.reading import read_examples
@@ -47,7 +47,7 @@ def test_traced_rows_read_back(tmp_path: Path, capsys: Any) -> None:
     train = tuple(Example.from_prompt(text + "?", text + ".", id=str(i)) for i, text in enumerate(TEXTS))
     scores = Scores(np.array([np.geomspace(1, 1e-12, len(TEXTS))]), train[:1], train, "bm25", "")
     write_frame(scores.top(len(TEXTS)).to_pandas(), tmp_path / "r.csv", {})
-    _print([Result(make("bm25"), scores, {})], "csv", len(TEXTS), False)
+    show([Result(make("bm25"), scores, {})], "csv", len(TEXTS), False)
     for found in (pd.read_csv(tmp_path / "r.csv"), pd.read_csv(io.BytesIO(capsys.readouterr().out.encode()))):
         assert found["prompt"].tolist() == [each.prompt for each in train]
         assert found["response"].tolist() == [each.response for each in train]

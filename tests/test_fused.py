@@ -269,7 +269,7 @@ def merged() -> Any:
         (lambda: with_lora(make_llama(hidden_act="gelu")), None),
         (lambda: with_lora(make_llama().half()), None),
         (hooked, None),
-        (merged, None),
+        (merged, ["down_proj"]),
     ],
 )
 def test_what_is_not_known_goes_the_general_way(build: Any, modules: Any) -> None:

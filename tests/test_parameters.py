@@ -138,6 +138,7 @@ def test_pairs_are_of_the_last_epochs() -> None:
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx((1, 1))
 
 
+@pytest.mark.slow
 def test_the_quick_study_on_a_tiny_model(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
     setting = Setting(True, 1, str(base), "float32", "cpu")

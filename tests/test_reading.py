@@ -563,7 +563,10 @@ def test_writing_leaves_what_is_there(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ([Example.from_prompt("p", "r", id="x")] * 2, "row 2: the id 'x' is already that of row 1"),
         ([Example(" ", CHAT)], "row 1: the example has an empty id"),
-        ([Example.from_prompt("p", "\ud83d", id="x")], "row 1: character 1 is half of a surrogate pair"),
+        (
+            [Example("x", (Message("user", "p"), Message("assistant", "\ud83d")))],
+            "row 1: character 1 is half of a surrogate pair",
+        ),
     ],
 )
 def test_examples_that_cannot_be_kept(tmp_path: Path, examples: list[Example], sentence: str) -> None:

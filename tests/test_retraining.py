@@ -360,7 +360,8 @@ def test_mean_losses_do_not_hang_on_the_batch(base_folder: Path) -> None:
     torch.testing.assert_close(together, alone, rtol=1e-9, atol=0)
 
 
-@pytest.mark.parametrize("name", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["processes", "ray"])
 def test_every_engine_gives_the_same_retrainings(name: Any, base_folder: Path, tmp_path: Path) -> None:
     if name == "ray":
         pytest.importorskip("ray", reason="ray is not installed: pip install 'finetrace[cluster]'")

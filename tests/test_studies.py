@@ -85,6 +85,7 @@ def test_the_spectrum_is_that_of_the_gradients(setting: Setting, tmp_path: Path)
     assert set(frame["block"]) == {"joint", *(block.name for block in found.problem.blocks)}
 
 
+@pytest.mark.slow
 def test_more_terms_of_the_series_are_nearer_to_exact(setting: Setting, tmp_path: Path) -> None:
     run(ITERATIONS, tmp_path / "i", setting, quiet)
     records = results(tmp_path / "i")

@@ -247,6 +247,7 @@ def test_a_study_that_measures_seconds_takes_no_workers(tmp_path: Path, capsys: 
     assert [study.name for study in STUDIES.values() if study.spread == "timed"] == ["approximation"]
 
 
+@pytest.mark.slow
 def test_the_command_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, carried: Engine
 ) -> None:
