@@ -1,4 +1,5 @@
-"""Collection against the study's released loop: python benchmarks/released_loop.py [--rows 24] [--rounds 3] [--task grammars].
+"""Collection against the study's released loop: python benchmarks/released_loop.py [--rows 24] [--rounds 3] [--task grammars]
+[--dtype float32].
 
 The loop is a literal one: one example at a time, padded to 128 tokens, every position of the window in the loss, logits at
 all of them, float32, the gradient of every adapter matrix copied out. Against it stands an index that is written to disk, in
@@ -26,6 +27,7 @@ from finetrace.models import Loaded
 from finetrace.tasks import build
 
 WINDOW = 128
+DTYPES = ("float32", "bfloat16")
 
 
 def loop(loaded: Loaded, examples: list[Example]) -> list[dict[str, Tensor]]:
@@ -71,20 +73,22 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--task", default="grammars")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="of the index; both if not given")
     args = parser.parse_args()
     rows = list(build(args.task).train)
     examples = rows[:: max(1, len(rows) // args.rows)][: args.rows]
-    models = {dtype: with_adapter(dtype) for dtype in ("float32", "bfloat16")}
+    models = {dtype: with_adapter(dtype) for dtype in args.dtype or DTYPES}
+    plain = models["float32"] if "float32" in models else with_adapter("float32")
     for loaded in models.values():  # warm up
         index(loaded, examples[:2])
-    loop(models["float32"], examples[:1])
-    times: dict[str, list[tuple[float, float]]] = {"loop": [], "float32": [], "bfloat16": []}
+    loop(plain, examples[:1])
+    times: dict[str, list[tuple[float, float]]] = {"loop": [], **{dtype: [] for dtype in models}}
     for _ in range(args.rounds):
-        times["loop"].append(seconds(lambda: loop(models["float32"], examples)))
+        times["loop"].append(seconds(lambda: loop(plain, examples)))
         for dtype, loaded in models.items():
             times[dtype].append(seconds(lambda model=loaded: index(model, examples)))  # type: ignore[misc]
     base = statistics.median(clock for clock, _ in times["loop"])
-    encoder = Encoder(models["float32"].tokenizer)
+    encoder = Encoder(plain.tokenizer)
     tokens = statistics.mean(len(item.ids) for item in encoder.encode_all(examples)[0])
     print(
         f"{args.task}, {len(examples)} rows of {tokens:.0f} tokens, {torch.get_num_threads()} threads, {args.rounds} "
