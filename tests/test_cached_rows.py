@@ -29,7 +29,7 @@ def rows_of(copied) -> list[Path]:  # noqa: F811
 
 def near(found, wanted, features) -> bool:  # noqa: F811
     """To some units of the gradients' precision."""
-    precision = 1e3 * torch.finfo(features.gradients.dtype).eps
+    precision = 30 * torch.finfo(features.gradients.dtype).eps
     return np.allclose(found, wanted, rtol=precision, atol=precision * np.abs(wanted).max())
 
 

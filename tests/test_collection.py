@@ -26,6 +26,7 @@ from finetrace.encoding import Encoded, Encoder
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, example_losses, token_losses
 from tiny import (
+    SMALL,
     VOCABULARY,
     conversation,
     make_encoded,
@@ -205,18 +206,7 @@ SHARED_MODEL = with_lora(make_llama())
     ids=lambda config: config.model_type,
 )
 def test_scaled_and_capped_logits(config: Any) -> None:
-    small = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 128,
-        "pad_token_id": 0,
-        "initializer_range": 0.3,
-    }
-    for key, value in small.items():
+    for key, value in {**SMALL, "max_position_embeddings": 128}.items():
         setattr(config, key, value)
     if config.model_type == "gemma2":
         config.layer_types = ["sliding_attention", "full_attention"]

@@ -22,6 +22,16 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 VOCABULARY = 260  # one token a byte, and the special ones
+SMALL: dict[str, Any] = {  # of the configuration of a model
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.3,
+}
 
 
 def make_tokenizer(template: str | None = CHATML) -> PreTrainedTokenizerFast:

@@ -55,10 +55,8 @@ def table_of(rows: Iterable[Any], name: str) -> Table:
             "pass a list of objects, or one split of a DatasetDict"
         )
     if type(rows).__name__ == "DataFrame":
-        raise FinetraceError(
-            f"{name} is a DataFrame where rows are expected; pass frame.to_dict('records') of a pandas one, or "
-            "frame.to_dicts() of a polars one"
-        )
+        ways = "frame.to_dict('records') of a pandas one, or frame.to_dicts() of a polars one"
+        raise FinetraceError(f"{name} is a DataFrame where rows are expected; pass {ways}")
     # Features have to be asked for before the rows, and only objects of `datasets` have them.
     features = getattr(rows, "features", None) or {}
     label_names = {column: feature.names for column, feature in features.items() if hasattr(feature, "names")}
