@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from finetrace.batching import length_batches
 from finetrace.encoding import PLAIN_TEMPLATE, Encoded, Encoder, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
+from finetrace.reading import examples_from_rows, read_examples
 from tiny import CHATML, conversation, make_tokenizer
 
 ALTERNATING = (
@@ -346,3 +348,19 @@ def test_a_row_that_cannot_be_encoded_is_counted(tokenizer: Any) -> None:
         Encoder(tokenizer, max_length=50).encode_all(
             [rows[0], replace(rows[1], messages=(Message("user", "b" * 90), Message("assistant", "c")))]
         )
+
+
+def test_a_row_of_a_file_that_cannot_be_encoded_is_named_by_file_and_row(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text(
+        '{"prompt": "a", "response": "yes"}\n\n{"prompt": "%s", "response": "c", "id": "gone"}\n' % ("b" * 90)
+    )
+    rows = read_examples(path)
+    named = re.escape(f"{path}, row 3, example gone: ")
+    with pytest.raises(FinetraceError, match=f"^{named}no response token"):
+        Encoder(tokenizer, max_length=50).encode_all(examples_from_rows(rows))
+    with pytest.raises(FinetraceError, match=f"^{named}--loss-on weights wants"):
+        Encoder(tokenizer, loss_on="weights").encode_all([rows[1].with_response("no")])
+    unplaced = replace(rows[1], place="")
+    assert unplaced == rows[1]
+    assert unplaced.named == "example gone"

@@ -150,12 +150,12 @@ class Encoder:
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt through the opening of the assistant's turn, as generation starts from them."""
         turns = example.messages[:-1] if example.has_response else example.messages
-        text = self.render(turns, ask=True, where=f"example {example.id}")
+        text = self.render(turns, ask=True, where=example.named)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, example: Example) -> Encoded:
         """Ids and weights of one example that has a response; raises `FinetraceError` naming it where that fails."""
-        where = f"example {example.id}"
+        where = example.named
         if not example.has_response:
             raise FinetraceError(
                 f"{where}: the last turn is not an assistant's answer; give it a response or remove it."
@@ -211,7 +211,8 @@ class Encoder:
         try:
             encoded.extend(self.encode(example) for example in examples)
         except FinetraceError as error:
-            raise FinetraceError(f"row {len(encoded) + 1} of {len(examples)}, {error}") from None
+            place = "" if examples[len(encoded)].place else f"row {len(encoded) + 1} of {len(examples)}, "
+            raise FinetraceError(f"{place}{error}") from None
         if self.max_length is not None:
             return encoded, LengthReport(self.max_length, True, tuple(self._cut))
         longer = tuple(
@@ -274,7 +275,7 @@ def _own_weights(example: Example, tokens: int) -> NDArray[np.float64]:
     if not numbers or not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
         count = f"{len(given)} values" if isinstance(given, (list, tuple)) else "none"
         raise FinetraceError(
-            f"example {example.id}: --loss-on weights wants a column loss_weights with {tokens} numbers of at least 0, one "
+            f"{example.named}: --loss-on weights wants a column loss_weights with {tokens} numbers of at least 0, one "
             f"for each token of the last answer and its end-of-turn token; there are {count}."
         )
     return weights

@@ -27,12 +27,14 @@ class Example:
         messages: The turns, in order; a complete example ends with an assistant turn.
         label: Class of the example, where the data has one.
         metadata: Every other column of the row.
+        place: File and row that it was read from, for errors; two examples that differ in this alone are equal.
     """
 
     id: str
     messages: tuple[Message, ...]
     label: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", repr=False, compare=False)
 
     @classmethod
     def from_prompt(
@@ -51,6 +53,11 @@ class Example:
         if response is not None:
             messages.append(Message("assistant", response))
         return cls(id or content_id(messages), tuple(messages), label, dict(metadata or {}))
+
+    @property
+    def named(self) -> str:
+        """How an error calls it: by file and row, where it was read from one, and by its id."""
+        return f"{self.place}, example {self.id}" if self.place else f"example {self.id}"
 
     @property
     def has_response(self) -> bool:
@@ -73,7 +80,7 @@ class Example:
     def with_response(self, response: str) -> Example:
         """The same id, label and metadata, the conversation answered by `response`."""
         turns = self.messages[:-1] if self.has_response else self.messages
-        return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata)
+        return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata, self.place)
 
 
 def refuse_no_text(what: str, text: str) -> None:

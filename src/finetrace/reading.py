@@ -212,7 +212,9 @@ def _checked(examples: list[Example], name: str, responses: bool) -> list[Exampl
         _Draft(number, None if e.id == content_id(e.messages) else e.id, e.messages, e.label, e.metadata)
         for number, e in enumerate(examples, 1)
     ]
-    return _with_ids(drafts, name)
+    return [
+        replace(new, place=old.place or new.place) for new, old in zip(_with_ids(drafts, name), examples, strict=True)
+    ]
 
 
 def _with_ids(drafts: Sequence[_Draft], name: str) -> list[Example]:
@@ -234,7 +236,7 @@ def _with_ids(drafts: Sequence[_Draft], name: str) -> list[Example]:
                 copies[base] = copies.get(base, 1) + 1
                 id = f"{base}-{copies[base]}"
             taken.add(id)
-        examples.append(Example(id, draft.messages, draft.label, draft.metadata))
+        examples.append(Example(id, draft.messages, draft.label, draft.metadata, f"{name}, row {draft.row}"))
     return examples
 
 
