@@ -207,12 +207,13 @@ class Index:
 def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -> None:
     """Raise `FinetraceError` where a model's fingerprints are not those of an index."""
     record = about.model
+    as_it_was = f"use {record.name} as it was when the index was built"
     facts: tuple[tuple[str, str | None, str | None, str], ...] = (
         (
             "base model",
             record.base_fingerprint,
             fingerprint.of_base(loaded.model),
-            "open it with the model it was built with",
+            as_it_was,
         ),
         (
             "adapter",
@@ -233,11 +234,10 @@ def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -
             (fingerprint.SCALING, record.scaling_fingerprint, scaling, "open it with the adapter it was built with"),
         )
     if record.embeddings_fingerprint is not None and (embeddings := fingerprint.of_embeddings(loaded.model)):
-        remedy = "open it with the model it was built with"
-        facts += ((fingerprint.EMBEDDINGS, record.embeddings_fingerprint, embeddings, remedy),)
+        facts += ((fingerprint.EMBEDDINGS, record.embeddings_fingerprint, embeddings, as_it_was),)
     if other := arithmetic.apart(record.settings or {}, arithmetic.settings_of(loaded.model)):
         raise FinetraceError(
-            f"{folder}: the index was built with another {arithmetic.NAME}, {other}; open it with the model it was built with, "
+            f"{folder}: the index was built with another {arithmetic.NAME}, {other}; {as_it_was}, "
             "or build the index again."
         )
     for what, was, now, remedy in facts:
