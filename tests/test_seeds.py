@@ -136,6 +136,15 @@ def test_all_equal_is_the_interval_over_queries(value):
     assert (same.value, same.low < 0 < same.high) == (0, True)
 
 
+def test_paired_differences_of_draws_count_queries_not_seeds(values):
+    draws = np.stack([values, values[::-1]])  # (2, 3, 4)
+    one_draw = paired_crossed(draws[:1], draws[:1] ** 2)
+    assert one_draw.n == 4
+    assert one_draw.value == pytest.approx(np.mean(values - values**2))
+    flat = np.ones((2, 3, 20))
+    assert paired_crossed(flat, flat) == paired_difference(flat[0, 0], flat[0, 0])
+
+
 def test_equal_differences_come_from_the_cells_that_both_have():
     first = np.array([[0.5, 0.9, 0.3], [0.7, np.nan, 0.4]])
     second = first - 0.25

@@ -47,17 +47,18 @@ def paired_crossed(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of a - b, both (seeds, queries), with an interval over both; what both methods share cancels."""
+    """Mean of a - b, both (seeds, queries) or (draws, seeds, queries), as `bootstrap_crossed`; what both share cancels."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise FinetraceError(
             f"a paired difference needs the same seeds and queries, not {first.shape} and {second.shape}."
         )
     difference = _cells(first - second)
-    if len(difference) == 1 or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
-        there = np.isfinite(first - second)
-        both = [np.where(there, each, np.nan)[:, there.any(0)] for each in (first, second)]
-        means = [np.nanmean(each, axis=0) for each in both]
+    alone = difference.size == difference.shape[-1]
+    if alone or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
+        there, others = np.isfinite(first - second), _others(difference)
+        both = [np.where(there, each, np.nan)[..., there.any(others)] for each in (first, second)]
+        means = [np.nanmean(each, axis=others) for each in both]
         return paired_difference(means[0], means[1], bounds=bounds, level=level, resamples=resamples, seed=seed)
     return bootstrap_crossed(difference, bounds=bounds, level=level, resamples=resamples, seed=seed)
 
