@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import SHARE, Bounds, Estimate, bootstrap_mean, paired_difference
+from finetrace.evaluation.intervals import SHARE, Bounds, Estimate, bootstrap_mean, paired_difference, reach
 
 
 def bootstrap_crossed(
@@ -19,9 +20,11 @@ def bootstrap_crossed(
     """Mean of (seeds, queries) values with a percentile bootstrap interval over both.
 
     Each resample draws seeds and queries with replacement, independently, and takes the mean of the crossed cells, so
-    both a lucky fine-tuning and a lucky choice of queries widen the interval. NaN marks a query that a seed does not
-    have; a cell drawn that is NaN is left out. With one seed, or values that are all equal, the interval is
-    `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
+    both a lucky fine-tuning and a lucky choice of queries widen the interval. Its ends are taken as far out as those of
+    `bootstrap_mean` over as many queries, so that seeds which all say the same leave it no narrower than one of them
+    would. NaN marks a query that a seed does not have; a cell drawn that is NaN is left out. With one seed, or values
+    that are all equal, the interval is `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten
+    different resamples.
     Values of (draws, seeds, queries) are drawn along all three: what fine-tunings of one seed have in common is no accident
     of a draw, and does not count as often as there are draws.
 
@@ -34,8 +37,10 @@ def bootstrap_crossed(
         each = np.nanmean(values, axis=_others(values))
         return bootstrap_mean(each, bounds=bounds, level=level, resamples=resamples, seed=seed)
     means = _resampled(values, resamples, seed)
-    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(np.nanmean(values)), float(low), float(high), values.shape[-1])
+    queries = values.shape[-1]
+    share = ndtr(reach(queries, level)) if queries > 1 else 0.5 + level / 2
+    low, high = np.nanquantile(means, [1 - share, share])
+    return Estimate(float(np.nanmean(values)), float(low), float(high), queries)
 
 
 def paired_crossed(
@@ -82,8 +87,8 @@ def over_seeds(
     mean, n = float(known.mean()), int(known.size)
     if np.ptp(known) <= 1e-12 * np.abs(known).max():
         return Estimate(mean, np.nan, np.nan, n)
-    reach = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
-    return Estimate(mean, max(bounds[0], mean - reach), min(bounds[1], mean + reach), n)
+    out = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, max(bounds[0], mean - out), min(bounds[1], mean + out), n)
 
 
 def _cells(values: NDArray[Any]) -> NDArray[np.float64]:
