@@ -103,9 +103,17 @@ def test_as_many_draws_of_one_seed_are_no_seeds(values):
 @pytest.mark.parametrize("queries", [5, 10, 30])
 def test_equal_seeds_say_no_more_than_one(queries):
     line = np.random.default_rng(5).normal(0.5, 0.1, queries)
-    one, three = (bootstrap_crossed(np.tile(line, (seeds, 1)), resamples=MANY) for seeds in (1, 3))
+    one, three = bootstrap_mean(line, resamples=MANY), np.tile(line, (3, 1))
+    same = bootstrap_crossed(three, resamples=MANY)
+    assert (same.value, same.low, same.high, same.n) == pytest.approx((one.value, one.low, one.high, queries))
+    same, gap = paired_crossed(three, three * 0.9), paired_difference(line, line * 0.9)
+    assert (same.value, same.low, same.high) == pytest.approx((gap.value, gap.low, gap.high))
+    three[1:, 0] = np.nan  # a query that one seed has counts once
+    assert bootstrap_crossed(three).value == pytest.approx(np.nanmean(three))
+    three[1:, 0] = line[0]
+    nearly = bootstrap_crossed(three + 1e-6 * np.arange(3)[:, None], resamples=MANY)
     # the percentiles alone are 0.7 to 0.95 as far apart
-    assert three.high - three.low == pytest.approx(one.high - one.low, rel=0.025)
+    assert nearly.high - nearly.low == pytest.approx(one.high - one.low, rel=0.025)
 
 
 def test_both_a_lucky_seed_and_a_lucky_query_widen_the_interval():

@@ -21,10 +21,9 @@ def bootstrap_crossed(
 
     Each resample draws seeds and queries with replacement, independently, and takes the mean of the crossed cells, so
     both a lucky fine-tuning and a lucky choice of queries widen the interval. Its ends are taken as far out as those of
-    `bootstrap_mean` over as many queries, so that seeds which all say the same leave it no narrower than one of them
-    would. NaN marks a query that a seed does not have; a cell drawn that is NaN is left out. With one seed, or values
-    that are all equal, the interval is `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten
-    different resamples.
+    `bootstrap_mean` over as many queries. NaN marks a query that a seed does not have; a cell drawn that is NaN is left
+    out. With one seed, seeds that all have the queries and say the same of each, or values that are all equal, the interval
+    is `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
     Values of (draws, seeds, queries) are drawn along all three: what fine-tunings of one seed have in common is no accident
     of a draw, and does not count as often as there are draws.
 
@@ -32,8 +31,7 @@ def bootstrap_crossed(
         FinetraceError: There is no value.
     """
     values = _cells(values)
-    alone = values.size == values.shape[-1]
-    if alone or np.nanmax(values) - np.nanmin(values) <= 1e-12:
+    if _alike(values):
         each = np.nanmean(values, axis=_others(values))
         return bootstrap_mean(each, bounds=bounds, level=level, resamples=resamples, seed=seed)
     means = _resampled(values, resamples, seed)
@@ -59,8 +57,7 @@ def paired_crossed(
             f"a paired difference needs the same seeds and queries, not {first.shape} and {second.shape}."
         )
     difference = _cells(first - second)
-    alone = difference.size == difference.shape[-1]
-    if alone or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
+    if _alike(difference):
         there, others = np.isfinite(first - second), _others(difference)
         both = [np.where(there, each, np.nan)[..., there.any(others)] for each in (first, second)]
         means = [np.nanmean(each, axis=others) for each in both]
@@ -100,6 +97,14 @@ def _cells(values: NDArray[Any]) -> NDArray[np.float64]:
     if not values.size:
         raise FinetraceError("no query is left to average: all are excluded (NaN).")
     return np.asarray(values)
+
+
+def _alike(values: NDArray[np.float64]) -> bool:
+    """Whether all values are equal, or every seed has every query and says the same of it."""
+    if np.nanmax(values) - np.nanmin(values) <= 1e-12:
+        return True
+    # not where one is missing: the mean is over cells, of which a query that every seed has gives more
+    return bool((np.ptp(values, axis=_others(values)) <= 1e-12).all())
 
 
 def _others(values: NDArray[np.float64]) -> tuple[int, ...]:
