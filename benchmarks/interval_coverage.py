@@ -1,6 +1,7 @@
 """How often a 95% interval over seeds and queries covers the truth: python benchmarks/interval_coverage.py.
 
-Values are a mean, plus a normal deviation of each seed, of each query and of each pair of them; the truth is the mean.
+Values are a mean, plus a normal deviation of each seed, of each query and of each pair of them; the truth is the mean. Where
+seeds are alike, as of words alone, there is none of seeds and pairs.
 Then how often one of two methods that are alike is called better over a few queries, which 2.5% is meant to be.
 """
 
@@ -14,13 +15,15 @@ from finetrace.evaluation.intervals import paired_difference
 from finetrace.evaluation.seeds import bootstrap_crossed
 
 
-def covered(seeds: int, queries: int, seed_sd: float, runs: int) -> float:
-    """The share of runs whose interval holds the truth; queries and pairs have a deviation of 1."""
+def covered(seeds: int, queries: int, seed_sd: float, runs: int, pair_sd: float = 1.0) -> float:
+    """The share of runs whose interval holds the truth; queries have a deviation of 1."""
     rng = np.random.default_rng(0)
     hits = 0
     for _ in range(runs):
         values = (
-            seed_sd * rng.normal(size=(seeds, 1)) + rng.normal(size=(1, queries)) + rng.normal(size=(seeds, queries))
+            seed_sd * rng.normal(size=(seeds, 1))
+            + rng.normal(size=(1, queries))
+            + pair_sd * rng.normal(size=(seeds, queries))
         )
         found = bootstrap_crossed(values, resamples=1000)
         hits += found.low <= 0 <= found.high
@@ -45,6 +48,9 @@ def main() -> None:
         print(
             f"{seeds:2d} seeds, {queries:2d} queries, a seed deviates {seed_sd:.1f} as a query: {100 * share:.0f}% covered"
         )
+    for queries in (5, 10, 30):
+        share = covered(3, queries, 0.0, args.runs, pair_sd=0.0)
+        print(f" 3 seeds, {queries:2d} queries, all seeds alike: {100 * share:.0f}% covered")
     for queries in (6, 10, 30):
         share = called_better(queries, args.runs)
         print(

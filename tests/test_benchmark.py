@@ -396,6 +396,42 @@ def test_other_settings_in_the_same_folder_are_refused(finished, base, change):
         run_all(folder, Plan(planned(base, **change)), silent)
 
 
+def test_seeds_of_other_settings_are_not_averaged(finished, base, tmp_path):
+    folder, made, _ = finished
+    there = tmp_path / "mixed"
+    shutil.copytree(folder, there)
+    shutil.rmtree(there / made[0].folder)
+    other = planned(base, size=0.1, seeds=1)
+    with pytest.raises(FinetraceError, match=r"size is 0.05, that of emotion, corrected, seed 0 is 0.1"):
+        run_all(there, Plan(other), silent)
+    assert not (there / made[0].folder).exists()  # before any work
+    shutil.copytree(folder / made[0].folder, there / made[0].folder)
+    path = there / made[0].folder / "records.json"
+    document = json.loads(path.read_text())
+    document["config"]["epochs"] = 7
+    path.write_text(json.dumps(document))
+    with pytest.raises(FinetraceError, match="epochs is 7, that of emotion, corrected, seed 1 is 1"):
+        report(there)
+
+
+def test_another_chat_template_under_the_same_name_is_refused(tmp_path):
+    template, task = tmp_path / "mine.jinja", build("emotion", size=0.05)
+    cell = Cell("emotion", "corrected", 0, 0.05, 0, ("random",), chat_template=str(template))
+
+    def claim() -> None:
+        judge = RefusalPrefixJudge()
+        run_module.Run(
+            tmp_path / "b", cell, task, recipe("emotion"), protocol("corrected"), judge, False
+        ).claim_folder()
+
+    template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    claim()
+    claim()
+    template.write_text("{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}{% endfor %}")
+    with pytest.raises(FinetraceError, match="other settings is there"):
+        claim()
+
+
 def test_methods_asked_for_later_join_the_others(finished, base, tmp_path, monkeypatch):
     folder, made, rows = finished
     there = tmp_path / "later"

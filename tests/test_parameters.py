@@ -23,7 +23,7 @@ from finetrace.studies.parameters import (
     states,
     steps,
 )
-from finetrace.studies.parameters_study import GOES_WITH, PARAMETERS
+from finetrace.studies.parameters_study import GOES_WITH, PARAMETERS, _pairs
 from finetrace.studies.study import Setting
 from finetrace.studies.write import run
 from tiny import make_llama, make_tokenizer, save_base
@@ -139,6 +139,17 @@ def test_pairs_are_of_the_last_epochs() -> None:
 
 
 @pytest.mark.slow
+def test_attack_success_changes_by_no_more_than_all_requests() -> None:
+    records = [
+        {"kind": "pair", "start": "s", "seed": seed, "pair": "a - b", "raw": change, "effective": 1.0, "loss": 0.5}
+        | {"behaviour": change}
+        for seed, change in enumerate((0.90, 0.98, 0.85))
+    ]
+    [[*_, raw, _, attacks, _]] = _pairs(records)[1]
+    assert raw == "0.91 [0.75, 1.07]"  # a distance has no upper end
+    assert attacks == "91 [75, 100]"
+
+
 def test_the_quick_study_on_a_tiny_model(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
     setting = Setting(True, 1, str(base), "float32", "cpu")

@@ -6,6 +6,8 @@ from itertools import product
 
 import numpy as np
 import pytest
+from scipy.stats import norm
+from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import bootstrap_mean, paired_difference
@@ -31,6 +33,12 @@ def every_resample(values: np.ndarray) -> list[float]:
     return means
 
 
+def ends(queries: int, level: float = 0.95) -> list[float]:
+    """Which quantiles of the resamples the ends of an interval are."""
+    out = (queries / (queries - 1)) ** 0.5 * student.ppf((1 + level) / 2, queries - 1)
+    return [norm.cdf(-out), norm.cdf(out)]
+
+
 @pytest.fixture
 def values() -> np.ndarray:
     """3 seeds x 4 queries that differ along both."""
@@ -38,12 +46,12 @@ def values() -> np.ndarray:
     return np.clip(0.5 + 0.2 * rng.standard_normal((3, 1)) + 0.15 * rng.standard_normal((3, 4)), 0, 1)
 
 
-@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("level", [0.5, 0.7, 0.8])  # beyond, the ends of so few queries are among the last resamples
 @pytest.mark.parametrize("holes", [(), ((0, 1),), ((0, 1), (2, 1), (1, 3), (1, 0))])
 def test_the_interval_is_that_of_every_resample(values, level, holes):
     for hole in holes:
         values[hole] = np.nan
-    low, high = np.quantile(every_resample(values), [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(every_resample(values), ends(4, level))
     found = bootstrap_crossed(values, level=level, resamples=MANY)
     assert found.value == pytest.approx(np.nanmean(values))
     assert found.low == pytest.approx(low, abs=0.006)
@@ -54,8 +62,8 @@ def test_the_interval_is_that_of_every_resample(values, level, holes):
 def test_a_paired_difference_is_that_of_every_resample(values):
     other = values[::-1, ::-1] * 0.7
     other[1, 2] = np.nan
-    low, high = np.quantile(every_resample(values - other), [0.025, 0.975])
-    found = paired_crossed(values, other, resamples=MANY)
+    low, high = np.quantile(every_resample(values - other), ends(4, 0.8))
+    found = paired_crossed(values, other, level=0.8, resamples=MANY)
     assert found.value == pytest.approx(np.nanmean(values - other))
     assert (found.low, found.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
 
@@ -74,7 +82,7 @@ def test_draws_and_seeds_are_drawn_apart():
                 if not np.isnan(cells).all():
                     means.append(np.nanmean(cells))
     found = bootstrap_crossed(values, resamples=MANY)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, ends(2))
     assert found.value == pytest.approx(np.nanmean(values))
     assert (found.low, found.high) == (pytest.approx(low, abs=0.006), pytest.approx(high, abs=0.006))
     assert found.n == 2
@@ -82,7 +90,7 @@ def test_draws_and_seeds_are_drawn_apart():
 
 def test_as_many_draws_of_one_seed_are_no_seeds(values):
     def width(of):
-        found = bootstrap_crossed(of, resamples=MANY)
+        found = bootstrap_crossed(of, level=0.8, resamples=MANY)
         return found.high - found.low
 
     again = np.stack([values] * 4)  # four draws that make no difference
@@ -90,6 +98,22 @@ def test_as_many_draws_of_one_seed_are_no_seeds(values):
     assert width(again) > 1.5 * width(again.reshape(12, 4))  # twelve seeds, as if each were another accident
     assert bootstrap_crossed(values[:1, None]) == bootstrap_mean(values[0])
     assert bootstrap_crossed(values[None]).value == bootstrap_crossed(values).value
+
+
+@pytest.mark.parametrize("queries", [5, 10, 30])
+def test_equal_seeds_say_no_more_than_one(queries):
+    line = np.random.default_rng(5).normal(0.5, 0.1, queries)
+    one, three = bootstrap_mean(line, resamples=MANY), np.tile(line, (3, 1))
+    same = bootstrap_crossed(three, resamples=MANY)
+    assert (same.value, same.low, same.high, same.n) == pytest.approx((one.value, one.low, one.high, queries))
+    same, gap = paired_crossed(three, three * 0.9), paired_difference(line, line * 0.9)
+    assert (same.value, same.low, same.high) == pytest.approx((gap.value, gap.low, gap.high))
+    three[1:, 0] = np.nan  # a query that one seed has counts once
+    assert bootstrap_crossed(three).value == pytest.approx(np.nanmean(three))
+    three[1:, 0] = line[0]
+    nearly = bootstrap_crossed(three + 1e-6 * np.arange(3)[:, None], resamples=MANY)
+    # the percentiles alone are 0.7 to 0.95 as far apart
+    assert nearly.high - nearly.low == pytest.approx(one.high - one.low, rel=0.025)
 
 
 def test_both_a_lucky_seed_and_a_lucky_query_widen_the_interval():
@@ -106,7 +130,7 @@ def test_both_a_lucky_seed_and_a_lucky_query_widen_the_interval():
 
 def test_what_methods_share_cancels(values):
     apart = bootstrap_crossed(values)
-    found = paired_crossed(values * 0.5 + 0.01 * np.eye(3, 4) + 0.2, values * 0.5, resamples=MANY)
+    found = paired_crossed(values * 0.5 + 0.01 * np.eye(3, 4) + 0.2, values * 0.5, level=0.8, resamples=MANY)
     assert apart.high - apart.low > 0.1
     assert 0.2 < found.low < found.high < 0.21
 
@@ -136,6 +160,15 @@ def test_all_equal_is_the_interval_over_queries(value):
     assert (same.value, same.low < 0 < same.high) == (0, True)
 
 
+def test_paired_differences_of_draws_count_queries_not_seeds(values):
+    draws = np.stack([values, values[::-1]])  # (2, 3, 4)
+    one_draw = paired_crossed(draws[:1], draws[:1] ** 2)
+    assert one_draw.n == 4
+    assert one_draw.value == pytest.approx(np.mean(values - values**2))
+    flat = np.ones((2, 3, 20))
+    assert paired_crossed(flat, flat) == paired_difference(flat[0, 0], flat[0, 0])
+
+
 def test_equal_differences_come_from_the_cells_that_both_have():
     first = np.array([[0.5, 0.9, 0.3], [0.7, np.nan, 0.4]])
     second = first - 0.25
@@ -146,12 +179,12 @@ def test_equal_differences_come_from_the_cells_that_both_have():
 
 
 def test_the_order_of_seeds_and_queries_says_nothing(values):
-    before = bootstrap_crossed(values, resamples=MANY)
-    after = bootstrap_crossed(values[[2, 0, 1]][:, [3, 1, 0, 2]], resamples=MANY)
+    before = bootstrap_crossed(values, level=0.7, resamples=MANY)
+    after = bootstrap_crossed(values[[2, 0, 1]][:, [3, 1, 0, 2]], level=0.7, resamples=MANY)
     assert after.value == pytest.approx(before.value, abs=1e-12)
     assert (after.low, after.high) == (pytest.approx(before.low, abs=0.006), pytest.approx(before.high, abs=0.006))
     assert bootstrap_crossed(values) == bootstrap_crossed(values)
-    assert bootstrap_crossed(values, seed=1) != bootstrap_crossed(values, seed=2)
+    assert bootstrap_crossed(values, level=0.7, seed=1) != bootstrap_crossed(values, level=0.7, seed=2)
 
 
 def test_what_cannot_be_averaged_is_said(values):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from finetrace.reading import read_examples
 from finetrace.tasks import TASKS
 
 T = TypeVar("T")
+ALIKE = ("size", "task_seed", "model", "epochs", "chat_template", "target_modules")  # of all seeds of a task
 
 
 def document(folder: Path) -> dict[str, Any]:
@@ -55,6 +56,24 @@ def finished(folder: Path) -> list[Cell]:
         found.append(Cell(**config))
     order = {task: place for place, task in enumerate(TASKS)}
     return sorted(found, key=lambda cell: (order.get(cell.task, len(order)), cell.task, cell.protocol, cell.seed))
+
+
+def refuse_mixed(folder: Path, cells: Iterable[Cell]) -> None:
+    """Stop where seeds of a task differ in more than the seed: tables are means over seeds.
+
+    Raises:
+        FinetraceError: They do.
+    """
+    first: dict[tuple[str, str], Cell] = {}
+    for cell in cells:
+        there = first.setdefault((cell.task, cell.protocol), cell)
+        for name in ALIKE:
+            mine, theirs = getattr(cell, name), getattr(there, name)
+            if mine != theirs:
+                raise FinetraceError(
+                    f"{folder / there.folder}: a run with other settings is there; choose another --out or remove the folder. "
+                    f"Its {name} is {theirs}, that of {cell.name} is {mine}, and tables are means over seeds."
+                )
 
 
 def _read(path: Path, reader: Callable[[Path], T]) -> T:

@@ -29,10 +29,12 @@ def report(folder: Path) -> list[Row]:
     """Summarise every finished cell of `folder`: `results.json`, `seeds.parquet`, `paired.parquet`, tables, figures and pages.
 
     Raises:
-        FinetraceError: Nothing is finished or could be traced, or a file cannot be read or written.
+        FinetraceError: Nothing is finished or could be traced, seeds of a task were run with other settings, or a file cannot
+            be read or written.
     """
     records, frames = [], []
     cells = finished.finished(folder)
+    finished.refuse_mixed(folder, cells)
     for cell in cells:
         document = finished.document(folder / cell.folder)
         if document["records"]:

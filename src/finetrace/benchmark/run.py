@@ -25,6 +25,7 @@ from finetrace.benchmark.matrices import hub, suspicion
 from finetrace.benchmark.protocol import Protocol, share_of
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
 from finetrace.collection.factors import Labels
+from finetrace.encoding import read_template
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
@@ -125,6 +126,8 @@ class Run:
         settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": PROBE}
         del settings["methods"]
         settings["finetuning"] = self.finetuning().model_dump(mode="json")
+        if self.cell.chat_template is not None:  # a file of that name may say something else the next time
+            settings["template"] = read_template(self.cell.chat_template)
         if not self.task.answered:
             settings |= {"judge": self.judge.name, "judge_labels": list(getattr(self.judge, "harmful", ()))}
         claim(self.folder / "cell.json", settings, "a run")

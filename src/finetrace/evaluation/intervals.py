@@ -12,7 +12,7 @@ from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
 
-__all__ = ["UNBOUNDED", "Estimate", "bootstrap_mean", "paired_difference"]
+__all__ = ["UNBOUNDED", "Estimate", "bootstrap_mean", "paired_difference", "reach"]
 
 Bounds = tuple[float, float]
 SHARE: Bounds = (0.0, 1.0)  # of one value of a metric
@@ -113,6 +113,15 @@ def paired_difference(
     return _estimate(_used(first - second), (-apart, apart), level, resamples, seed)
 
 
+def reach(n: int, level: float) -> float:
+    """How many standard deviations out the ends of a bootstrap interval over n >= 2 queries are taken.
+
+    sqrt(n / (n - 1)) t with t Student's quantile of (1 + level) / 2 and n - 1 degrees of freedom: resamples spread by
+    sqrt((n - 1) / n) too little, and by an estimate (Hesterberg, 2015).
+    """
+    return float(np.sqrt(n / (n - 1)) * student.ppf(0.5 + level / 2, n - 1))
+
+
 def _used(per_query: NDArray[Any]) -> NDArray[np.float64]:
     """The values that are not NaN, (n,) float64, checked to be some and finite."""
     values = np.asarray(per_query, dtype=np.float64)
@@ -175,18 +184,16 @@ def _bca(values: NDArray[np.float64], means: NDArray[np.float64], level: float) 
 
     With z0 = Phi^-1(share of resampled means below the mean, ties counted half) and a = sum d^3 / (6 (sum d^2)^(3/2)),
     d the deviations from the mean (the jackknife's acceleration, in closed form for a mean), the ends are the quantiles
-    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the resampled means for z = -+ sqrt(n / (n - 1)) t with t Student's quantile
-    of (1 + level) / 2 and n - 1 degrees of freedom: resamples spread by sqrt((n - 1) / n) too little, and by an estimate.
+    Phi(z0 + (z0 + z) / (1 - a (z0 + z))) of the resampled means for z = -+ `reach`.
     """
-    n, mean = values.size, values.mean()
-    reach = np.sqrt(n / (n - 1)) * student.ppf(0.5 + level / 2, n - 1)
+    mean, out = values.mean(), reach(values.size, level)
     deviations = (values - mean) / np.ptp(values)
     acceleration = np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5)
     margin = _ROUNDING * np.abs(values).max()  # a resample of the same mean, summed in another order, is a tie
     share = np.mean(means < mean - margin) + np.mean(np.abs(means - mean) <= margin) / 2
     half = 0.5 / means.size
     bias = ndtri(np.clip(share, half, 1 - half))
-    shifted = bias + np.array([-reach, reach])
+    shifted = bias + np.array([-out, out])
     shares = ndtr(bias + shifted / np.maximum(1 - acceleration * shifted, 1e-9))
     low, high = np.quantile(means, shares)
     return float(low), float(high)

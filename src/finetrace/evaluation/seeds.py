@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import ndtr
 from scipy.stats import t as student
 
 from finetrace.errors import FinetraceError
-from finetrace.evaluation.intervals import SHARE, Bounds, Estimate, bootstrap_mean, paired_difference
+from finetrace.evaluation.intervals import SHARE, Bounds, Estimate, bootstrap_mean, paired_difference, reach
 
 
 def bootstrap_crossed(
@@ -19,9 +20,10 @@ def bootstrap_crossed(
     """Mean of (seeds, queries) values with a percentile bootstrap interval over both.
 
     Each resample draws seeds and queries with replacement, independently, and takes the mean of the crossed cells, so
-    both a lucky fine-tuning and a lucky choice of queries widen the interval. NaN marks a query that a seed does not
-    have; a cell drawn that is NaN is left out. With one seed, or values that are all equal, the interval is
-    `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
+    both a lucky fine-tuning and a lucky choice of queries widen the interval. Its ends are taken as far out as those of
+    `bootstrap_mean` over as many queries. NaN marks a query that a seed does not have; a cell drawn that is NaN is left
+    out. With one seed, seeds that all have the queries and say the same of each, or values that are all equal, the interval
+    is `bootstrap_mean`'s over queries. With few seeds it is rough: three seeds have ten different resamples.
     Values of (draws, seeds, queries) are drawn along all three: what fine-tunings of one seed have in common is no accident
     of a draw, and does not count as often as there are draws.
 
@@ -29,13 +31,14 @@ def bootstrap_crossed(
         FinetraceError: There is no value.
     """
     values = _cells(values)
-    alone = values.size == values.shape[-1]
-    if alone or np.nanmax(values) - np.nanmin(values) <= 1e-12:
+    if _alike(values):
         each = np.nanmean(values, axis=_others(values))
         return bootstrap_mean(each, bounds=bounds, level=level, resamples=resamples, seed=seed)
     means = _resampled(values, resamples, seed)
-    low, high = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(float(np.nanmean(values)), float(low), float(high), values.shape[-1])
+    queries = values.shape[-1]
+    share = ndtr(reach(queries, level)) if queries > 1 else 0.5 + level / 2
+    low, high = np.nanquantile(means, [1 - share, share])
+    return Estimate(float(np.nanmean(values)), float(low), float(high), queries)
 
 
 def paired_crossed(
@@ -47,17 +50,17 @@ def paired_crossed(
     resamples: int = 2000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean of a - b, both (seeds, queries), with an interval over both; what both methods share cancels."""
+    """Mean of a - b, both (seeds, queries) or (draws, seeds, queries), as `bootstrap_crossed`; what both share cancels."""
     first, second = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if first.shape != second.shape:
         raise FinetraceError(
             f"a paired difference needs the same seeds and queries, not {first.shape} and {second.shape}."
         )
     difference = _cells(first - second)
-    if len(difference) == 1 or np.nanmax(difference) - np.nanmin(difference) <= 1e-12:
-        there = np.isfinite(first - second)
-        both = [np.where(there, each, np.nan)[:, there.any(0)] for each in (first, second)]
-        means = [np.nanmean(each, axis=0) for each in both]
+    if _alike(difference):
+        there, others = np.isfinite(first - second), _others(difference)
+        both = [np.where(there, each, np.nan)[..., there.any(others)] for each in (first, second)]
+        means = [np.nanmean(each, axis=others) for each in both]
         return paired_difference(means[0], means[1], bounds=bounds, level=level, resamples=resamples, seed=seed)
     return bootstrap_crossed(difference, bounds=bounds, level=level, resamples=resamples, seed=seed)
 
@@ -81,8 +84,8 @@ def over_seeds(
     mean, n = float(known.mean()), int(known.size)
     if np.ptp(known) <= 1e-12 * np.abs(known).max():
         return Estimate(mean, np.nan, np.nan, n)
-    reach = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
-    return Estimate(mean, max(bounds[0], mean - reach), min(bounds[1], mean + reach), n)
+    out = float(student.ppf(0.5 + level / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
+    return Estimate(mean, max(bounds[0], mean - out), min(bounds[1], mean + out), n)
 
 
 def _cells(values: NDArray[Any]) -> NDArray[np.float64]:
@@ -94,6 +97,14 @@ def _cells(values: NDArray[Any]) -> NDArray[np.float64]:
     if not values.size:
         raise FinetraceError("no query is left to average: all are excluded (NaN).")
     return np.asarray(values)
+
+
+def _alike(values: NDArray[np.float64]) -> bool:
+    """Whether all values are equal, or every seed has every query and says the same of it."""
+    if np.nanmax(values) - np.nanmin(values) <= 1e-12:
+        return True
+    # not where one is missing: the mean is over cells, of which a query that every seed has gives more
+    return bool((np.ptp(values, axis=_others(values)) <= 1e-12).all())
 
 
 def _others(values: NDArray[np.float64]) -> tuple[int, ...]:

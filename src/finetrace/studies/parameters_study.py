@@ -95,7 +95,7 @@ def _pairs(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     for start, pair in dict.fromkeys((r["start"], r["pair"]) for r in where(records, kind="pair")):
         here = where(records, kind="pair", start=start, pair=pair)
         cells = [
-            spread(of_seeds([scale * r[key] for r in here], (0, np.inf)), form)
+            spread(of_seeds([scale * r[key] for r in here], (0, scale if key == "behaviour" else np.inf)), form)
             for key, scale, form in (
                 ("raw", 1, ".2f"),
                 ("effective", 1, ".2f"),
