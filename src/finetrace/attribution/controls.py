@@ -95,5 +95,5 @@ class GradNorm(Method):
 
 
 def seeded(method: Method, seed: int) -> Method:
-    """The method for one of several seeds: random scores are other ones in each, unless theirs was chosen."""
+    """The method for one of several seeds: random scores are other ones in each, unless a seed other than 0 was chosen."""
     return make(f"random:seed={seed}") if method.label == "random" else method
