@@ -66,8 +66,8 @@ def verify(folder: Path) -> list[Damage]:
         try:
             there = manifest.read(view)
             found += _verify_one(view, there)
-            if there.examples != about.examples:
-                what = f"{view}: of {there.examples} rows, and the index has {about.examples}."
+            if there.examples != about.kept:
+                what = f"{view}: of {there.examples} rows, and the index has {about.kept}."
                 found.append(Damage(view, view / manifest.NAME, "manifest", what))
         except FinetraceError as error:
             found.append(Damage(view, view / manifest.NAME, "manifest", str(error)))
