@@ -16,6 +16,7 @@ from safetensors import safe_open
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
+from finetrace.finetune_config import SAVED
 from finetrace.index import Index, append, appending, build_index, kronecker_factors, notes, sizing, view
 from finetrace.index import manifest as manifests
 from finetrace.index.checking import repair, verify
@@ -162,6 +163,18 @@ def test_a_broken_adapter_is_written_again(name: str, how: str, place: Path, tmp
     assert [each.kind for each in verify(tmp_path / "i")] == ["adapter"]
     build(loaded, tmp_path / "i")
     assert path.read_bytes() == whole and verify(tmp_path / "i") == []
+
+
+def test_examples_are_mended_with_the_adapter_that_the_index_keeps(place: Path, tmp_path: Path) -> None:
+    """Its finetune.yaml is there already: the place that it is to be copied to."""
+    adapter = shutil.copytree(place / "adapter", tmp_path / "adapter")
+    (adapter / SAVED).write_text("epochs: 3\n")
+    base, own = str(place / "base"), tmp_path / "i" / "adapter"
+    build(load(ModelSpec(base, str(adapter), dtype="float32", device="cpu")), tmp_path / "i")
+    (tmp_path / "i" / "examples.parquet").write_bytes(b"nothing")
+    build(load(ModelSpec(base, str(own), dtype="float32", device="cpu")), tmp_path / "i")
+    assert verify(tmp_path / "i") == []
+    assert (own / SAVED).read_text() == "epochs: 3\n"
 
 
 def test_an_adapter_elsewhere_is_not_followed(place: Path, tmp_path: Path) -> None:
