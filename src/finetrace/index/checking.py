@@ -154,9 +154,8 @@ def _mend(root: Path, home: Path, damage: Sequence[Damage], say: Callable[[str],
         remove_view(home)
         return
     for each in damage:
-        if each.kind == "factors":
+        if each.kind == "factors" and factors.remove(each.folder, each.path.stem):  # type: ignore[arg-type]
             say(f"{each.path}: removed; computed again when a method asks for them")
-            factors.remove(each.folder, each.path.stem)  # type: ignore[arg-type]
 
 
 def _collect_again(index: Index, names: Collection[str], say: Callable[[str], None]) -> None:
