@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from finetrace.cli.validate import finetuning_of
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -186,6 +187,9 @@ def test_an_adapter_elsewhere_is_not_followed(place: Path, tmp_path: Path) -> No
     path.write_text(json.dumps(document))
     [damage] = verify(tmp_path / "i")
     assert damage.kind == "adapter" and "leaves the index folder" in damage.what
+    (tmp_path / "outside" / SAVED).write_text("epochs: 3\n")
+    with pytest.raises(FinetraceError, match="leaves the index folder; it is not followed"):
+        finetuning_of(Index(tmp_path / "i"), None, None, retrained=False)
 
 
 def test_an_index_that_somebody_appended_to_is_opened_again(place: Path, tmp_path: Path) -> None:
