@@ -40,6 +40,25 @@ def test_what_a_killed_writer_left_goes_with_the_next_attempt(tmp_path: Path) ->
     assert [each.name for each in tmp_path.iterdir()] == ["a"]
 
 
+def test_a_link_under_the_temporary_name_leads_nowhere(tmp_path: Path, tiny_loaded: Loaded) -> None:
+    """Somebody else's index may hold one that leads to a file of ours."""
+    mine, folder = tmp_path / "mine", tmp_path / "folder"
+    mine.write_bytes(b"mine")
+    (folder / "inside").mkdir(parents=True)
+    (tmp_path / "adapter").mkdir()
+    links = {"a": mine, "b": mine, "b.folder": folder, "adapter/adapter": folder}
+    for name, goal in links.items():
+        place = tmp_path / name
+        place.with_name(part_of(place.name)).symlink_to(goal)
+    write_atomically(tmp_path / "a", b"new")
+    write_tensors(tmp_path / "b", {"x": torch.ones(2)})
+    save_adapter(tiny_loaded.model, tmp_path / "adapter")
+    assert mine.read_bytes() == b"mine" and not mine.is_symlink()
+    assert [each.name for each in folder.iterdir()] == ["inside"]
+    assert (tmp_path / "a").read_bytes() == b"new" and not (tmp_path / "a").is_symlink()
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
+
+
 @pytest.mark.skipif(os.name != "posix", reason="permissions are those of POSIX")
 @pytest.mark.usefixtures("readable")
 def test_tensors_are_read_by_whoever_may_read_the_folder(tmp_path: Path, tiny_loaded: Loaded) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from finetrace.api import build_index
-from finetrace.attribution import Problem, available, make
+from finetrace.attribution import Problem, available, make, similarity
 from finetrace.attribution.scores import Scores
 from finetrace.collection.representations import Representation
 from finetrace.errors import FinetraceError
@@ -183,6 +183,21 @@ def test_repsim_is_the_cosine_of_hidden_states(problem):
         close(make("repsim", pooling=pooling).score(problem).values, wanted.numpy(), 1e-12)
     with pytest.raises(FinetraceError, match="does not hold the representation last-prompt@-2"):
         make("repsim:layer=-2").score(problem)
+
+
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("n", [1, 4, 5, 13])
+def test_hidden_states_go_to_float64_some_rows_at_a_time(n, centred, monkeypatch):
+    draw = torch.Generator().manual_seed(n)
+    train, query = torch.randn(n, 6, generator=draw), torch.randn(2, 6, generator=draw)
+    middle = train.double().mean(0) if centred else 0.0
+    each, asked = (torch.nn.functional.normalize(states.double() - middle, dim=1) for states in (train, query))
+    widened, double = [], torch.Tensor.double
+    monkeypatch.setattr(similarity, "ROWS", 4)
+    monkeypatch.setattr(torch.Tensor, "double", lambda states: widened.append(len(states)) or double(states))
+    found = similarity.cosines(query, train, centred=centred)
+    assert max(widened) <= 4
+    np.testing.assert_allclose(found, (asked @ each.T).numpy(), atol=1e-12)
 
 
 def test_repsim_looks_where_it_is_told_and_takes_the_mean_off(problem):

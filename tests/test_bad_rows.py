@@ -124,6 +124,17 @@ def test_all_that_an_index_gives_leaves_them_out(home: Path, tmp_path: Path, bad
     assert relative_error(first.gradients(slice(None)), second.gradients(slice(None))) < 1e-10
 
 
+def test_a_view_has_the_rows_that_are_not_left_out(home: Path, tmp_path: Path) -> None:
+    """It is whole, and a repair of something else leaves it there."""
+    found = build(home, tmp_path / "i", rows())
+    made = view(found, "all").folder / "manifest.json"
+    before = made.stat().st_ino
+    assert verify(tmp_path / "i") == []
+    (tmp_path / "i" / "shards" / "000000000.safetensors").unlink()
+    assert repair(tmp_path / "i") == []
+    assert made.stat().st_ino == before
+
+
 def test_a_stopped_run_goes_on_with_the_flag_and_has_the_same_bytes(home: Path, tmp_path: Path) -> None:
     with pytest.raises(
         FinetraceError, match=r"example e8 \(row 9\): its loss is not finite; look at the row, .*--skip-bad"

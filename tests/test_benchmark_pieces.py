@@ -10,15 +10,18 @@ import pytest
 from finetrace.attribution import make
 from finetrace.benchmark import figures
 from finetrace.benchmark.ablation import ABLATION
+from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.example_figure import key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, short, shown
 from finetrace.benchmark.matrices import hub
 from finetrace.benchmark.protocol import PROTOCOLS
 from finetrace.benchmark.row import Row
 from finetrace.benchmark.tables import latex, write_table
+from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.examples import Example
 from finetrace.tracing import BEST
+from finetrace.validation.tables import write_validation
 
 
 def test_the_hub_is_the_row_ranked_first_most_often():
@@ -76,6 +79,29 @@ def test_the_ablation_is_drawn(tmp_path):
     assert (tmp_path / "ablation-t-corrected.png").stat().st_size > 1000
     draw_ablation(rows, tmp_path)
     assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
+
+
+def test_texts_of_users_are_no_formulas_in_figures(tmp_path, monkeypatch):
+    classes = [r"a $\frac$ b", "$5 to $10"]
+    spec = r"gradcos:loss_on=probe:$\$"
+    rows = [Example.from_prompt("p", "r", id=str(i), label=each) for i, each in enumerate(classes)]
+    monkeypatch.setattr(figures.finished, "scores", lambda home: {spec: np.eye(2)})
+    monkeypatch.setattr(figures.finished, "rows", lambda home: (rows, rows))
+    figures.draw_heat_maps(tmp_path, [Cell("$x$", "corrected", 0, 1.0, 0, (spec,))], tmp_path)
+    drawn = (tmp_path / "heat-$x$-corrected.svg").read_text()
+    assert all(f"<!-- {text} -->" in drawn for text in (*classes, make(spec).title, "$x$, corrected"))
+    record = {"measure": "lds", "method": spec, "value": 0.5, "value_low": 0.4, "value_high": 0.6}
+    write_validation([record], tmp_path)
+    assert f"<!-- {spec} -->" in (tmp_path / "lds.svg").read_text()
+
+
+def test_a_figure_is_whole_or_not_there(tmp_path):
+    from matplotlib.figure import Figure
+
+    (tmp_path / "f.svg" / "inside").mkdir(parents=True)
+    with pytest.raises(FinetraceError, match=r"f\.svg: cannot be written"):
+        figures.save(Figure(), tmp_path / "f")
+    assert [each.name for each in tmp_path.glob("*.part")] == []
 
 
 @pytest.mark.slow

@@ -298,6 +298,18 @@ def test_the_limit_holds_and_what_was_used_last_stays(copied):
     assert not list((copied.folder / "cache").glob("*.part"))
 
 
+def test_files_of_others_are_never_removed(copied, tmp_path):
+    """Where somebody put a link to a folder of theirs, or of ours, in the place of the cache."""
+    others = [tmp_path / name for name in ("model.safetensors", "model-00001-of-00002.safetensors", "download.part")]
+    for path in others:
+        path.write_bytes(b"x" * 9000)
+        os.utime(path, (1, 1))
+    (copied.folder / "cache").symlink_to(tmp_path)
+    cache = Cache(copied.folder, copied.manifest, limit=10_000)
+    assert torch.equal(cache.fetch("a", (), lambda: torch.ones(400)), torch.ones(400))
+    assert all(path.exists() for path in others)
+
+
 def test_a_query_that_needs_more_than_the_limit_finds_what_fits(copied):
     """Values asked for in a cycle: a least recently used one is always the next that is needed."""
 

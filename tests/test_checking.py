@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from commands import run, tuned_index
@@ -85,6 +86,19 @@ def test_broken_factors_go_and_come_again(idx: Path) -> None:
     assert not path.exists()
     kronecker_factors(open_index(idx), "data")
     assert path.read_bytes() == whole
+
+
+def test_weights_that_a_link_in_the_place_of_factors_leads_to_stay(idx: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights" / "model.safetensors"
+    weights.parent.mkdir()
+    save_file({"model.norm.weight": torch.ones(3)}, str(weights))
+    before = weights.read_bytes()
+    shutil.rmtree(idx / "factors")
+    (idx / "factors").symlink_to(weights.parent)
+    with pytest.raises(FinetraceError, match="these are no factors of finetrace's, and stay as they are"):
+        kronecker_factors(open_index(idx), "model")
+    assert [each.kind for each in repair(idx)] == ["factors"]
+    assert files(weights.parent) == {"model.safetensors": before}
 
 
 @pytest.mark.parametrize(

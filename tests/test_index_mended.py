@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
+from finetrace.cli.validate import finetuning_of
 from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
+from finetrace.finetune_config import SAVED
 from finetrace.index import Index, append, appending, build_index, kronecker_factors, notes, sizing, view
 from finetrace.index import manifest as manifests
 from finetrace.index.checking import repair, verify
@@ -164,6 +166,18 @@ def test_a_broken_adapter_is_written_again(name: str, how: str, place: Path, tmp
     assert path.read_bytes() == whole and verify(tmp_path / "i") == []
 
 
+def test_examples_are_mended_with_the_adapter_that_the_index_keeps(place: Path, tmp_path: Path) -> None:
+    """Its finetune.yaml is there already: the place that it is to be copied to."""
+    adapter = shutil.copytree(place / "adapter", tmp_path / "adapter")
+    (adapter / SAVED).write_text("epochs: 3\n")
+    base, own = str(place / "base"), tmp_path / "i" / "adapter"
+    build(load(ModelSpec(base, str(adapter), dtype="float32", device="cpu")), tmp_path / "i")
+    (tmp_path / "i" / "examples.parquet").write_bytes(b"nothing")
+    build(load(ModelSpec(base, str(own), dtype="float32", device="cpu")), tmp_path / "i")
+    assert verify(tmp_path / "i") == []
+    assert (own / SAVED).read_text() == "epochs: 3\n"
+
+
 def test_an_adapter_elsewhere_is_not_followed(place: Path, tmp_path: Path) -> None:
     build(model(place), tmp_path / "i")
     shutil.move(tmp_path / "i" / "adapter", tmp_path / "outside")
@@ -173,6 +187,9 @@ def test_an_adapter_elsewhere_is_not_followed(place: Path, tmp_path: Path) -> No
     path.write_text(json.dumps(document))
     [damage] = verify(tmp_path / "i")
     assert damage.kind == "adapter" and "leaves the index folder" in damage.what
+    (tmp_path / "outside" / SAVED).write_text("epochs: 3\n")
+    with pytest.raises(FinetraceError, match="leaves the index folder; it is not followed"):
+        finetuning_of(Index(tmp_path / "i"), None, None, retrained=False)
 
 
 def test_an_index_that_somebody_appended_to_is_opened_again(place: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from finetrace.collection import Collector, track
 from finetrace.encoding import Encoder
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.index import build_index
+from finetrace.index import append, build_index
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded
 from finetrace.planning import measure
@@ -105,6 +105,20 @@ def test_what_is_there_already_is_not_counted_again(tiny_loaded, tmp_path):
     assert made[0].whole.rows == 40
     assert made[0].left.rows == 24
     assert sorted(i for piece in made[0].left.pieces for i in piece.rows) == list(range(16, 40))
+
+
+def test_nothing_is_left_of_an_index_that_was_appended_to(tiny_loaded, tmp_path):
+    """Whose shards begin at other rows: 0, 4, 6 and 10."""
+    examples, encoder = make_examples(11), Encoder(tiny_loaded.tokenizer)
+    options = {"rows_per_shard": 4, "batch_tokens": 256}
+    append(build_index(tiny_loaded, examples[:6], tmp_path / "idx", encoder, **options)[0], examples[6:])
+    made: list[Plan] = []
+
+    def begin(about, collector, encoded):
+        made.append(plan_index(about, collector, encoded, examples, None, tmp_path / "idx"))
+
+    build_index(tiny_loaded, examples, tmp_path / "idx", encoder, begin=begin, **options)
+    assert (made[0].whole.rows, made[0].left.rows) == (11, 0)
 
 
 def test_padding_and_batches_follow_the_batching():
@@ -370,7 +384,7 @@ from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from collection import with_adapter
 from finetrace.encoding import Encoder
-from finetrace.index import build_index
+from finetrace.index import append, build_index
 from finetrace.planning.extrapolation import measure_plan
 from finetrace.planning.plan import plan_index
 from finetrace.tasks import mixed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -47,3 +48,26 @@ def test_saved_scores_are_ranked_by_what_stands_in_them(tmp_path: Path) -> None:
         (2, "2", 2e-11),
         (3, "0", 1e-11),
     ]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".csv", ".parquet"])
+def test_all_scores_are_written_without_the_texts_of_their_rows(suffix: str, tmp_path: Path) -> None:
+    """A record each, with the prompt and the response, would take a hundred times the memory of the scores."""
+    text = "so " * 40
+    train = [Example.from_prompt(f"a {i}", text, id=f'r"{i}', label=("x", None)[i % 2]) for i in range(3000)]
+    queries = tuple(Example.from_prompt("q", "b", id=f"q{i}") for i in range(2))
+    values = np.random.default_rng(0).integers(0, 9, (2, 3000)).astype(float)
+    scores = Scores(values, queries, tuple(train), "gradsim", "nats", {"at": "end"})
+    frame = scores.top(3000).to_pandas().drop(columns=["kind", "prompt", "response"])
+    write_frame(frame, tmp_path / f"t{suffix}", scores.describe())
+    tracemalloc.start()
+    scores.save(tmp_path / f"s{suffix}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (tmp_path / f"s{suffix}").read_bytes() == (tmp_path / f"t{suffix}").read_bytes()
+    assert peak < {".json": 500, ".csv": 450, ".parquet": 300}[suffix] * values.size
+
+
+def test_a_table_without_lines_is_json_too(tmp_path: Path) -> None:
+    write_frame(pd.DataFrame(columns=["a"]), tmp_path / "t.json", [{"unit": "nats"}], queries=[])
+    assert json.loads((tmp_path / "t.json").read_text()) == {"config": [{"unit": "nats"}], "queries": [], "records": []}

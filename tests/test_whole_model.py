@@ -198,6 +198,17 @@ def test_files_that_were_read_do_not_count_as_memory_that_a_container_holds(
     assert sizing.available_memory() == 80 << 20
 
 
+def test_a_limit_of_the_first_version_of_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{100 << 20}\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text(f"{90 << 20}\n")
+    assert sizing.available_memory() == 10 << 20
+    stat = f"inactive_file 0\ntotal_inactive_file {50 << 20}\ntotal_active_file {20 << 20}\n"
+    (tmp_path / "memory" / "memory.stat").write_text(stat)
+    assert sizing.available_memory() == 80 << 20
+
+
 def test_what_auto_chose_stays(whole: Loaded, tmp_path: Path) -> None:
     size = plan(ROWS).disk(track(whole.model, [ALL_LINEAR])) * 2  # float64
     size = size // 3 + ROWS * beside(whole)

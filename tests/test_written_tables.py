@@ -26,6 +26,8 @@ def test_a_cell_shows_its_text(tmp_path: Path) -> None:
     lines = (tmp_path / "t.md").read_text().splitlines()
     assert lines[0] == r"| a\|b | &lt;i> |"
     assert lines[2:] == ["| [x] | &lt;img src=x> |", r"| id with \`ticks\` | 50% & more |"]
+    write_table(tmp_path / "u", ["a", "b"], [[r"a\|b", "![x](http://example.org/x.png)"]])
+    assert (tmp_path / "u.md").read_text().splitlines()[2] == r"| a\\\|b | ![x]\(http://example.org/x.png) |"
     tex = (tmp_path / "t.tex").read_text().splitlines()
     assert r"{}[x] & \textless{}img src=x\textgreater{} \\" in tex
     assert r"id with `ticks` & 50\% \& more \\" in tex

@@ -59,8 +59,12 @@ def part_of(name: str, writer: str = "") -> str:
 
 @contextlib.contextmanager
 def replacing(path: Path, writer: str = "") -> Iterator[Path]:
-    """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed."""
+    """A temporary name to write; on leaving it is flushed to disk and renamed to `path`, on an error removed.
+
+    Nothing is there under that name before: a link that somebody put there would lead the writing elsewhere.
+    """
     part = path.with_name(part_of(path.name, writer))
+    remove_part(part)
     try:
         yield part
         with part.open("rb+") as file:
@@ -75,8 +79,8 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
 
 
 def remove_part(place: Path) -> None:
-    """Remove what a killed writer left under such a name, file or folder, if it can be."""
-    if place.is_dir():
+    """Remove what a killed writer left under such a name, file or folder, if it can be; of a link the link alone."""
+    if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetrace import placement
-from finetrace.atomic import share
+from finetrace.atomic import remove_part, share
 from finetrace.embedded import EMBEDDED as EMBEDDED
 from finetrace.embedded import embedded_folder
 from finetrace.errors import FinetraceError
@@ -161,7 +161,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     card that a killed run left half written.
     """
     part = folder / ".adapter.part"
-    shutil.rmtree(part, ignore_errors=True)
+    remove_part(part)
     name = active_adapter(model)
     model.save_pretrained(str(part), selected_adapters=[name], save_embedding_layers=False)
     path = (part if name == "default" else part / name) / "adapter_config.json"

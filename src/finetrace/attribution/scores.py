@@ -90,8 +90,25 @@ class Scores:
             with writing_scores(Path(path), self.method, self.query_ids, self.train_ids, self.describe()) as file:
                 file.take(slice(0, len(self.queries)), slice(0, len(self.train)), self.values)
             return
-        frame = self.top(len(self.train)).to_pandas().drop(columns=["kind", "prompt", "response"])
-        write_frame(frame, Path(path), self.describe())
+        write_frame(self._ranked(), Path(path), self.describe())
+
+    def _ranked(self) -> pd.DataFrame:
+        """A line a query and rank, made of columns: a record each would take a hundred times what the scores take."""
+        import pandas as pd
+
+        top, (m, n) = self.top(len(self.train)), self.values.shape
+        order = top.order.ravel()
+        labels = np.array([example.label for example in self.train], dtype=object)
+        return pd.DataFrame(
+            {
+                "method": [self.method] * (m * n),
+                "query": np.repeat(np.array(self.query_ids, dtype=object), n),
+                "rank": np.tile(np.arange(1, n + 1), m),
+                "score": top.values.ravel(),
+                "example": np.array(self.train_ids, dtype=object)[order],
+                "label": labels[order],
+            }
+        )
 
     def describe(self) -> dict[str, Any]:
         """Method, unit, sign and parameters, as they belong beside any table."""
@@ -192,6 +209,15 @@ def _or_null(cell: Any) -> Any:
     return None if isinstance(cell, float) and not math.isfinite(cell) else cell
 
 
+def _json(frame: pd.DataFrame, document: Mapping[str, Any]) -> str:
+    """The document, indented by 1, with the lines of the table as its `records`; these are made one at a time."""
+    names, rows = list(frame.columns), frame.itertuples(index=False, name=None)
+    records = ({name: _or_null(cell) for name, cell in zip(names, row, strict=True)} for row in rows)
+    lines = ("  " + json.dumps(record, indent=1).replace("\n", "\n  ") for record in records)
+    head = json.dumps({**document, "records": []}, indent=1).removesuffix("]\n}")
+    return f"{head}\n{body}\n ]\n}}" if (body := ",\n".join(lines)) else f"{head}]\n}}"
+
+
 def write_frame(
     frame: pd.DataFrame, path: Path, about: Mapping[str, Any] | Sequence[Mapping[str, Any]], **more: Any
 ) -> None:
@@ -202,10 +228,7 @@ def write_frame(
     elif path.suffix == ".csv":
         content = as_csv(frame).encode()
     elif path.suffix == ".json":
-        names = list(frame.columns)
-        rows = frame.itertuples(index=False, name=None)
-        records = [{name: _or_null(cell) for name, cell in zip(names, row, strict=True)} for row in rows]
-        content = json.dumps({"config": about, **more, "records": records}, indent=1).encode()
+        content = _json(frame, {"config": about, **more}).encode()
     else:
         raise FinetraceError(f"{path}: unknown kind of table; end the name in .parquet, .csv or .json.")
     try:

@@ -14,12 +14,19 @@ from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.representations import Pooling, Representation
 
+ROWS = 4096  # of hidden states that are in float64 at a time
+
 
 def cosines(query: Tensor, train: Tensor, *, centred: bool) -> NDArray[np.float64]:
     """(m, n) cosines of (m, d) with (n, d), with `centred` after the mean of `train` was taken off both."""
-    middle = train.double().mean(0) if centred else 0.0
-    rows, columns = (torch.nn.functional.normalize(each.double() - middle, dim=1) for each in (query, train))
-    return (rows @ columns.T).clamp(-1, 1).numpy()
+    parts = train.split(ROWS)
+    middle = sum(part.double().sum(0) for part in parts) / len(train) if centred else 0.0
+
+    def directions(states: Tensor) -> Tensor:
+        return torch.nn.functional.normalize(states.double() - middle, dim=1)
+
+    rows = directions(query)
+    return torch.cat([rows @ directions(part).T for part in parts], dim=1).clamp(-1, 1).numpy()
 
 
 @register("repsim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from finetrace.atomic import write_atomically
 from finetrace.attribution import make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, Cell
@@ -91,7 +93,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
             axis = axes.flat[i]
             ranks = _ranks(matrices[name])[np.ix_(down, across)]
             image = axis.imshow(ranks, aspect="auto", cmap="magma", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_title(titles[name], fontsize=9)
+            axis.set_title(literal(titles[name]), fontsize=9)
             axis.tick_params(length=0, labelsize=7)
             last, left = i + columns >= len(names), i % columns == 0
             axis.set_xticks(*_names(classes, last), rotation=45, ha="right", rotation_mode="anchor")
@@ -105,7 +107,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         bar.set_label("rank of a training example for the query", fontsize=8)
         figure.supxlabel(f"{len(train)} training examples, by class", fontsize=9)
         figure.supylabel(f"{len(queries)} queries, by class", fontsize=9)
-        figure.suptitle(f"{cell.task}, {cell.protocol}", fontsize=11)
+        figure.suptitle(literal(f"{cell.task}, {cell.protocol}"), fontsize=11)
         save(figure, out / f"heat-{cell.task}-{cell.protocol}")
 
 
@@ -154,18 +156,26 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
         bar = figure.colorbar(image, aspect=30, pad=0.01)
         bar.set_label("AUPRC", fontsize=8)
         bar.ax.tick_params(labelsize=8)
-        figure.suptitle(f"{task}, {protocol}: what influence hangs on", fontsize=11)
+        figure.suptitle(literal(f"{task}, {protocol}: what influence hangs on"), fontsize=11)
         save(figure, out / f"ablation-{task}-{protocol}")
 
 
 def save(figure: Any, path: Path) -> None:
-    """`path` with .png and .svg added; equal figures give equal files."""
+    """`path` with .png and .svg added, each whole or not there; equal figures give equal files."""
     import matplotlib
 
     path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = {".png": io.BytesIO(), ".svg": io.BytesIO()}
     with matplotlib.rc_context({"svg.hashsalt": path.name}):
-        figure.savefig(path.with_name(path.name + ".png"), dpi=150)
-        figure.savefig(path.with_name(path.name + ".svg"), metadata={"Date": None})
+        figure.savefig(drawn[".png"], format="png", dpi=150)
+        figure.savefig(drawn[".svg"], format="svg", metadata={"Date": None})
+    for suffix, content in drawn.items():
+        write_atomically(path.with_name(path.name + suffix), content.getvalue())
+
+
+def literal(text: str) -> str:
+    """Somebody's text as a figure shows it: what stands between two dollar signs would be read as a formula."""
+    return text.replace("$", r"\$")
 
 
 def _ranks(scores: NDArray[Any]) -> NDArray[np.float64]:
@@ -184,4 +194,4 @@ def _names(labels: Sequence[str], wanted: bool, most: int = NAMED) -> tuple[list
     if not wanted or len(edges) - 1 > most:
         return [], []
     middles = [(a + b) / 2 for a, b in pairwise(edges)]
-    return middles, [labels[round(a + 0.5)] for a in edges[:-1]]
+    return middles, [literal(labels[round(a + 0.5)]) for a in edges[:-1]]

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from finetrace.atomic import write_atomically
 from finetrace.attribution.lexical import LEXICAL
 from finetrace.benchmark import finished
 from finetrace.benchmark.example_figure import draw_examples
@@ -46,9 +47,9 @@ def report(folder: Path) -> list[Row]:
     rows = summarise(records, frame)
     config = {"command": "bench", "cells": {cell.folder: {"size": cell.size} for cell in cells}}
     write_results(folder, [row.record() for row in rows], config)
-    pd.DataFrame.from_records(records).to_parquet(folder / "seeds.parquet", index=False)
+    write_atomically(folder / "seeds.parquet", pd.DataFrame.from_records(records).to_parquet(index=False))
     pairs = paired(frame)
-    pd.DataFrame.from_records(pairs).to_parquet(folder / "paired.parquet", index=False)
+    write_atomically(folder / "paired.parquet", pd.DataFrame.from_records(pairs).to_parquet(index=False))
     write_tables(folder / "tables", rows)
     write_paired(folder / "tables", rows, pairs)
     pictured = drawable(folder, cells)

@@ -198,8 +198,9 @@ def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]
 
 
 def _plain(cell: str) -> str:
-    """A cell of Markdown that shows the text as it is, without a line of its own, a column or HTML."""
-    return " ".join(cell.split()).replace("|", r"\|").replace("`", r"\`").replace("<", "&lt;")
+    """A cell of Markdown that shows the text as it is, without a line of its own, a column, a link, an image or HTML."""
+    text = " ".join(cell.split()).replace("\\", r"\\").replace("](", r"]\(")
+    return text.replace("|", r"\|").replace("`", r"\`").replace("<", "&lt;")
 
 
 def latex(text: str) -> str:

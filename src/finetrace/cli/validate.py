@@ -202,7 +202,7 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, re
         folder = options.existing(adapter, "--adapter")
         where = str(adapter)
     else:
-        folder = index.folder / (index.manifest.model.adapter or "adapter")
+        folder = inside(index.folder, index.manifest.model.adapter or "adapter")
         where = f"{index.folder} (indexes built before fine-tunings were kept have none)"
     found = found_config(folder, options.say)
     if found is None:

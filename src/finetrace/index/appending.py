@@ -182,8 +182,7 @@ def settle(folder: Path, say: Callable[[str], None] = lambda text: None) -> None
     if manifest.read(staged).data_fingerprint not in [part.data_fingerprint for part in about.appended]:
         return
     for labels in get_args(Labels):
-        if factors.outdated(folder, about, labels):
-            factors.remove(folder, labels)
+        if factors.outdated(folder, about, labels) and factors.remove(folder, labels):
             say(f"{factors.path(folder, labels)}: removed; fitted on all rows when a method asks for them")
     for view in views_of(folder):
         with nullcontext() if view.is_symlink() else writing(view):

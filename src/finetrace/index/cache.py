@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -35,6 +36,12 @@ HEADER = 512  # bytes of a file's header at most, beside
 NAMED = 256  # those for each of its tensors
 STALE = 3600.0  # seconds after which a file that was never finished is removed
 ROWS = "rows"  # in the name of files that are left mapped
+OURS = re.compile(
+    r".+-[0-9a-f]{32}\.safetensors"
+)  # what is kept, and what of it was never finished: no others are removed,
+PART = re.compile(
+    r"\.[0-9a-f]{32}\.part"
+)  # since somebody may have put a link to a folder of theirs in this one's place
 
 _compared: dict[Path, tuple[int, int, int]] = {}  # files whose checksum this process compared, as they were then
 
@@ -164,9 +171,9 @@ class Cache:
         for path in self.folder.iterdir():
             with contextlib.suppress(OSError):  # another process may have removed it
                 about = path.stat()
-                if path.suffix == ".part" and time.time() - about.st_mtime > STALE:
+                if PART.fullmatch(path.name) and time.time() - about.st_mtime > STALE:
                     path.unlink()
-                elif path.suffix == ".safetensors":
+                elif OURS.fullmatch(path.name):
                     taken += about.st_size
                     mapped = ROWS in path.name and time.time() - about.st_mtime < STALE
                     if path not in self._needed and not mapped:

@@ -66,8 +66,8 @@ def verify(folder: Path) -> list[Damage]:
         try:
             there = manifest.read(view)
             found += _verify_one(view, there)
-            if there.examples != about.examples:
-                what = f"{view}: of {there.examples} rows, and the index has {about.examples}."
+            if there.examples != about.kept:
+                what = f"{view}: of {there.examples} rows, and the index has {about.kept}."
                 found.append(Damage(view, view / manifest.NAME, "manifest", what))
         except FinetraceError as error:
             found.append(Damage(view, view / manifest.NAME, "manifest", str(error)))
@@ -154,9 +154,8 @@ def _mend(root: Path, home: Path, damage: Sequence[Damage], say: Callable[[str],
         remove_view(home)
         return
     for each in damage:
-        if each.kind == "factors":
+        if each.kind == "factors" and factors.remove(each.folder, each.path.stem):  # type: ignore[arg-type]
             say(f"{each.path}: removed; computed again when a method asks for them")
-            factors.remove(each.folder, each.path.stem)  # type: ignore[arg-type]
 
 
 def _collect_again(index: Index, names: Collection[str], say: Callable[[str], None]) -> None:

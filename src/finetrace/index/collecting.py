@@ -55,6 +55,8 @@ def collect_shards(
     before = {shard.start: shard.sha256 for shard in (*started.lost, *there_now.shards)}
     gone = {each.row: each for each in started.left_out}
     unfitted = labels if labels is not None and not factors.there(folder, labels) else None
+    if unfitted is not None:
+        factors.refuse_others(folder, unfitted)
     running = sums.Running(folder, started, unfitted) if unfitted is not None else None
     if running is not None and not running.agrees(started.shards):
         running.discard()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from finetrace.index import shards, sums
 from finetrace.index.manifest import Manifest
 from finetrace.index.sums import FOLDER
 
+TENSORS = ("left", "right", "kfac", "ekfac")  # of a block each, by its number
 FORMAT = 2  # 1 had the tokens of the loss alone in its sums; such factors are fitted again
 
 
@@ -49,6 +51,21 @@ def refuse_flat(folder: Path, projection: Projection) -> None:
             f"{folder}: gradients are projected by {projection.text}, which leaves them no two sides, so K-FAC and EK-FAC "
             "have no factors there; take another method, or build the index with --projection two-sided:KOUTxKIN."
         )
+
+
+def refuse_others(folder: Path, labels: Labels) -> None:
+    """Stop where something else has the factors' name."""
+    if not _ours(path(folder, labels)):
+        raise FinetraceError(
+            f"{path(folder, labels)}: these are no factors of finetrace's, and stay as they are; move them elsewhere."
+        )
+
+
+def _ours(file: Path) -> bool:
+    """Whether nothing else has the name of factors: a link in the place of their folder may lead to a model's weights."""
+    with suppress(OSError, SafetensorError), safe_open(str(file), framework="pt") as there:
+        return all(name.split(".")[0] in TENSORS for name in there.keys())  # noqa: SIM118
+    return True
 
 
 def finish(folder: Path, manifest: Manifest, labels: Labels) -> None:
@@ -131,6 +148,8 @@ def outdated(folder: Path, manifest: Manifest, labels: Labels) -> bool:
 def remove(folder: Path, labels: Labels) -> bool:
     """Remove finished factors, if there are any; they are fitted again when a method asks for them."""
     about = path(folder, labels).with_suffix(".json")
+    if not _ours(path(folder, labels)):
+        return False
     found = about.exists() or path(folder, labels).exists()
     about.unlink(missing_ok=True)
     path(folder, labels).unlink(missing_ok=True)

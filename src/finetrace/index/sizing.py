@@ -141,29 +141,43 @@ def parse_bytes(flag: str, text: str | None) -> int | None:
 
 
 CGROUP = Path("/sys/fs/cgroup")
+# A container's limit, what it takes, and where it says how much of that are files: in version 2 of control groups, and in 1.
+LIMITS = (
+    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
+    (
+        "memory/memory.limit_in_bytes",
+        "memory/memory.usage_in_bytes",
+        "memory/memory.stat",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
 
 
-def _held() -> int:
-    """Bytes of a container that it cannot give back: files that were read stay in its memory for as long as there is room."""
-    used = int((CGROUP / "memory.current").read_text(encoding="ascii"))
-    with contextlib.suppress(OSError, ValueError):
-        stat = dict(line.split() for line in (CGROUP / "memory.stat").read_text(encoding="ascii").splitlines())
-        used -= int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0))
-    return used
+def _left_to_container() -> int | None:
+    """Bytes of its limit that a container has left; files that were read stay in its memory for as long as there is room."""
+    for limit, taken, stat, files in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # another version, or no limit (`max`)
+            left = int(_said(limit)) - int(_said(taken))
+            with contextlib.suppress(OSError, ValueError):
+                known = dict(line.split() for line in _said(stat).splitlines())
+                left += sum(int(known.get(name, 0)) for name in files)
+            return max(0, left)
+    return None
+
+
+def _said(name: str) -> str:
+    return (CGROUP / name).read_text(encoding="ascii")
 
 
 def available_memory() -> int | None:
     """Bytes that can be taken without swapping, within a container's limit; `None` where the system does not say."""
     found = []
-    try:
+    with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 found.append(int(line.split()[1]) * 1024)
-        limit = (CGROUP / "memory.max").read_text(encoding="ascii").strip()
-        if limit != "max":
-            found.append(max(0, int(limit) - _held()))
-    except (OSError, ValueError):
-        pass
+    if (left := _left_to_container()) is not None:
+        found.append(left)
     if found:
         return min(found)
     for name, share in (("SC_AVPHYS_PAGES", 1), ("SC_PHYS_PAGES", 2)):

@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from finetrace import arithmetic, fingerprint
+from finetrace.atomic import write_atomically
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -100,10 +101,11 @@ def _furnish(
     rows.write(folder, started, examples, encoded)
     if started.model.adapter is not None:
         try:
-            save_adapter(loaded.model, folder / "adapter")
             saved = Path(loaded.spec.adapter or "") / SAVED
-            if loaded.spec.adapter and saved.is_file():  # how it was fine-tuned, for retraining
-                shutil.copyfile(saved, folder / started.model.adapter / SAVED)
+            if loaded.spec.adapter and saved.is_file():  # how it was fine-tuned, for retraining; here already, perhaps
+                (folder / started.model.adapter).mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / started.model.adapter / SAVED, saved.read_bytes())
+            save_adapter(loaded.model, folder / "adapter")
         except (OSError, SafetensorError) as error:
             raise FinetraceError(
                 f"{folder}: the adapter cannot be written ({error}); free some space or choose another folder."

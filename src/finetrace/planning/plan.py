@@ -188,7 +188,7 @@ def plan_index(
     shape = Shape.of(collector.model, collector.tracking)
     pieces = pieces_of(encoded, about.rows_per_shard, about.batch_tokens)
     done = _done(folder, about) if labels is None else set()
-    left = [shard for i, shard in enumerate(pieces) if i * about.rows_per_shard not in done]
+    left = [shard for shard in pieces if any(row not in done for piece in shard for row in piece.rows)]
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     row = RowFormat.of_index(about, collector.tracking.width, shape.hidden, collector.dtype)
     parameters = list(collector.model.parameters())
@@ -238,7 +238,10 @@ def _disk(
 
 
 def _done(folder: Path, about: Manifest) -> set[int]:
-    """First rows of the shards that an unfinished index of the same data in `folder` has; their checksums are not looked at."""
+    """Rows in the shards that an unfinished index of the same data in `folder` has; their checksums are not looked at.
+
+    Rows that were appended lie in shards of their own, whose borders are others than those of an index built at once.
+    """
     if not (folder / NAME).exists():
         return set()
     try:
@@ -247,7 +250,7 @@ def _done(folder: Path, about: Manifest) -> set[int]:
         return set()  # building it will say what is wrong
     if there.data_fingerprint != about.data_fingerprint or there.rows_per_shard != about.rows_per_shard:
         return set()
-    return {shard.start for shard in there.shards}
+    return {row for shard in there.shards for row in range(shard.start, shard.stop)}
 
 
 def _free(folder: Path) -> int:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from finetrace.benchmark.figures import save
+from finetrace.benchmark.figures import literal, save
 from finetrace.benchmark.tables import write_table
 from finetrace.studies.plots import COLUMN, line, whole
 from finetrace.studies.records import reach, where
@@ -127,7 +127,7 @@ def _bars(records: Records) -> Any:
             axis.axvline(ceiling["reachable"], color="0.5", linestyle=":", linewidth=0.8, label="a perfect prediction")
         axis.legend(fontsize=7, loc="lower right")
     axis.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    axis.set_yticks(range(len(order)), [r["method"] for r in order], fontsize=7)
+    axis.set_yticks(range(len(order)), [literal(r["method"]) for r in order], fontsize=7)
     axis.tick_params(axis="x", labelsize=7)
     axis.set_xlabel("LDS: rank correlation of predicted and true loss over subsets", fontsize=7)
     return figure
@@ -141,7 +141,7 @@ def _curves(records: Records, label: str, scale: float) -> Any:
     axis = figure.subplots()
     for place, name in enumerate(dict.fromkeys(r["method"] for r in records)):
         mine = sorted(where(records, method=name), key=lambda r: r["removed"])
-        line(axis, place, [r["removed"] for r in mine], mine, "value", name, scale)
+        line(axis, place, [r["removed"] for r in mine], mine, "value", literal(name), scale)
     whole(axis)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.grid(color="0.92")
