@@ -157,9 +157,7 @@ class Encoder:
         """Ids and weights of one example that has a response; raises `FinetraceError` naming it where that fails."""
         where = example.named
         if not example.has_response:
-            raise FinetraceError(
-                f"{where}: the last turn is not an assistant's answer; give it a response or remove it."
-            )
+            raise FinetraceError(f"{where}: the last turn is not an assistant's; give it a response or remove it.")
         positions = self.positions
         if positions.kind == "probe":
             kept = {key: value for key, value in example.metadata.items() if key != "finish_reason"}
