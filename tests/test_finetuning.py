@@ -471,7 +471,7 @@ def test_settings_that_cannot_be(fresh: Any, tmp_path: Path, given: dict[str, An
 def test_no_rows(fresh: Any, tmp_path: Path) -> None:
     with pytest.raises(FinetraceError, match="the training set is empty"):
         finetune(fresh(), [], tmp_path / "out")
-    with pytest.raises(FinetraceError, match="example q: the last turn is not an assistant's answer"):
+    with pytest.raises(FinetraceError, match="example q: the last turn is not an assistant's; give it a response"):
         finetune(fresh(), [Example.from_prompt("q", id="q")], tmp_path / "out")
 
 
