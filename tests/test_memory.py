@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 MEASURE = """
-import resource, sys
+import sys
 from pathlib import Path
 from finetrace.encoding import Encoder
 from finetrace.index import build_index
 from finetrace.models import Loaded, ModelSpec
+from finetrace.planning.measure import peak_memory
 from tiny import make_examples, make_llama, make_tokenizer
 rows, out = int(sys.argv[1]), Path(sys.argv[2])
 tokenizer = make_tokenizer()
@@ -23,7 +24,7 @@ index, _ = build_index(
     kronecker="data",
 )
 row = sum(block.size for block in index.blocks) * 8
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, row * 16)
+print(peak_memory(), row * 16)
 """
 
 

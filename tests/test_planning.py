@@ -379,13 +379,14 @@ def test_a_batch_that_may_not_fit_is_named_before_it_runs(tiny_loaded, tmp_path,
 
 
 MEASURED = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from collection import with_adapter
 from finetrace.encoding import Encoder
 from finetrace.index import append, build_index
 from finetrace.planning.extrapolation import measure_plan
+from finetrace.planning.measure import peak_memory
 from finetrace.planning.plan import plan_index
 from finetrace.tasks import mixed
 loaded, examples, out = with_adapter("float32"), list(mixed().train)[::5][:48], Path(sys.argv[3])
@@ -402,8 +403,22 @@ else:
     began = []
     build_index(loaded, examples, out, encoder, begin=lambda *args: began.append(time.process_time()), **options)
     took = time.process_time() - began[0]
-    print(json.dumps([took, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+    print(json.dumps([took, peak_memory()]))
 """
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells them apart")
+def test_the_memory_of_whoever_started_a_process_is_not_its_own():
+    code = "from finetrace.planning.measure import peak_memory; print(peak_memory())"
+
+    def started() -> int:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    before = started()
+    held = bytearray(os.urandom(1 << 20) * 1024)
+    assert started() == pytest.approx(before, rel=0.1)
+    assert len(held) > 2 * before
 
 
 @pytest.mark.skipif(os.name != "posix", reason="files without a name are those of POSIX")
