@@ -475,7 +475,7 @@ def test_queries_that_cannot_be_asked(built: Path) -> None:
     index = open_index(built)
     with pytest.raises(FinetraceError, match="no example"):
         index.features([])
-    with pytest.raises(FinetraceError, match=r"example q: .*not an assistant's answer"):
+    with pytest.raises(FinetraceError, match=r"example q: .*not an assistant's; give it a response"):
         index.features([Example.from_prompt("q", id="q")])
 
 
