@@ -122,6 +122,9 @@ def test_the_paper_protocol_is_looked_at_now_and_then(tmp_path: Path) -> None:
     ]
     plain = states(tmp_path / "p", setting, 0, "same start", lambda text: None)
     assert raw_distance(found[2], found[4]) > 1  # starts of their own
+    answers = sorted(path.name for path in (tmp_path / "p/parts/paper-protocol").rglob("*.jsonl"))
+    assert answers[:-1] == ["benign-1.jsonl", "harmful-1.jsonl", "mixed-1.jsonl"]
+    assert answers[-1].startswith("untrained-")  # the base and all starts give the same
     assert not torch.allclose(plain[0].losses, found[0].losses)  # and a template of its own
 
 
@@ -138,7 +141,6 @@ def test_pairs_are_of_the_last_epochs() -> None:
     assert correlation([1, 2, 3], [2, 4, 6]) == pytest.approx((1, 1))
 
 
-@pytest.mark.slow
 def test_attack_success_changes_by_no_more_than_all_requests() -> None:
     records = [
         {"kind": "pair", "start": "s", "seed": seed, "pair": "a - b", "raw": change, "effective": 1.0, "loss": 0.5}
@@ -150,6 +152,7 @@ def test_attack_success_changes_by_no_more_than_all_requests() -> None:
     assert attacks == "91 [75, 100]"
 
 
+@pytest.mark.slow
 def test_the_quick_study_on_a_tiny_model(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", make_llama(), make_tokenizer())
     setting = Setting(True, 1, str(base), "float32", "cpu")

@@ -142,7 +142,10 @@ def _state(
     queries: Sequence[Example],
     say: Say,
 ) -> State:
-    """Load or measure one; before training the adapter is the one that training starts from, its B zero."""
+    """Load or measure one; before training the adapter is the one that training starts from, its B zero.
+
+    Then it answers as the base does, whatever its A, and the answers are those of the base.
+    """
     path = home / f"{model.replace(' ', '-')}-{epoch}.safetensors"
 
     def loaded() -> Loaded:
@@ -157,7 +160,10 @@ def _state(
         say(f"{home.parent.name}, {home.parent.parent.name}: {model}, epoch {epoch}")
         home.mkdir(parents=True, exist_ok=True)
         template = read_template(config.chat_template)
-        answers = kept_answers(home / f"{path.stem}.jsonl", queries, lambda: at, template)
+        own = home / f"{path.stem}.jsonl"
+        if checkpoint is None:
+            own = home.parent / f"untrained-{of_text(repr((base, template)))}.jsonl"
+        answers = kept_answers(own, queries, lambda: at, template)
         verdicts = complied(make_judge(None, None), answers)
         items, _ = Encoder(at.tokenizer, "probe", template=template).encode_all(
             [each.with_response("-") for each in queries]
