@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors.numpy import load_file
 
 import killed
-from finetrace.attribution import make
+from finetrace.api import open_index
+from finetrace.attribution import Problem, make
 from finetrace.benchmark import finished as finished_module
 from finetrace.benchmark import pages, stages
 from finetrace.benchmark import run as run_module
@@ -35,6 +36,7 @@ from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.evaluation.metrics import precision_at, relevance
 from finetrace.examples import Example
 from finetrace.execution import Engine
+from finetrace.index.manifest import read
 from finetrace.reading import read_examples, write_examples
 from finetrace.tasks import TASKS, build, recipe
 from test_cli import assert_one_sentence, run
@@ -144,7 +146,8 @@ def test_records_have_every_field(finished):
 def test_results_tables_and_figures_are_there(finished):
     folder, made, rows = finished
     document = json.loads((folder / "results.json").read_text())
-    assert document["config"]["cells"] == {cell.folder: {"size": cell.size} for cell in made}
+    settings = {"size": 0.05, "task_seed": 0, "model": made[0].model, "epochs": 1}
+    assert document["config"]["cells"] == {cell.folder: settings for cell in made}
     assert len(document["records"]) == len(METHODS)
     for record, row in zip(document["records"], rows, strict=True):
         assert record["auprc_low"] <= record["auprc"] <= record["auprc_high"]
@@ -414,6 +417,44 @@ def test_seeds_of_other_settings_are_not_averaged(finished, base, tmp_path):
         report(there)
 
 
+def test_gradients_of_plain_layers_in_place_of_the_adapter_s(finished, base, tmp_path):
+    folder, *_ = finished
+    there, specs = tmp_path / "linear", ("repsim", "gradcos", "ekfac")
+    (cell,) = planned(base, seeds=1, methods=specs, modules=[r"v_proj\.base_layer"])
+    run_all(there, Plan((cell,), keep=True), silent)
+    tuned = there / cell.folder
+    for part in ("index", "queries"):
+        names = {block.name for block in read(tuned / part).blocks}
+        assert names == {f"model.layers.{layer}.self_attn.v_proj.base_layer.weight" for layer in (0, 1)}
+    kept, adapters = (
+        load_file(str(tuned / "scores.safetensors")),
+        load_file(str(folder / cell.folder / "scores.safetensors")),
+    )
+    assert np.array_equal(kept["repsim"], adapters["repsim"])  # the model is the same
+    assert not np.allclose(kept["gradcos"], adapters["gradcos"], atol=1e-3)
+    problem = Problem(open_index(tuned / "index"), read_examples(tuned / "queries.jsonl"))
+    for spec in ("gradcos", "ekfac"):
+        wanted = make(spec).score(problem).values
+        assert np.abs(kept[spec] - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    report(there)
+    config = json.loads((there / "results.json").read_text())["config"]["cells"][cell.folder]
+    assert config == {"size": 0.05, "task_seed": 0, "model": base, "epochs": 1, "modules": [r"v_proj\.base_layer"]}
+    (page,) = (there / "reports").glob("*.html")
+    assert r"v_proj\.base_layer" in page.read_text()
+    with pytest.raises(FinetraceError, match="modules is"):  # not one table of two kinds of gradients
+        run_all(folder, Plan(planned(base, seeds=3, modules=["v_proj"])), silent)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"), [("v_proj(", "not a regular"), ("w_proj", "no linear layer"), ("all-linear", "adapter")]
+)
+def test_layers_that_are_not_there_are_said_before_any_training(base, tmp_path, monkeypatch, pattern, why):
+    monkeypatch.setattr(stages, "finetune", None)
+    with pytest.raises(FinetraceError, match=f"--modules {re.escape(pattern)}.*{why}"):
+        run_all(tmp_path, Plan(planned(base, seeds=1, modules=[pattern])), silent)
+    assert not list(tmp_path.rglob("cell.json"))  # the same folder takes the right name
+
+
 def test_another_chat_template_under_the_same_name_is_refused(tmp_path):
     template, task = tmp_path / "mine.jinja", build("emotion", size=0.05)
     cell = Cell("emotion", "corrected", 0, 0.05, 0, ("random",), chat_template=str(template))
@@ -671,6 +712,8 @@ def test_the_help_says_which_tasks_have_one_draw(capsys, command, flag):
         ),
         (["emotion", "--judge-label", "bad"], ["--judge-label bad", "--judge"]),
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
+        (["emotion", "--protocol", "paper", "--modules", "v_proj"], ["--modules", "gradients of the adapter"]),
+        (["attack-success", "--modules", "v_proj"], ["--modules", "attack-success runs alone"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),
         (["emotion", "--id-column", "key"], ["--id-column", "go with --data"]),
         (["--data", "rows.jsonl", "--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),

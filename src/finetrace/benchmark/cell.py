@@ -25,6 +25,7 @@ class Cell:
     device: str = "auto"
     chat_template: str | None = None
     target_modules: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
     @property
     def folder(self) -> str:

@@ -20,7 +20,7 @@ from finetrace.reading import read_examples
 from finetrace.tasks import TASKS
 
 T = TypeVar("T")
-ALIKE = ("size", "task_seed", "model", "epochs", "chat_template", "target_modules")  # of all seeds of a task
+ALIKE = ("size", "task_seed", "model", "epochs", "chat_template", "target_modules", "modules")  # of all seeds of a task
 
 
 def document(folder: Path) -> dict[str, Any]:
@@ -52,10 +52,15 @@ def finished(folder: Path) -> list[Cell]:
     found = []
     for path in sorted(folder.glob(f"*/*/seed-*/{DONE}")):
         config = {key: value for key, value in document(path.parent)["config"].items() if key in names}
-        config |= {key: tuple(config[key]) for key in ("methods", "target_modules") if key in config}
+        config |= {key: tuple(config[key]) for key in ("methods", "target_modules", "modules") if key in config}
         found.append(Cell(**config))
     order = {task: place for place, task in enumerate(TASKS)}
     return sorted(found, key=lambda cell: (order.get(cell.task, len(order)), cell.task, cell.protocol, cell.seed))
+
+
+def settings(cell: Cell) -> dict[str, Any]:
+    """What all seeds of its task have alike, without what was left as it is by default."""
+    return {name: value for name in ALIKE if (value := getattr(cell, name)) not in (None, ())}
 
 
 def refuse_mixed(folder: Path, cells: Iterable[Cell]) -> None:

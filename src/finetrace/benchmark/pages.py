@@ -53,6 +53,8 @@ def _page(home: Path, cell: Cell, path: Path) -> Path:
         "protocol": cell.protocol,
     }
     facts |= {"model": str(document["base"]), "seed": str(cell.seed), "size": f"{cell.size:g}", "dtype": cell.dtype}
+    if cell.modules:
+        facts["gradients of"] = ", ".join(cell.modules)
     target = "unsafe" if cell.task in TASKS and TASKS[cell.task].aligned else None
     path.parent.mkdir(parents=True, exist_ok=True)
     classes = len({row.label for row in train})

@@ -45,7 +45,7 @@ def report(folder: Path) -> list[Row]:
         raise FinetraceError(f"{folder}: no cell has anything to report; the fine-tuned models complied with nothing.")
     frame = pd.concat(frames, ignore_index=True)
     rows = summarise(records, frame)
-    config = {"command": "bench", "cells": {cell.folder: {"size": cell.size} for cell in cells}}
+    config = {"command": "bench", "cells": {cell.folder: finished.settings(cell) for cell in cells}}
     write_results(folder, [row.record() for row in rows], config)
     write_atomically(folder / "seeds.parquet", pd.DataFrame.from_records(records).to_parquet(index=False))
     pairs = paired(frame)

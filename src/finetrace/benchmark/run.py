@@ -24,6 +24,7 @@ from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.matrices import hub, suspicion
 from finetrace.benchmark.protocol import Protocol, share_of
 from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
+from finetrace.collection import track
 from finetrace.collection.factors import Labels
 from finetrace.encoding import read_template
 from finetrace.errors import FinetraceError
@@ -31,6 +32,8 @@ from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.metrics import METRICS, Metric, mrr, precision_at, recall_at, relevance
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
+from finetrace.finetuning import finished as finetuned
+from finetrace.finetuning import new_adapter
 from finetrace.fingerprint import of_text
 from finetrace.index import build_index
 from finetrace.index.factors import FORMAT
@@ -100,8 +103,9 @@ class Run:
         say(f"{self.name}: indexing {many(len(self.task.train), 'row')} and {many(len(queries), 'query')}")
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
         fit: Labels | None = "model" if factors else None
-        index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit)
-        kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder)
+        rows, modules = self.task.train, self.cell.modules or None
+        index, _ = build_index(self.tuned, rows, self.folder / "index", encoder, kronecker=fit, modules=modules)
+        kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder, modules=modules)
         return Problem(index, queries, kept_queries=kept)
 
     @cached_property
@@ -144,6 +148,8 @@ class Run:
 
     def _adapter(self) -> None:
         base = ModelSpec(self.base, None, self.cell.dtype, self.cell.device)
+        if self.cell.modules and not finetuned(self.folder / "adapter"):  # a name that is not there is said at once
+            track(new_adapter(load(base), self.finetuning()), self.cell.modules)
         folder = tuned_adapter(self.folder / "adapter", base, self.task.train, self.finetuning())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 

@@ -113,6 +113,7 @@ def cells(
     device: str = "auto",
     chat_template: str | None = None,
     target_modules: Sequence[str] = (),
+    modules: Sequence[str] = (),
 ) -> tuple[Cell, ...]:
     """Tasks x protocols x seeds; the protocol's own methods unless others are given. All first seeds come first."""
     precision = known_dtype(dtype, device)
@@ -130,6 +131,7 @@ def cells(
             device,
             chat_template,
             tuple(target_modules),
+            tuple(modules),
         )
         for seed in range(seeds)
         for name in protocols

@@ -52,6 +52,12 @@ def bench(
     target_modules: Annotated[
         list[str] | None, typer.Option(help="Layers that get an adapter; q_proj and v_proj if not given; may repeat.")
     ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Plain linear layers whose gradients are taken in place of the adapter's: regular expressions; may repeat."
+        ),
+    ] = None,
     data: Annotated[
         str | None,
         typer.Option(
@@ -93,7 +99,7 @@ def bench(
             "--keep": keep,
             "--chat-template": chat_template,
         }
-        others |= {"--target-modules": target_modules, "--label-column": label_column}
+        others |= {"--target-modules": target_modules, "--modules": modules, "--label-column": label_column}
         others |= {
             "--benign": benign,
             "--share": share,
@@ -125,6 +131,10 @@ def bench(
         )
     if not tasks and (benign is not None or share is not None):
         raise FinetraceError("--benign and --share go with the name of a task.")
+    if modules and "paper" in (protocol or ()):
+        raise FinetraceError(
+            "--modules: the paper protocol takes the gradients of the adapter; leave one of the two out."
+        )
     given = data is not None or benign is not None or share is not None
     if given and tasks and len(tasks) > 1:
         raise FinetraceError(
@@ -172,6 +182,7 @@ def bench(
             device=device,
             chat_template=chat_template,
             target_modules=target_modules or (),
+            modules=modules or (),
         )
         run_all(folder, Plan(planned, (judge, judge_label), source, keep, chosen_engine, real), options.say)
         asked = {(cell.task, cell.protocol) for cell in planned}
