@@ -1,11 +1,13 @@
 """Collection against its floor: python benchmarks/collection.py [--rows 96] [--rounds 5] [--dtype bfloat16] [--kronecker].
 
 The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
-response positions alone. Floor and collection run in turn; the ratio is taken within each round. `--kronecker` times the
-index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries. `--task NAME --size S` takes a
-task's rows; with `--kronecker` its queries too, if they have responses: the index with factors, the queries' gradients and
-their scores by `ekfac` together, over the floor of rows and queries. Shares of the matrix rate are what the plain pass
-multiplies for unpadded tokens, a second, over the fastest of three products timed in the same round.
+response positions alone, whatever is collected. `--modules REGEX` collects plain linear layers in place of the
+adapters, as `finetrace index --modules` does. Floor and collection run in turn; the ratio is taken within each round.
+`--kronecker` times the index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries.
+`--task NAME --size S` takes a task's rows; with `--kronecker` its queries too, if they have responses: the index with
+factors, the queries' gradients and their scores by `ekfac` together, over the floor of rows and queries. Shares of the
+matrix rate are what the plain pass multiplies for unpadded tokens, a second, over the fastest of three products timed
+in the same round.
 """
 
 from __future__ import annotations
@@ -104,16 +106,23 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kronecker", action="store_true")
+    parser.add_argument("--modules", nargs="+")
     args = parser.parse_args()
     task = build(args.task, size=args.size or 1.0)
     examples = list(task.train[: args.rows or (96 if args.size is None else None)])
     asked = [query for query in task.queries if query.has_response]
     for dtype in args.dtype:
-        print(measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker), flush=True)
+        print(measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker, args.modules), flush=True)
 
 
 def measure(
-    dtype: str, examples: list[Example], asked: list[Example], rounds: int, batch_tokens: int, kronecker: bool
+    dtype: str,
+    examples: list[Example],
+    asked: list[Example],
+    rounds: int,
+    batch_tokens: int,
+    kronecker: bool,
+    modules: list[str] | None = None,
 ) -> str:
     """Floor, collection in memory and index on disk in turn; the ratios of each round."""
     loaded = with_adapter(dtype)
@@ -121,13 +130,15 @@ def measure(
     items, _ = encoder.encode_all(examples)
     lengths = [len(item.ids) for item in items]
     padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in length_batches(lengths, batch_tokens))
-    collector = Collector(loaded.model, track(loaded.model), batch_tokens=batch_tokens)
+    collector = Collector(loaded.model, track(loaded.model, modules), batch_tokens=batch_tokens)
     ids = [example.id for example in examples]
 
     def index(labels: Literal["model"] | None = None, queries: Sequence[Example] = ()) -> None:
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "index"
-            made, _ = build_index(loaded, examples, folder, encoder, batch_tokens=batch_tokens, kronecker=labels)
+            made, _ = build_index(
+                loaded, examples, folder, encoder, batch_tokens=batch_tokens, kronecker=labels, modules=modules
+            )
             if queries:
                 make("ekfac").score(Problem(made, queries))
 

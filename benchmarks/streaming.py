@@ -28,6 +28,7 @@ from finetrace.collection import Features
 from finetrace.examples import Example
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, Manifest, ShardRecord
+from finetrace.planning.measure import peak_memory
 from scoring import block_records, random_features, write_index
 
 
@@ -153,8 +154,7 @@ def peak(*, forgotten: bool = False) -> int:
     """Bytes of this process's largest resident size; `forgotten` starts it again from what is resident now."""
     if forgotten:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    line = next(each for each in Path("/proc/self/status").read_text("ascii").splitlines() if each.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return peak_memory()
 
 
 def stream(folder: Path, rounds: int, n: int = 1_000_000, d: int = 1024, m: int = 16) -> None:

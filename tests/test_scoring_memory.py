@@ -22,6 +22,7 @@ from finetrace.curvature import Products
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, manifest
 from finetrace.index.manifest import BlockRecord, ShardRecord
+from finetrace.planning.measure import peak_memory
 from test_streaming import tiny_queries
 from tiny import make_examples, make_llama, make_tokenizer, with_lora
 
@@ -33,8 +34,7 @@ def peak(*, again: bool = False) -> int:
     """Bytes of this process's largest resident size; `again` starts it from what is resident now."""
     if again:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    line = next(each for each in Path("/proc/self/status").read_text("ascii").splitlines() if each.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    return peak_memory()
 
 
 def large(folder: Path, n: int, width: int, dtype: torch.dtype = torch.float32, shards: int = 2) -> Index:

@@ -93,7 +93,7 @@ class Tuning:
 
 def tunings(setting: Setting, seed: int, start: str) -> list[Tuning]:
     """On benign rows, on harmful ones and on both, as one start has them."""
-    task = build("mixed-small", size=0.25 if setting.quick else 1.0)
+    task = build("mixed-small", size=0.15 if setting.quick else 1.0)
     base = ModelSpec(setting.model or ALIGNED, None, setting.dtype, setting.device)
     way = protocol("paper" if start == STARTS[2] else "corrected")
     benign, harmful = task.without_target(), tuple(row for row in task.train if row.label == task.target)
