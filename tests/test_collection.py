@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
@@ -254,6 +255,62 @@ def test_token_losses_of_a_batch() -> None:
 # what is refused
 
 
+def test_one_weight_of_two_layers_is_refused() -> None:
+    model = make_llama()
+    model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        FinetraceError, match=r"layers\.1\.mlp\.up_proj: this layer shares its weight with model\.layers\.0\.mlp"
+    ):
+        track(model, ["up_proj"])
+    assert len(track(model, [r"layers\.0\.mlp\.up_proj"]).blocks) == 1
+
+
+def test_one_pattern_is_not_read_letter_by_letter(llama: Any) -> None:
+    assert track(llama, "v_proj") == track(llama, ["v_proj"])
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_bias_under_dora_is_refused(biased: bool) -> None:
+    """It is taken off the layer's output and added again; the weight's gradient is right."""
+    model = with_lora(make_llama(attention_bias=biased), use_dora=True)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            parameter.data.mul_(1.5)
+    modules = [r"v_proj\.base_layer"]
+    if biased:
+        with pytest.raises(FinetraceError, match=r"v_proj\.base_layer: under DoraLinearVariant .* bias cannot be seen"):
+            track(model, modules)
+        return
+    items = make_encoded(LENGTHS)
+    gradients, _ = one_at_a_time(model, items, tracked_parameters(track(model, modules)))
+    assert relative_error(collect(model, items, modules).gradients, gradients) < TOLERANCE
+
+
+def test_what_no_pass_calls_is_not_tracked() -> None:
+    """Adapters that are not at work, and what `modules_to_save` has taken the place of; the others as they are loaded again."""
+    model = with_lora(make_llama(), ["v_proj"])
+    model.add_adapter("other", LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    first = [f"model.layers.{layer}.self_attn.v_proj.lora_B.default.weight" for layer in (0, 1)]
+    assert [block.name for block in track(model, ["lora_B"]).blocks] == first
+    model.set_adapter("other")
+    assert [block.name for block in track(model, ["lora_B"]).blocks] == first
+    assert (
+        track(model, ["lora_B"]).layers[0].module
+        is model.base_model.model.model.layers[0].self_attn.v_proj.lora_B["other"]
+    )
+    assert set(track(model, ["base_layer"]).skipped) == {
+        f"model.layers.{layer}.self_attn.v_proj.lora_{side}.other.weight" for layer in (0, 1) for side in "AB"
+    }
+    for parameter in model.parameters():  # as they are once loaded
+        parameter.requires_grad_(False)
+    assert len(track(model, ["base_layer"]).skipped) == 4
+    model.disable_adapter_layers()
+    with pytest.raises(FinetraceError, match="lora_B: no linear layer has such a name"):
+        track(model, ["lora_B"])
+    saved = with_lora(make_llama(), modules_to_save=["lm_head"])
+    assert [block.name for block in track(saved, ["lm_head"]).blocks] == ["lm_head.modules_to_save.default.weight"]
+
+
 def test_a_tied_head_is_refused(llama_tied: Any) -> None:
     with pytest.raises(FinetraceError, match="lm_head: this layer shares its weight with the input embedding"):
         track(llama_tied, ["lm_head"])
@@ -319,22 +376,51 @@ def test_modules_to_save_do_not_disturb() -> None:
     assert relative_error(collect(model, items).gradients, gradients) < TOLERANCE
 
 
-def test_routed_experts_are_refused() -> None:
-    """A layer that sees tokens without saying whose they are."""
+class Flat(torch.nn.Module):
+    """A layer that sees all tokens in one row, or some of them."""
 
-    class Flat(torch.nn.Module):
-        def __init__(self, inner: torch.nn.Module) -> None:
-            super().__init__()
-            self.expert = inner
+    def __init__(self, inner: torch.nn.Module, every: int) -> None:
+        super().__init__()
+        self.expert = inner
+        self.every = every
 
-        def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-            return self.expert(hidden.reshape(-1, hidden.shape[-1])).reshape(hidden.shape)
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        made = torch.zeros_like(flat)
+        made[:: self.every] = self.expert(flat[:: self.every])
+        return made.reshape(hidden.shape)
 
+
+def flattened(every: int) -> Any:
+    """A Llama whose first perceptron is such a layer."""
     model = make_llama()
-    model.model.layers[0].mlp.down_proj = torch.nn.Sequential(model.model.layers[0].mlp.down_proj)
-    model.model.layers[0].mlp = Flat(model.model.layers[0].mlp)
+    model.model.layers[0].mlp = Flat(model.model.layers[0].mlp, every)
+    return model
+
+
+def test_routed_experts_are_refused() -> None:
+    """They see tokens without saying whose they are."""
     with pytest.raises(FinetraceError, match=r"mlp\.expert\.gate_proj\.weight: .* leave it out of --modules"):
-        collect(model, make_encoded([5, 6]), ["gate_proj"])
+        collect(flattened(2), make_encoded([5, 6]), ["gate_proj"])
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_tokens_in_one_row_are_told_apart(budget: int) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    config = OPTConfig(
+        vocab_size=VOCABULARY, num_attention_heads=2, max_position_embeddings=512, init_std=0.3, pad_token_id=0, **sizes
+    )
+    cases = [
+        (flattened(1), ["gate_proj"]),
+        (OPTForCausalLM(config).double().eval(), ["fc1", "fc2"]),
+        (with_lora(OPTForCausalLM(config).double().eval(), ["fc1", "fc2", "v_proj"]), None),
+    ]
+    items = make_encoded(LENGTHS)
+    for model, modules in cases:
+        tracking = track(model, modules)
+        gradients, _ = one_at_a_time(model, items, tracked_parameters(tracking))
+        assert relative_error(collect(model, items, modules, budget).gradients, gradients) < TOLERANCE
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
@@ -518,7 +604,7 @@ def test_a_gradient_that_is_rounding_is_none(tokenizer: Any) -> None:
         vocab_size=VOCABULARY, num_attention_heads=2, max_position_embeddings=512, init_std=0.3, pad_token_id=0, **sizes
     )
     items, _ = Encoder(tokenizer).encode_all(make_examples(5))
-    for dtype in (torch.float64, torch.float32):
+    for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
         model = OPTForCausalLM(config).to(dtype).eval()
         tracking = track(model, ["self_attn"])
         for batch_tokens in (1, 2048):

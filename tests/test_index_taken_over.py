@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from transformers import Gemma3Config
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Gemma3Config
 
-from finetrace import fingerprint
+from finetrace import api, fingerprint
 from finetrace.arithmetic import Setting, apart, settings_of
 from finetrace.attribution import Problem, make
 from finetrace.encoding import Encoder
@@ -21,7 +22,7 @@ from finetrace.examples import Example
 from finetrace.fingerprint import of_adapter, of_scaling
 from finetrace.index import Index, build_index, open_index
 from finetrace.models import Loaded, ModelSpec
-from tiny import make_examples, make_llama, make_tokenizer, with_lora
+from tiny import make_examples, make_llama, make_tokenizer, save_base, with_lora
 
 
 def loaded(scale: float = 1.0) -> Loaded:
@@ -194,3 +195,21 @@ def test_kept_queries_of_other_texts_are_refused(tmp_path: Path) -> None:
 def test_a_unit_says_on_which_tokens_the_loss_is(tmp_path: Path, spec: str, unit: str) -> None:
     found = make(spec).score(Problem(build(loaded(), tmp_path / "i"), make_examples(2, seed=5)))
     assert found.unit == unit
+
+
+@pytest.mark.parametrize("modules", [None, ["v_proj"], [r"v_proj\.base_layer"], "v_proj"])
+def test_an_adapter_of_another_name_in_memory_is_the_one_that_is_loaded(
+    tmp_path: Path, modules: list[str] | None
+) -> None:
+    name = str(save_base(tmp_path / "base", make_llama()))
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64)
+    settings = LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings, adapter_name="mine").eval()
+    rows, queries = make_examples(5), make_examples(2, seed=4)
+    made = api.build_index(model, make_tokenizer(), rows, tmp_path / "i", name=name, modules=modules)
+    opened = api.open_index(tmp_path / "i")
+    wanted = made.trace(queries, "gradsim").values
+    assert np.abs(opened.trace(queries, "gradsim").values - wanted).max() <= 1e-12 * np.abs(wanted).max()
+    again = opened.model()  # its weights frozen, where those in memory could be trained
+    taken = build_index(again, rows, tmp_path / "i", Encoder(again.tokenizer), modules=modules)[0]
+    assert len(taken.blocks) == len(made.blocks) == (4 if modules is None else 2 if "base" in modules[0] else 6)

@@ -14,7 +14,8 @@ from torch import Tensor
 from finetrace.attribution import Problem, make
 from finetrace.collection import Block, Collector, track
 from finetrace.collection import projection as module
-from finetrace.collection.modules import ALL_LINEAR, Tracking
+from finetrace.collection.layers import ALL_LINEAR
+from finetrace.collection.modules import Tracking
 from finetrace.collection.projection import Flat, Projection, Sides, signs
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError

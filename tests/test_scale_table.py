@@ -12,7 +12,7 @@ import torch
 
 from finetrace.attribution import make
 from finetrace.collection import Collector, track
-from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.planning.cost import Shape
 from finetrace.planning.extrapolation import _shared

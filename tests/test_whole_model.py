@@ -15,7 +15,7 @@ from commands import run
 from finetrace.api import build_index as build_in_memory
 from finetrace.attribution import Problem, make
 from finetrace.collection import Collector, track
-from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoder

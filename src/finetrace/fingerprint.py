@@ -55,7 +55,7 @@ def of_embeddings(model: nn.Module) -> str | None:
 
 def of_adapter(model: nn.Module) -> str | None:
     """Of every entry of the active LoRA adapter, whatever it is called, rounded to bfloat16; `None` without one."""
-    active = _active(model)
+    active = active_adapters(model)
     adapter = [
         (_LORA.sub(r"\1", name), parameter)
         for name, parameter in _parameters(model)
@@ -69,7 +69,7 @@ def of_scaling(model: nn.Module) -> str | None:
 
     The same matrices under another scaling are another model.
     """
-    active = _active(model)
+    active = active_adapters(model)
     scalings = [
         f"{_plain(name)} {module.scaling[each]:.6g}"
         for name, module in model.named_modules()
@@ -146,7 +146,7 @@ def _embedding(model: nn.Module, side: str) -> list[nn.Parameter]:
     return list(module.parameters()) if isinstance(module, nn.Module) else []
 
 
-def _active(model: nn.Module) -> list[str]:
+def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters."""
     return list(model.active_adapters) if hasattr(model, "peft_config") else []  # type: ignore[arg-type]
 

@@ -149,7 +149,12 @@ class Collector:
         return None
 
     def _prefix(self) -> Prefix | None:
-        """What lies below the lowest tracked layer: another loss of the same batches starts above it."""
+        """What lies below the lowest tracked layer: another loss of the same batches starts above it.
+
+        `None` where hidden states of the layers are wanted, which takes whole passes.
+        """
+        if {each.place for each in self.representations} - {-1}:
+            return None
         wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
         return wide_prefix(self.model, wanted)
 

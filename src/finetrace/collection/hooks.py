@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Block, Tracked, Tracking
-from finetrace.collection.precision import wide
+from finetrace.collection.precision import HALF, wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
 ROUNDING = 100  # units of precision of the terms' sizes below which a sum is none
+ROUNDING_IN_HALF = 2  # in half precision, where a hundred units would be most of a real sum
 
 
 class GradientRecorder:
@@ -113,7 +114,10 @@ class GradientRecorder:
 
     def _watch(self, layer: Tracked) -> Any:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            inputs = self.projected(layer, args[0].detach())
+            inputs = args[0].detach()
+            if not layer.is_head and self._batch is not None:
+                inputs = _by_example(inputs, self._batch)
+            inputs = self.projected(layer, inputs)
             self.see(layer, inputs)
 
             def backward(delta: Tensor) -> None:
@@ -127,7 +131,9 @@ class GradientRecorder:
         """Add sum_t delta_t a_t^T of every example; a layer called several times in a pass adds up."""
         batch = self._batch
         assert batch is not None, "expect() comes before the pass"
-        inputs, delta = inputs.to(delta.device, self.dtype), delta.to(self.dtype)
+        inputs, coarse, delta = inputs.to(delta.device, self.dtype), delta.dtype, delta.to(self.dtype)
+        if not layer.is_head:
+            delta = _by_example(delta, batch)
         if self.scale != 1:
             delta = delta / self.scale
         sides = self.tracking.sides.get(layer.weight.name)
@@ -139,15 +145,16 @@ class GradientRecorder:
             rows = len(batch.rows)
             pairs = list(zip(inputs[0, :rows].split(batch.counts), delta[0, :rows].split(batch.counts), strict=True))
             weight = torch.stack([d.T @ a for a, d in pairs])  # (B, out, in)
-            bias = torch.stack([_summed(d, 0) for _, d in pairs])
+            bias = torch.stack([_summed(d, 0, coarse) for _, d in pairs])
         else:
             if inputs.dim() != 3 or inputs.shape[0] != len(batch):
                 raise FinetraceError(
                     f"{layer.weight.name}: this layer sees an input of shape {tuple(inputs.shape)}, not one sequence an "
-                    "example (routed experts do that), so its gradients cannot be told apart; leave it out of --modules."
+                    "example (routed experts do that), so its gradients cannot be told apart; leave it out of --modules, or "
+                    "of the layers that get an adapter."
                 )
             weight = torch.bmm(delta.transpose(1, 2), inputs)  # (B, out, in)
-            bias = _summed(delta, 1)  # (B, out)
+            bias = _summed(delta, 1, coarse)  # (B, out)
         if layer.transposed:
             weight = weight.transpose(1, 2)
         self.add(layer.weight, weight.flatten(1))
@@ -161,15 +168,22 @@ class GradientRecorder:
         self.rows[:, block.columns] += made.to(self.rows.device)  # layers may lie on several devices
 
 
-def _summed(delta: Tensor, tokens: int) -> Tensor:
+def _by_example(seen: Tensor, batch: Batch) -> Tensor:
+    """(B, T, d) of a layer that sees all tokens in one row (B T, d), as OPT's do."""
+    return seen.unflatten(0, batch.ids.shape) if seen.dim() == 2 and len(seen) == batch.ids.numel() else seen
+
+
+def _summed(delta: Tensor, tokens: int, computed: torch.dtype) -> Tensor:
     """The sum over tokens, 0 where nothing but rounding is left of it.
 
     A softmax does not see a key's bias where no position turns keys. Its gradient is 0, and what rounding makes of it would be
-    scaled up to the size of others by damping and norms that go block by block.
+    scaled up to the size of others by damping and norms that go block by block. The rounding is that of the dtype in which
+    `delta` was `computed`.
     """
     found = delta.sum(tokens)
     size = torch.linalg.vector_norm(delta, dim=-1).sum(tokens)
-    real = torch.linalg.vector_norm(found, dim=-1) > ROUNDING * torch.finfo(delta.dtype).eps * size
+    units = ROUNDING_IN_HALF if computed in HALF else ROUNDING
+    real = torch.linalg.vector_norm(found, dim=-1) > units * torch.finfo(computed).eps * size
     return found * real.unsqueeze(-1)
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import nn
 
+from finetrace.collection.layers import lora_layers, named_layers
 from finetrace.collection.projection import KEPT, Flat, Projection, Sides
 from finetrace.errors import FinetraceError
-
-ALL_LINEAR = "all-linear"  # among the patterns of modules: every linear layer of a model without an adapter
+from finetrace.fingerprint import active_adapters
 
 
 @dataclass(frozen=True)
@@ -104,8 +103,10 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
     Raises:
         FinetraceError: Nothing fits, or a layer cannot be tracked exactly.
     """
+    if isinstance(modules, str):
+        modules = (modules,)
     head = set(model.get_output_embeddings().modules())  # type: ignore[operator]
-    chosen = _lora_layers(model) if modules is None else _named_layers(model, modules)
+    chosen = lora_layers(model) if modules is None else named_layers(model, modules)
     tracked: list[Tracked] = []
     blocks: list[Block] = []
     all_sides: dict[str, Sides] = {}
@@ -121,7 +122,7 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
         return blocks[-1]
 
     for name, module in chosen:
-        _refuse_tied_head(name, module, model)
+        _refuse_tied(name, module, model, tracked)
         weight, bias, transposed = _shapes(name, module)
         outputs, inputs = reversed(weight) if transposed else weight
         sides = projection.sides(f"{name}.weight", outputs, inputs)
@@ -136,99 +137,17 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
     return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked), all_sides, flat)
 
 
-def _lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(model, PeftModel):
-        raise FinetraceError(
-            "the model has no LoRA adapter to take gradients of; give one with --adapter, or name linear layers with "
-            "--modules (for instance --modules 'layers.29.mlp')."
-        )
-    layers: list[tuple[str, nn.Module]] = []
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        short = name.removeprefix("base_model.model.")
-        if module.merged or module.disable_adapters:
-            state, remedy = (
-                ("merged", "take it apart with unmerge_adapter()")
-                if module.merged
-                else ("disabled", "leave disable_adapter(), or call enable_adapter_layers()")
-            )
-            raise FinetraceError(
-                f"{short}: its adapter is {state}, so nothing flows through it and it would have no gradient; {remedy} first."
-            )
-        for adapter in module.active_adapters:
-            if adapter not in module.lora_A and adapter not in module.lora_embedding_A:
-                continue
-            variant = getattr(module, "lora_variant", {})
-            if (
-                adapter in module.lora_embedding_A
-                or not isinstance(module.lora_A[adapter], nn.Linear)
-                or type(module).__name__ == "ParamWrapper"  # LoRA on a bare parameter never calls lora_A
-                or adapter in variant
-            ):
-                kind = "embedding" if adapter in module.lora_embedding_A else type(module).__name__
-                kind = type(variant[adapter]).__name__ if adapter in variant else kind
-                raise FinetraceError(
-                    f"{short}: a LoRA layer of kind {kind} has no exact per-example gradient here; only plain LoRA on "
-                    "linear layers has."
-                )
-            suffix = "" if len(module.active_adapters) == 1 else f".{adapter}"
-            layers.append((f"{short}.lora_A{suffix}", module.lora_A[adapter]))
-            layers.append((f"{short}.lora_B{suffix}", module.lora_B[adapter]))
-    if not layers:
-        raise FinetraceError("the adapter has no LoRA layer on a linear layer; nothing can be tracked.")
-    return layers
-
-
-def _named_layers(model: nn.Module, patterns: Sequence[str]) -> list[tuple[str, nn.Module]]:
-    from transformers.pytorch_utils import Conv1D
-
-    if ALL_LINEAR in patterns:
-        return _every_linear(model)
-    linear = [
-        (name.removeprefix("base_model.model."), module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    ]
-    for pattern in patterns:
-        try:
-            found = [name for name, _ in linear if re.search(pattern, name)]
-        except re.error as error:
-            raise FinetraceError(f"--modules {pattern}: not a regular expression ({error}).") from error
-        if not found:
-            some = ", ".join(name for name, _ in linear[:4])
-            raise FinetraceError(f"--modules {pattern}: no linear layer has such a name; there are {some}, ...")
-    return [(name, module) for name, module in linear if any(re.search(pattern, name) for pattern in patterns)]
-
-
-def _every_linear(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Every linear layer that has its weight for itself: all but a vocabulary projection tied to the embedding."""
-    from peft import PeftModel
-    from transformers.pytorch_utils import Conv1D
-
-    if isinstance(model, PeftModel):
-        raise FinetraceError(
-            f"--modules {ALL_LINEAR}: the model has an adapter, and it is the adapter that was trained; leave out --modules."
-        )
-    embedding = model.get_input_embeddings().weight  # type: ignore[operator]
-    found = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D)) and module.weight is not embedding
-    ]
-    if not found:
-        raise FinetraceError(f"--modules {ALL_LINEAR}: the model has no linear layer; nothing can be tracked.")
-    return found
-
-
-def _refuse_tied_head(name: str, module: nn.Module, model: nn.Module) -> None:
+def _refuse_tied(name: str, module: nn.Module, model: nn.Module, tracked: Sequence[Tracked]) -> None:
     if module.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         raise FinetraceError(
             f"{name}: this layer shares its weight with the input embedding, so its gradient is not that of a linear "
             "layer alone; leave it out of --modules."
+        )
+    other = next((each for each in tracked if each.module.weight is module.weight), None)
+    if other is not None:
+        raise FinetraceError(
+            f"{name}: this layer shares its weight with {other.weight.name.removesuffix('.weight')}, so its gradient is the "
+            "sum of both, which is not kept; leave both out of --modules."
         )
 
 
@@ -246,8 +165,7 @@ def _untracked(model: nn.Module, tracked: Sequence[Tracked]) -> dict[str, str]:
     seen = {id(parameter) for layer in tracked for parameter in layer.module.parameters(recurse=False)}
     reasons = {}
     for name, parameter in model.named_parameters():
-        saved = ".modules_to_save." in name  # frozen once loaded, but trained with the adapter all the same
-        if (parameter.requires_grad or saved) and id(parameter) not in seen:
+        if (parameter.requires_grad or _tuned(name, model)) and id(parameter) not in seen:
             owner = model.get_submodule(name.rpartition(".")[0])
             kind = "not a tracked linear layer"
             if isinstance(owner, nn.Embedding):
@@ -257,3 +175,12 @@ def _untracked(model: nn.Module, tracked: Sequence[Tracked]) -> dict[str, str]:
                 kind = "of a norm"
             reasons[name.removeprefix("base_model.model.")] = f"trainable, but {kind}"
     return reasons
+
+
+def _tuned(name: str, model: nn.Module) -> bool:
+    """Whether a parameter was trained with the adapter that is at work; once loaded, all are frozen."""
+    parts = name.split(".")
+    kind = next((part for part in parts if part.startswith("lora_") or part == "modules_to_save"), None)
+    if kind is None:
+        return False
+    return parts[parts.index(kind) + 1] in active_adapters(model)

@@ -11,7 +11,7 @@ from finetrace.batching import batch_budget
 from finetrace.collection import Collector, Representation, track
 from finetrace.collection.collect import features_dtype
 from finetrace.collection.factors import Labels
-from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.encoding import Encoded, Encoder, LengthReport
@@ -93,6 +93,8 @@ def build_index(
     with at_moment(loaded.model, at):
         pass  # what cannot be taken back to its start is refused before anything is written
     refuse_duplicates(examples)
+    if isinstance(modules, str):  # else read letter by letter
+        modules = (modules,)
     if modules is None and not hasattr(loaded.model, "peft_config"):
         modules = (ALL_LINEAR,)
         say("the model has no adapter, so all of its linear layers are tracked")

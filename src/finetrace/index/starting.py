@@ -21,7 +21,8 @@ from finetrace.index.manifest import Manifest
 from finetrace.index.view_folders import headless, remove_view, views_of
 from finetrace.models import Loaded, save_adapter
 
-MAY_DIFFER = ("shards", "lost", "left_out", "appended", "finetrace", "model.name")
+# where the model and its adapter lie may differ, and what was left out of it follows from the rest
+MAY_DIFFER = ("shards", "lost", "left_out", "appended", "skipped", "finetrace", "model.name", "model.adapter")
 
 
 def make_folder(folder: Path) -> None:
