@@ -18,7 +18,7 @@ from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.index import factors, manifest, sizing, sums
+from finetrace.index import factors, manifest, sizing
 from finetrace.index.collecting import collect_shards
 from finetrace.index.manifest import Manifest, left_out_sentence
 from finetrace.index.settings import planned
@@ -122,8 +122,9 @@ def build_index(
         computed.itemsize,
         getattr(torch, stored).itemsize,
         rows_per_shard or (there.rows_per_shard if there is not None else None),
-        2 if kronecker == "model" else 1,
+        kronecker,
         computed.itemsize * (len(wanted) * int(loaded.model.config.hidden_size) + 1),
+        engine.workers,
     )
     if projection == sizing.AUTO:
         if there is not None:  # what was chosen once stays, however much is free by now
@@ -137,14 +138,11 @@ def build_index(
     collector = Collector(loaded.model, tracking, wanted, budget)
     per_shard = size.rows_per_shard(tracking)
     plan = planned(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
-    need = size.disk(tracking)
-    if kronecker is not None:
-        need += sums.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize, engine.workers)
     if begin is not None:
         begin(plan, collector, encoded)
     make_folder(folder)
     with writing(folder):
-        started = start(folder, plan, loaded, examples, encoded, need)
+        started = start(folder, plan, loaded, examples, encoded, size.disk(tracking))
         if started.left_out and not skip_bad:
             raise FinetraceError(
                 f"{folder}: {left_out_sentence(started)} Give --skip-bad as before, or mend such rows and choose another --out."
