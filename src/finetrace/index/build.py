@@ -20,6 +20,7 @@ from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.index import factors, manifest, sizing
 from finetrace.index.collecting import collect_shards
+from finetrace.index.factor_room import refuse_without_disk, refuse_without_memory
 from finetrace.index.manifest import Manifest, left_out_sentence
 from finetrace.index.settings import planned
 from finetrace.index.starting import make_folder, start
@@ -138,8 +139,12 @@ def build_index(
     collector = Collector(loaded.model, tracking, wanted, budget)
     per_shard = size.rows_per_shard(tracking)
     plan = planned(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
+    if kronecker is not None:
+        refuse_without_memory(folder, loaded.model, tracking.blocks, kronecker, computed, here=engine.in_process)
     if begin is not None:
         begin(plan, collector, encoded)
+    if kronecker is not None:
+        refuse_without_disk(folder, plan, kronecker, engine.workers)
     make_folder(folder)
     with writing(folder):
         started = start(folder, plan, loaded, examples, encoded, size.disk(tracking))
