@@ -12,6 +12,7 @@ import pytest
 from commands import run
 from finetrace.collection import Collector, track
 from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, build_index, factors, kronecker_factors, open_index, sums, view
@@ -94,6 +95,15 @@ def test_memory_that_holds_no_sums_decides() -> None:
     chosen, why = fit(model, [ALL_LINEAR], 0, plan("data"), budget)
     assert chosen.kind == "two-sided"
     assert "of memory, where" in why
+
+
+def test_a_matrix_takes_more_memory_while_it_is_drawn() -> None:
+    """The head of a large vocabulary, projected: one row's gradients are small beside the matrix."""
+    tracking = track(make_llama(vocab_size=30_000), [ALL_LINEAR], Projection("two-sided", 8, 8))
+    entries = 8 * 30_000
+    rows = ROWS // 3 * (4 * tracking.width)
+    assert plan().memory(tracking, device=False) - rows == 8 * entries
+    assert plan().memory(tracking, device=True) > 4 * entries
 
 
 def test_a_side_that_cannot_be_decomposed_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from finetrace.index.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_b
 SHARD_BYTES = 128 << 20
 AUTO = "auto"
 STEP = 8  # sizes that are tried are multiples of it
+DRAWING = 8  # bytes that an entry of a matrix takes in float64, beside its own, while the matrix is drawn
 UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -96,20 +97,21 @@ class Plan:
         """Bytes that a collection holds beside the model: on its `device`, or in the memory of the machine.
 
         The device has a batch of rows, the largest block of that batch, the matrices and the sums of Kronecker factors; the
-        machine a shard, as it is computed and as it is written.
+        machine a shard, as it is computed and as it is written, and a matrix of the projection while it is drawn.
         """
         rows = min(len(self.items), self.rows_per_shard(tracking))
+        drawn = [k * d for each in tracking.sides.values() for d, k in (each.outputs, each.inputs) if k < d]
         if not device:
             narrow = self.stored if self.stored != self.computed else 0
-            return rows * (tracking.width * (self.computed * self.gradients + narrow) + self.beside)
+            shard = rows * (tracking.width * (self.computed * self.gradients + narrow) + self.beside)
+            return shard + DRAWING * max(drawn, default=0)
         largest = min(rows, max(len(batch) for batch in batches(self.items, self.batch_tokens)))
         # projected after it was formed, a block is whole in memory first
         whole = max(
             block.size if block.name not in tracking.flat else _size(block.original) for block in tracking.blocks
         )
-        matrices = sum(k * d for each in tracking.sides.values() for d, k in (each.outputs, each.inputs) if k < d)
         summed = held_bytes(_matrices(tracking), self.computed) if self.labels is not None else 0
-        return self.computed * (largest * (tracking.width + whole) + matrices) + summed
+        return self.computed * (largest * (tracking.width + whole) + sum(drawn)) + summed
 
     def finishing(self, tracking: Tracking) -> int:
         """Bytes that making the Kronecker factors holds in the memory of the machine, once all is collected."""
