@@ -96,7 +96,9 @@ def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]
         loaded, manifest = model_of(index), index.manifest
         refuse_without_memory(index.folder, loaded.model, index.blocks, labels, manifest.computed_dtype)
         refuse_without_disk(index.folder, manifest, labels)
-        wanted = tuple(map(Representation.parse, manifest.representations))
+        # no shard of a whole index is written here, so hidden states would be lost; but they may be why a row is left out
+        spared = manifest.complete and not manifest.left_out
+        wanted = () if spared else tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, manifest.track(loaded.model), wanted, manifest.batch_tokens)
         with writing(index.folder):
             _refuse_changed(index)
