@@ -24,7 +24,7 @@ from finetrace.index.store import Index
 # towards or away from complying.
 BEST = "ekfac:normalise=cosine,layers=last-half,at=start"
 BEST_AT_END = "ekfac:normalise=cosine,loss_on=response+probe,layers=all+last-half"
-BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients projected after they were formed
+BEST_WITHOUT_FACTORS = "exact:normalise=cosine"  # of gradients that have none (`Index.has_factors`)
 
 # the best of hidden states on the same tasks, layers and poolings searched as gradients' layers and tokens were
 # (benchmarks/choose_representation.py): rows whose answers are alike

@@ -26,6 +26,7 @@ from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
 from finetrace.reproducible import reproducible
 from finetrace.rotary import batch_tokens_within
+from finetrace.units import size
 
 BY_HAND = (torch.bfloat16, torch.float32)
 FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
@@ -130,15 +131,23 @@ class Collector:
         return gathered.features()
 
     def factor_sums(self, labels: Labels) -> FactorSums:
-        """Empty sums for `collect` to add to."""
-        return FactorSums(self.tracking, labels, self.dtype, next(self.model.parameters()).device)
+        """Empty sums for `collect` to add to.
+
+        Raises:
+            FinetraceError: They do not fit in memory; the largest block is named.
+        """
+        device = next(self.model.parameters()).device
+        found = unless_out_of_memory(partial(FactorSums, self.tracking, labels, self.dtype, device))
+        if found is None:
+            raise FinetraceError(_no_room_for_sums(self.tracking, self.dtype))
+        return found
 
     def _room(self, count: int, sampled: bool) -> Gathering:
         room = unless_out_of_memory(partial(Gathering, count, self.tracking.width, self.dtype, sampled))
         if room is None:
-            size = count * self.tracking.width * torch.finfo(self.dtype).bits / 8e9
+            taken = count * self.tracking.width * torch.finfo(self.dtype).bits / 8e9
             raise FinetraceError(
-                f"{count} rows of {self.tracking.width:,} gradient entries ({size:.2f} GB) do not fit in memory; track fewer "
+                f"{count} rows of {self.tracking.width:,} gradient entries ({taken:.2f} GB) do not fit in memory; track fewer "
                 "layers with --modules, or use a machine with more memory."
             )
         return room
@@ -232,6 +241,16 @@ def _not_finite(name: str, row: int, reason: str) -> str:
     return (
         f"example {name} (row {row + 1}): {reason}; look at the row, use --dtype float32 if the model runs in half "
         "precision, or leave such rows out with --skip-bad."
+    )
+
+
+def _no_room_for_sums(tracking: Tracking, dtype: torch.dtype) -> str:
+    sizes = {block.name: dtype.itemsize * sum(side**2 for side in block.matrix) for block in tracking.blocks}
+    largest = max(sizes, key=sizes.__getitem__)
+    return (
+        f"the sums for Kronecker factors take {size(sum(sizes.values()))}, {size(sizes[largest])} of them for {largest}, and "
+        "do not fit in memory; do without them (a method such as exact or gradcos, and no --kronecker), or build the index "
+        "with --projection two-sided:KOUTxKIN or with --modules that leave this layer out."
     )
 
 

@@ -113,7 +113,7 @@ class Sides:
         if kept == size:
             return torch.eye(size, dtype=torch.float64)
         drawn = signs(kept * size, self.seed, self.name, side).reshape(kept, size)
-        return torch.from_numpy(drawn).double() / kept**0.5
+        return torch.from_numpy(drawn).double().div_(kept**0.5)
 
     def _project(self, side: Literal["inputs", "outputs"], values: Tensor, sizes: tuple[int, int]) -> Tensor:
         if sizes[0] == sizes[1]:

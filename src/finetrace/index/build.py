@@ -18,8 +18,9 @@ from finetrace.encoding import Encoded, Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.execution import Engine
-from finetrace.index import factors, manifest, sizing, sums
+from finetrace.index import factors, manifest, sizing
 from finetrace.index.collecting import collect_shards
+from finetrace.index.factor_room import refuse_without_disk, refuse_without_memory
 from finetrace.index.manifest import Manifest, left_out_sentence
 from finetrace.index.settings import planned
 from finetrace.index.starting import make_folder, start
@@ -124,8 +125,9 @@ def build_index(
         computed.itemsize,
         getattr(torch, stored).itemsize,
         rows_per_shard or (there.rows_per_shard if there is not None else None),
-        2 if kronecker == "model" else 1,
+        kronecker,
         computed.itemsize * (len(wanted) * int(loaded.model.config.hidden_size) + 1),
+        engine.workers,
     )
     if projection == sizing.AUTO:
         if there is not None:  # what was chosen once stays, however much is free by now
@@ -139,14 +141,15 @@ def build_index(
     collector = Collector(loaded.model, tracking, wanted, budget)
     per_shard = size.rows_per_shard(tracking)
     plan = planned(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
-    need = size.disk(tracking)
     if kronecker is not None:
-        need += sums.disk(tracking.blocks, -(-len(examples) // per_shard), computed.itemsize, engine.workers)
+        refuse_without_memory(folder, loaded.model, tracking.blocks, kronecker, computed, here=engine.in_process)
     if begin is not None:
         begin(plan, collector, encoded)
+    if kronecker is not None:
+        refuse_without_disk(folder, plan, kronecker, engine.workers)
     make_folder(folder)
     with writing(folder):
-        started = start(folder, plan, loaded, examples, encoded, need)
+        started = start(folder, plan, loaded, examples, encoded, size.disk(tracking))
         if started.left_out and not skip_bad:
             raise FinetraceError(
                 f"{folder}: {left_out_sentence(started)} Give --skip-bad as before, or mend such rows and choose another --out."

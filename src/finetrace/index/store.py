@@ -17,6 +17,7 @@ from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import manifest, rows
 from finetrace.index.blocks import RowBlocks
+from finetrace.index.factor_sizes import too_wide
 from finetrace.index.rows import Rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load
@@ -171,8 +172,10 @@ class Index:
             ) from error
 
     def has_factors(self) -> bool:
-        """Whether Kronecker factors can be had: gradients that were projected after they were formed have none."""
-        return not Projection.parse(self.manifest.projection).flat
+        """Whether Kronecker factors can be had: gradients that were projected after they were formed have none, and a block as
+        wide as a large vocabulary has none that could be decomposed. Says nothing of the memory of this machine.
+        """
+        return not Projection.parse(self.manifest.projection).flat and too_wide(self.blocks) is None
 
     def encoder(self, loss_on: str | None = None) -> Encoder:
         """The encoding that the training examples had, or the same with the loss on other tokens."""

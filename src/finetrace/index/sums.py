@@ -25,6 +25,7 @@ from finetrace.collection import Block
 from finetrace.collection.factors import FactorSums, Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import shards
+from finetrace.index.factor_sizes import both_sides
 from finetrace.index.manifest import Manifest, ShardRecord
 
 FOLDER = "factors"
@@ -62,7 +63,7 @@ def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int, workers: int =
     While parts are folded, there are the running file, the one that takes its place, the parts, and one more for each worker
     beyond the first. A worker that falls far behind the others leaves more of theirs waiting.
     """
-    entries = sum(rows**2 + columns**2 for rows, columns in (block.matrix for block in blocks))
+    entries = both_sides([block.matrix for block in blocks])
     at_once = together(entry_bytes)
     waiting = min(shards_, at_once + workers - 1)
     return entries * (waiting * entry_bytes + min(2, shards_ // at_once) * WIDE)
@@ -70,7 +71,7 @@ def disk(blocks: Sequence[Block], shards_: int, entry_bytes: int, workers: int =
 
 def written(blocks: Sequence[Block], shards_: int, entry_bytes: int) -> int:
     """Bytes that each shard's sums have written, its share of folding included."""
-    entries = sum(rows**2 + columns**2 for rows, columns in (block.matrix for block in blocks))
+    entries = both_sides([block.matrix for block in blocks])
     at_once = together(entry_bytes)
     return entries * (entry_bytes + (WIDE // at_once if shards_ >= at_once else 0))
 

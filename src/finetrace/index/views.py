@@ -12,6 +12,7 @@ from finetrace.errors import FinetraceError
 from finetrace.index import factors
 from finetrace.index.build import build_index
 from finetrace.index.collecting import collect_shards
+from finetrace.index.factor_room import refuse_without_disk, refuse_without_memory
 from finetrace.index.manifest import JOURNAL, NAME, fold, read
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
@@ -87,12 +88,17 @@ def kronecker_factors(index: Index, labels: Labels) -> dict[str, KroneckerBasis]
     """The factors of every block by name, fitted now in one pass over the rows unless the index holds them.
 
     Raises:
-        FinetraceError: Gradients are not kept as products of two sides, or what is kept is broken.
+        FinetraceError: Gradients are not kept as products of two sides, the factors are too large for memory or disk, or what
+            is kept is broken.
     """
     factors.refuse_flat(index.folder, Projection.parse(index.manifest.projection))
     if not factors.there(index.folder, labels):
         loaded, manifest = model_of(index), index.manifest
-        wanted = tuple(map(Representation.parse, manifest.representations))
+        refuse_without_memory(index.folder, loaded.model, index.blocks, labels, manifest.computed_dtype)
+        refuse_without_disk(index.folder, manifest, labels)
+        # no shard of a whole index is written here, so hidden states would be lost; but they may be why a row is left out
+        spared = manifest.complete and not manifest.left_out
+        wanted = () if spared else tuple(map(Representation.parse, manifest.representations))
         collector = Collector(loaded.model, manifest.track(loaded.model), wanted, manifest.batch_tokens)
         with writing(index.folder):
             _refuse_changed(index)

@@ -103,12 +103,6 @@ def shard_sizes(total: int, rows_per_shard: int) -> list[int]:
     return [min(rows_per_shard, total - start) for start in range(0, total, rows_per_shard)]
 
 
-def factor_bytes(matrices: Sequence[tuple[int, int]], entry_bytes: int) -> int:
-    """Bytes of finished factors: both eigenbases of every matrix, and two sets of eigenvalues in float64."""
-    bases = sum(r * r + c * c for r, c in matrices) * entry_bytes
-    return bases + 2 * 8 * sum(r * c for r, c in matrices)
-
-
 def factor_words(names: Sequence[str], matrices: Sequence[tuple[int, int]]) -> int:
     """Bytes of the header of the factors' file and of the JSON beside it."""
     header: dict[str, object] = {}

@@ -12,10 +12,11 @@ import torch
 
 from finetrace import placement
 from finetrace.collection.factors import FactorSums
+from finetrace.index.factor_sizes import finishing_bytes
 from finetrace.moments import at_moment
 from finetrace.planning import measure
 from finetrace.planning.cost import Shape, decomposition
-from finetrace.planning.disk import factor_bytes, shard_sizes
+from finetrace.planning.disk import shard_sizes
 from finetrace.planning.measure import Fit, Timing
 from finetrace.planning.plan import Measured, Memory, Plan
 
@@ -117,8 +118,8 @@ def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: 
     row *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
     row += plan.row.row_bytes("representation") + plan.row.row_bytes("losses")
     features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
-    bases = factor_bytes(plan.shape.tracked, 8) if plan.labels is not None else 0
-    peak = max(high, now + activations + features, now + 2 * features, now + 2 * bases)
+    made = finishing_bytes(plan.shape.tracked, collector.dtype.itemsize) if plan.labels is not None else 0
+    peak = max(high, now + activations + features, now + 2 * features, now + made)
     weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
     return Memory(peak, weights, activations, features, device)
 

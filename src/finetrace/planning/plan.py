@@ -13,6 +13,7 @@ import torch
 from finetrace import placement
 from finetrace.errors import FinetraceError
 from finetrace.index import sums
+from finetrace.index.factor_sizes import factor_bytes
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
@@ -21,7 +22,6 @@ from finetrace.planning.disk import (
     RowFormat,
     adapter_bytes,
     examples_bytes,
-    factor_bytes,
     factor_words,
     manifest_bytes,
     shard_sizes,
