@@ -11,7 +11,7 @@ import pytest
 
 from commands import run
 from finetrace.collection import Collector, track
-from finetrace.collection.modules import ALL_LINEAR
+from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
