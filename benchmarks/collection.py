@@ -2,12 +2,12 @@
 
 The floor is one plain forward and backward pass of the same batches with only the adapters trainable and logits at
 response positions alone, whatever is collected. `--modules REGEX` collects plain linear layers in place of the
-adapters, as `finetrace index --modules` does. Floor and collection run in turn; the ratio is taken within each round.
-`--kronecker` times the index with the factors of EK-FAC in it too: everything that `ekfac` needs but the queries.
-`--task NAME --size S` takes a task's rows; with `--kronecker` its queries too, if they have responses: the index with
-factors, the queries' gradients and their scores by `ekfac` together, over the floor of rows and queries. Shares of the
-matrix rate are what the plain pass multiplies for unpadded tokens, a second, over the fastest of three products timed
-in the same round.
+adapters, as `finetrace index --modules` does; `--at start` builds the indexes where a fine-tuning begins. Floor and
+collection run in turn; the ratio is taken within each round. `--kronecker` times the index with the factors of EK-FAC
+in it too: everything that `ekfac` needs but the queries. `--task NAME --size S` takes a task's rows; with `--kronecker`
+its queries too, if they have responses: the index with factors, the queries' gradients and their scores by `ekfac`
+together, over the floor of rows and queries. Shares of the matrix rate are what the plain pass multiplies for unpadded
+tokens, a second, over the fastest of three products timed in the same round.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -30,6 +30,7 @@ from finetrace.examples import Example
 from finetrace.forward import Batch, example_losses, token_losses
 from finetrace.index import build_index
 from finetrace.models import EMBEDDED, Loaded, ModelSpec, load
+from finetrace.moments import Moment
 from finetrace.tasks import TASKS, build
 
 
@@ -107,12 +108,16 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--kronecker", action="store_true")
     parser.add_argument("--modules", nargs="+")
+    parser.add_argument("--at", choices=get_args(Moment), default="end")
     args = parser.parse_args()
     task = build(args.task, size=args.size or 1.0)
     examples = list(task.train[: args.rows or (96 if args.size is None else None)])
     asked = [query for query in task.queries if query.has_response]
     for dtype in args.dtype:
-        print(measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker, args.modules), flush=True)
+        print(
+            measure(dtype, examples, asked, args.rounds, args.batch_tokens, args.kronecker, args.modules, args.at),
+            flush=True,
+        )
 
 
 def measure(
@@ -123,6 +128,7 @@ def measure(
     batch_tokens: int,
     kronecker: bool,
     modules: list[str] | None = None,
+    at: Moment = "end",
 ) -> str:
     """Floor, collection in memory and index on disk in turn; the ratios of each round."""
     loaded = with_adapter(dtype)
@@ -137,7 +143,7 @@ def measure(
         with tempfile.TemporaryDirectory() as work:
             folder = Path(work) / "index"
             made, _ = build_index(
-                loaded, examples, folder, encoder, batch_tokens=batch_tokens, kronecker=labels, modules=modules
+                loaded, examples, folder, encoder, batch_tokens=batch_tokens, kronecker=labels, modules=modules, at=at
             )
             if queries:
                 make("ekfac").score(Problem(made, queries))
