@@ -147,7 +147,7 @@ def _refuse_tied(name: str, module: nn.Module, model: nn.Module, tracked: Sequen
     if other is not None:
         raise FinetraceError(
             f"{name}: this layer shares its weight with {other.weight.name.removesuffix('.weight')}, so its gradient is the "
-            "sum of both, which is not kept; leave both out of --modules."
+            "sum of both, which is not kept; name other layers with --modules."
         )
 
 
