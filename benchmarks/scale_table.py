@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from finetrace.attribution.exact import Exact
 from finetrace.collection import Block
+from finetrace.collection.factor_sizes import factor_bytes
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
 from finetrace.curvature.solvers import DENSE_BYTES, DUAL_BYTES, PASSES, SKETCH_BYTES, choose, packed, sketch_rank
-from finetrace.index.factor_sizes import factor_bytes
 from finetrace.index.sizing import SHARD_BYTES
 from finetrace.index.sums import disk
 from finetrace.planning.cost import Shape

@@ -597,6 +597,17 @@ def test_cuda_equals_the_cpu() -> None:
     assert relative_error(found.losses, expected.losses) < 1e-6
 
 
+def test_frozen_layers_are_looked_through_only_where_they_are_spared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hidden states of the layers take whole passes; those of the last layer, or none, do not."""
+    asked: list[int] = []
+    whole = "finetrace.collection.collect.wide_prefix"
+    monkeypatch.setattr(whole, lambda model, wanted: asked.append(len(list(wanted))))
+    model, items = with_lora(make_llama(), layers_to_transform=[1]), make_encoded(LENGTHS)
+    for wanted, times in ((FINAL, 1), ((), 2), ((Representation(1, "mean-response"),), 2)):
+        collect(model, items, wanted=wanted)
+        assert len(asked) == times
+
+
 def test_a_gradient_that_is_rounding_is_none(tokenizer: Any) -> None:
     """A key's bias in a model whose positions do not turn keys: a softmax does not see it."""
     torch.manual_seed(0)

@@ -11,12 +11,12 @@ import pytest
 
 from commands import run
 from finetrace.collection import Collector, track
+from finetrace.collection.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_bytes, held_bytes
 from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, build_index, factors, kronecker_factors, open_index, sums, view
-from finetrace.index.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_bytes, held_bytes
 from finetrace.index.sizing import Budget, Plan, fit
 from finetrace.models import Loaded
 from finetrace.tracing import BEST_WITHOUT_FACTORS, default_method, standard, unasked_method
@@ -108,7 +108,7 @@ def test_a_matrix_takes_more_memory_while_it_is_drawn() -> None:
 
 def test_a_side_that_cannot_be_decomposed_is_projected(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 2 * LARGEST_SIDE**2 + 6 * LARGEST_SIDE + 1 < 2**31 < 2 * (LARGEST_SIDE + 1) ** 2 + 6 * LARGEST_SIDE + 7
-    monkeypatch.setattr("finetrace.index.factor_sizes.LARGEST_SIDE", 100)
+    monkeypatch.setattr("finetrace.collection.factor_sizes.LARGEST_SIDE", 100)
     model = make_llama()
     unlimited = Budget(1 << 40, None)
     assert fit(model, [ALL_LINEAR], 0, plan(), unlimited)[0].kind == "none"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetrace.batching import batches
+from finetrace.collection.factor_sizes import WITHOUT, both_sides, largest
 from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
 from finetrace.collection.faults import halves, not_finite, unless_out_of_memory
 from finetrace.collection.features import Features, Gathering
@@ -245,12 +246,11 @@ def _not_finite(name: str, row: int, reason: str) -> str:
 
 
 def _no_room_for_sums(tracking: Tracking, dtype: torch.dtype) -> str:
-    sizes = {block.name: dtype.itemsize * sum(side**2 for side in block.matrix) for block in tracking.blocks}
-    largest = max(sizes, key=sizes.__getitem__)
+    most = largest(tracking.blocks)
+    whole, its = (dtype.itemsize * both_sides([b.matrix for b in blocks]) for blocks in (tracking.blocks, [most]))
     return (
-        f"the sums for Kronecker factors take {size(sum(sizes.values()))}, {size(sizes[largest])} of them for {largest}, and "
-        "do not fit in memory; do without them (a method such as exact or gradcos, and no --kronecker), or build the index "
-        "with --projection two-sided:KOUTxKIN or with --modules that leave this layer out."
+        f"the sums for Kronecker factors take {size(whole)}, {size(its)} of them for {most.name}, and do not fit in memory; "
+        f"{WITHOUT}"
     )
 
 

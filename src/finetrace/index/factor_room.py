@@ -10,10 +10,18 @@ from torch import nn
 
 from finetrace import placement
 from finetrace.collection import Block
+from finetrace.collection.factor_sizes import (
+    LARGEST_SIDE,
+    WITHOUT,
+    factor_bytes,
+    finishing_bytes,
+    held_bytes,
+    largest,
+    too_wide,
+)
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, sums
-from finetrace.index.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_bytes, held_bytes, largest, too_wide
 from finetrace.index.manifest import Manifest
 from finetrace.index.sizing import available_memory, free_disk
 from finetrace.units import size
@@ -87,7 +95,6 @@ def _free_on(card: torch.device) -> int:
 def _sentence(folder: Path, block: Block, need: int, where: str) -> str:
     rows, columns = block.matrix
     return (
-        f"{folder}: Kronecker factors, the largest of {block.name} ({rows:,} x {columns:,}), need {size(need)} {where}; do "
-        "without them (a method such as exact or gradcos, and no --kronecker), or build the index with --projection "
-        "two-sided:KOUTxKIN or with --modules that leave this layer out."
+        f"{folder}: Kronecker factors, the largest of {block.name} ({rows:,} x {columns:,}), need {size(need)} {where}; "
+        f"{WITHOUT}"
     )

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from finetrace.batching import batches
+from finetrace.collection.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_bytes, held_bytes, too_wide
 from finetrace.collection.factors import Labels
 from finetrace.collection.modules import Tracking, track
 from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.index import sums
-from finetrace.index.factor_sizes import LARGEST_SIDE, factor_bytes, finishing_bytes, held_bytes, too_wide
 
 SHARD_BYTES = 128 << 20
 AUTO = "auto"

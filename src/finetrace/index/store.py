@@ -11,13 +11,13 @@ from torch import Tensor
 
 from finetrace import arithmetic, fingerprint
 from finetrace.collection import Block, Collector, Features, Representation
+from finetrace.collection.factor_sizes import too_wide
 from finetrace.collection.projection import Projection
 from finetrace.encoding import Encoder, LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import manifest, rows
 from finetrace.index.blocks import RowBlocks
-from finetrace.index.factor_sizes import too_wide
 from finetrace.index.rows import Rows
 from finetrace.index.shards import ShardReader
 from finetrace.models import DType, Loaded, ModelSpec, load

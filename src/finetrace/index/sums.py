@@ -22,10 +22,10 @@ from torch import Tensor
 
 from finetrace.atomic import replacing, write_tensors
 from finetrace.collection import Block
+from finetrace.collection.factor_sizes import both_sides
 from finetrace.collection.factors import FactorSums, Labels
 from finetrace.errors import FinetraceError
 from finetrace.index import shards
-from finetrace.index.factor_sizes import both_sides
 from finetrace.index.manifest import Manifest, ShardRecord
 
 FOLDER = "factors"

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from finetrace import placement
+from finetrace.collection.factor_sizes import finishing_bytes
 from finetrace.collection.factors import FactorSums
-from finetrace.index.factor_sizes import finishing_bytes
 from finetrace.moments import at_moment
 from finetrace.planning import measure
 from finetrace.planning.cost import Shape, decomposition

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetrace import placement
+from finetrace.collection.factor_sizes import factor_bytes
 from finetrace.errors import FinetraceError
 from finetrace.index import sums
-from finetrace.index.factor_sizes import factor_bytes
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of

@@ -10,6 +10,10 @@ from collections.abc import Sequence
 from finetrace.collection.modules import Block
 
 LARGEST_SIDE = 32_766  # beyond it, LAPACK's workspace of 2 d^2 + 6 d + 1 numbers has a length that 32 bits do not hold
+WITHOUT = (  # what to do where they are too large
+    "do without them (a method such as exact or gradcos, and no --kronecker), or build the index with --projection "
+    "two-sided:KOUTxKIN or with --modules that leave this layer out."
+)
 DECOMPOSING = 5 * 8  # bytes an entry: a sum and its mean, the eigenvectors, and a workspace as large as two of them
 
 
