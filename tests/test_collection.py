@@ -603,7 +603,7 @@ def test_frozen_layers_are_looked_through_only_where_they_are_spared(monkeypatch
     whole = "finetrace.collection.collect.wide_prefix"
     monkeypatch.setattr(whole, lambda model, wanted: asked.append(len(list(wanted))))
     model, items = with_lora(make_llama(), layers_to_transform=[1]), make_encoded(LENGTHS)
-    for wanted, times in ((FINAL, 1), ((), 2), ((Representation(1, "mean-response"),), 2)):
+    for wanted, times in ((FINAL, 1), ((), 2), ((Representation(-2, "mean-response"),), 2)):
         collect(model, items, wanted=wanted)
         assert len(asked) == times
 
