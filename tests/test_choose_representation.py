@@ -30,6 +30,7 @@ def search(monkeypatch: pytest.MonkeyPatch) -> Any:
     return import_module("choose_representation")
 
 
+@pytest.mark.slow
 def test_it_finds_what_repsim_finds(search: Any, tiny_loaded: Loaded, tmp_path: Path, monkeypatch: Any) -> None:
     examples = make_examples(24)
     train, queries = examples[:18], examples[18:]

@@ -78,6 +78,7 @@ def test_exact_influence_predicts_retraining_on_digits() -> None:
         assert max(abs(r[key] - r["true"]) / r["true"] for r in each) < 0.05, (count, key)
 
 
+@pytest.mark.slow
 def test_the_convex_study_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(convex, "QUICK_POINTS", 250)
     monkeypatch.setattr(convex, "QUICK_SUBSETS", 4)

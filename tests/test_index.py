@@ -317,6 +317,7 @@ shards.write = lambda *all: (time.sleep(0.4), write(*all))[1]
 """
 
 
+@pytest.mark.slow
 def test_killed_for_real(base_folder: Path, adapter_folder: Path, tiny_loaded: Loaded, tmp_path: Path) -> None:
     """kill -9 in the middle, another process (another hash seed) goes on, and the bytes are those of one go."""
     folder = tmp_path / "killed"

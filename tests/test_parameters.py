@@ -105,6 +105,7 @@ def test_ends_go_from_the_start_to_the_last_epoch() -> None:
     assert [r["refused"] for r in here] == [0, -1, -1, 0]  # the two that it answers now were refused before
 
 
+@pytest.mark.slow
 def test_the_paper_protocol_is_looked_at_now_and_then(tmp_path: Path) -> None:
     assert _measured(50) == [10, 20, 30, 40, 50]
     assert _measured(3) == [1, 2, 3]

@@ -174,6 +174,7 @@ def test_layers_are_chosen_by_number_and_place() -> None:
         assert layers.in_order(reversed([*layers.choices(depth, False)] * 2)) == list(layers.choices(depth, False))
 
 
+@pytest.mark.slow
 def test_trained_layers_and_layers_looked_at(setting: Setting, tmp_path: Path) -> None:
     out = tmp_path / "l"
     outcome = run(LAYERS, out, setting, quiet)

@@ -50,6 +50,7 @@ def command(place: Path, out: Path, *more: object) -> list[object]:
 METHODS = ("--method", "gradcos", "--method", "repsim", "--method", "random")
 
 
+@pytest.mark.slow
 def test_a_run_is_validated_and_its_report_pages_say_so(
     place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
