@@ -1,4 +1,4 @@
-"""The command line: a small file a command; heavy imports wait until a command runs."""
+"""The command line: a small file a command, imported when it is asked for; heavy imports wait until it runs."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import sys
 import typer
 
 from finetrace._version import __version__
-from finetrace.cli import bench, clean, demo, doctor, finetune, index, methods, plan, study, tasks, trace, validate
+from finetrace.cli.commands import Commands
 from finetrace.errors import FinetraceError
-from finetrace.reporting.cells import printable
 
 app = typer.Typer(
+    cls=Commands,
     name="finetrace",
     help="Which training examples made my fine-tuned language model say that, and can I trust the answer?",
     no_args_is_help=True,
@@ -20,18 +20,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-app.command("demo")(demo.demo)
-app.command("finetune")(finetune.finetune)
-app.command("plan")(plan.command)
-app.add_typer(index.app, name="index")
-app.command("trace")(trace.trace)
-app.command("clean")(clean.clean)
-app.command("validate")(validate.validate)
-app.command("bench")(bench.bench)
-app.command("study")(study.study)
-app.command("doctor")(doctor.doctor)
-app.command("methods")(methods.methods)
-app.add_typer(tasks.app, name="tasks")
 
 
 def _version(asked: bool) -> None:
@@ -52,6 +40,8 @@ def main() -> None:
     try:
         app()
     except FinetraceError as error:
+        from finetrace.reporting.cells import printable
+
         typer.echo(f"finetrace: {printable(str(error))}", err=True)
         sys.exit(error.exit_code)
     finally:

@@ -35,6 +35,7 @@ app = typer.Typer(
     cls=_BuildsByDefault,
     help="Collect gradients of a training set (build, or nothing), add rows (append), check (verify) and mend (repair).",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 
@@ -52,7 +53,7 @@ def say_left_out(about: Manifest) -> None:
         options.say(left_out_sentence(about))
 
 
-@app.command(BUILD)
+@app.command(BUILD, short_help="Collect gradients and representations; finish a killed run.")
 @options.command
 def index(
     data: Annotated[str, typer.Argument(help="The rows the adapter was trained on: a file, a saved set, or a Hub id.")],
@@ -199,7 +200,7 @@ def index(
         )
 
 
-@app.command("append")
+@app.command("append", short_help="Add rows to a finished index; what is there stays.")
 def append(
     data: Annotated[str, typer.Argument(help="The rows to add: a file, a saved set, or a Hub id.")],
     index: Annotated[Path, typer.Option(help="Folder of the index.")],
@@ -247,7 +248,7 @@ def append(
 Folder = Annotated[Path, typer.Argument(help="Folder of the index.")]
 
 
-@app.command("verify")
+@app.command("verify", short_help="Check every checksum, and name what is broken.")
 def verify(folder: Folder) -> None:
     """Look whether every file of an index is whole, and name what is broken; exit code 1 if anything is.
 
@@ -265,7 +266,7 @@ def verify(folder: Folder) -> None:
     typer.echo(f"{folder}: every file is whole")
 
 
-@app.command("repair")
+@app.command("repair", short_help="Compute anew what is missing or broken, and nothing else.")
 def repair(
     folder: Folder,
     device: options.Device = "auto",

@@ -26,11 +26,12 @@ SAVED_BATCHES = 4  # after so many batches the answers are on disk
 app = typer.Typer(
     help="List the benchmark's tasks, write one to files, or generate answers for one of your own.",
     no_args_is_help=True,
+    add_completion=False,
     rich_markup_mode=None,
 )
 
 
-@app.command("list")
+@app.command("list", short_help="List the tasks with their rows, queries and classes.")
 def list_tasks() -> None:
     """List the tasks: training rows, held-out queries, classes of the training rows, what it is."""
     from rich.console import Console
@@ -50,7 +51,7 @@ def list_tasks() -> None:
     typer.echo("\nfinetrace tasks build NAME --out FILE writes one; finetrace bench NAME runs it.")
 
 
-@app.command("build")
+@app.command("build", short_help="Write the training rows and the held-out queries of a task.")
 def build(
     out: Annotated[Path, typer.Option(help="File of the training rows, .jsonl; it must not exist yet.")],
     name: Annotated[str | None, typer.Argument(help="A task of the list; leave it out for your own --data.")] = None,
@@ -113,7 +114,7 @@ def _made(name: str | None, real: RealData, seed: int, size: float) -> Task:
     return external(str(real.data), *columns, seed=seed, source_split=real.split, id_column=real.id_column).shrunk(size)
 
 
-@app.command("generate")
+@app.command("generate", short_help="Let a model answer prompts, as rows to train on.")
 def generate(
     prompts: Annotated[str, typer.Argument(help="The prompts: a file, a saved data set, or a Hub id.")],
     out: Annotated[Path, typer.Option(help="File of the answered rows, .jsonl; it must not exist yet.")],
