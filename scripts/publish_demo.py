@@ -60,7 +60,7 @@ def main() -> None:
         "default": _methods(runs[1], None),
         "small": _methods(runs[0], None),
     }
-    for path in (ROOT / "README.md", ROOT / "docs" / "results" / "index.md"):
+    for path in (ROOT / "README.md", ROOT / "docs" / "results" / "demo.md"):
         text = path.read_text(encoding="utf-8")
         for name, table in tables.items():
             marks = re.compile(rf"(<!-- demo {name} -->\n).*?(<!-- end -->)", re.DOTALL)
