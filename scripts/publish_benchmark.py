@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("page")
     parser.add_argument("--title", required=True)
+    parser.add_argument("--about", required=True, help="what the page is for: sentences before the command")
     parser.add_argument("--command", required=True, help="the command that made the folder")
     args = parser.parse_args()
     records = json.loads((args.folder / "results.json").read_text())["records"]
@@ -37,7 +38,7 @@ def main() -> None:
         key = (document["config"]["task"], document["config"]["protocol"])
         spent = "resumed" if document["resumed"] else f"{document['seconds']:.0f} s"
         seconds.setdefault(key, []).append(spent)
-    lines = [f"# {args.title}", "", "```bash", args.command, "```", ""]
+    lines = [f"# {args.title}", "", args.about, "", "```bash", args.command, "```", ""]
     several = any(record["seeds"] > 1 for record in records)
     lines += [
         *(MEANS if several else ALONE),

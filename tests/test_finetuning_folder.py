@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from commands import run
+from finetrace.cli.commands import Found
 from finetrace.errors import FinetraceError
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finetune, finished
@@ -112,3 +114,36 @@ def test_saved_settings_of_the_same_run_are_kept_and_others_refused(fresh: Any, 
                 finetune(fresh(), ROWS, out, config)
         assert (out / "finetune.yaml").read_text() == said
     assert yaml.safe_load(said)["rank"] == 2
+
+
+def test_a_folder_that_is_taken_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_examples(tmp_path / "rows.jsonl", ROWS)
+    (tmp_path / "out").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "out" / name).touch()
+    monkeypatch.setattr("finetrace.models.load", lambda *_: pytest.fail("loaded for nothing"))
+    code, out, err = run(capsys, "finetune", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    assert code == 2
+    assert not out
+    assert (
+        err.strip()
+        == f"finetrace: {tmp_path / 'out'}: a finished adapter is already there; choose another --out or remove it."
+    )
+
+
+def test_the_help_says_what_is_so_where_nothing_is_given() -> None:
+    shown = {
+        parameter.name: match[1]
+        for parameter in Found()["finetune"].params
+        if parameter.name in FinetuneConfig.model_fields
+        and (match := re.search(r"; (\S+) if not given", parameter.help or ""))
+    }
+    assert set(FinetuneConfig.model_fields) - set(shown) == {"max_length", "chat_template", "pad_to"}
+    assert shown.pop("layers") == "all"
+    assert FinetuneConfig().layers is None
+    assert shown.pop("target_modules").split(",") == list(FinetuneConfig().target_modules)
+    for name, text in shown.items():
+        default = getattr(FinetuneConfig(), name)
+        assert text == default if isinstance(default, str) else float(text) == default

@@ -36,7 +36,10 @@ def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words):
         cell.mkdir(parents=True)
         config = {"task": "emotion", "protocol": "corrected"}
         (cell / "records.json").write_text(json.dumps({"config": config, "resumed": again, "seconds": 12.3}))
-    asked = ["publish_benchmark.py", str(folder), "page", "--title", "A page", "--command", "finetrace bench emotion"]
+    options = ["--title", "A page", "--about", "What it shows.", "--command", "finetrace bench emotion"]
+    asked = ["publish_benchmark.py", str(folder), "page", *options]
     monkeypatch.setattr(sys, "argv", asked)
     script.main()
-    assert f"15 rows, 5 queries, {words}" in (tmp_path / "docs" / "page.md").read_text().splitlines()
+    lines = (tmp_path / "docs" / "page.md").read_text().splitlines()
+    assert lines[:6] == ["# A page", "", "What it shows.", "", "```bash", "finetrace bench emotion"]
+    assert f"15 rows, 5 queries, {words}" in lines

@@ -58,7 +58,7 @@ def finetune(
     at that adapter too. `say` hears, before the training, of rows longer than the limits.
     """
     config = config or FinetuneConfig()
-    _begun(folder, resume=resume)
+    begun(folder, resume=resume)
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
     template = read_template(config.chat_template)
@@ -85,7 +85,7 @@ def finetune(
     except OSError as error:
         raise FinetraceError(f"{folder}: cannot be written ({error}).") from error
     with writing(folder, "adapter"):
-        last = _begun(folder, resume=resume)  # another process may have been here since
+        last = begun(folder, resume=resume)  # another process may have been here since
         if last is not None or (folder / SAVED).exists():
             _check_same(folder, saved, last is not None)
         else:
@@ -149,7 +149,7 @@ def finished(folder: Path) -> bool:
     return (folder / "adapter_config.json").exists() and (folder / "adapter_model.safetensors").exists()
 
 
-def _begun(folder: Path, *, resume: bool) -> str | None:
+def begun(folder: Path, *, resume: bool) -> str | None:
     """The checkpoint to go on from, of an unfinished run in `folder`; none where there is nothing, or no checkpoint yet.
 
     Raises:

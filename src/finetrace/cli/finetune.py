@@ -23,24 +23,33 @@ def finetune(
         str, typer.Option(help="default, paper (arXiv 2409.19998, section 3) or released (its code).")
     ] = "default",
     config: Annotated[Path | None, typer.Option(help="A saved finetune.yaml to run again.")] = None,
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples a step.")] = None,
-    schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant, ...")] = None,
-    warmup_steps: Annotated[int | None, typer.Option(help="Steps of warm-up.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay.")] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank r.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; 3 if not given.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate; 0.0002 if not given.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step; 8 if not given.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="linear, cosine, constant, ...; linear if not given.")] = None,
+    warmup_steps: Annotated[int | None, typer.Option(help="Steps of warm-up; 0 if not given.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW weight decay; 0 if not given.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank r; 4 if not given.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="LoRA alpha; 32 if not given.")] = None,
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout; 0.1 if not given.")] = None,
     target_modules: Annotated[
-        str | None, typer.Option(help="Comma-separated names of linear layers, or one regular expression.")
+        str | None,
+        typer.Option(
+            help="Comma-separated names of linear layers, or one regular expression; q_proj,v_proj if not given."
+        ),
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Transformer layers with an adapter: 26,27 or 26-29.")] = None,
-    validation: Annotated[float | None, typer.Option(help="Share of rows held out.")] = None,
-    patience: Annotated[int | None, typer.Option(help="Epochs without improvement before stopping.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes initialisation, dropout and order.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Transformer layers with an adapter: 26,27 or 26-29; all if not given.")
+    ] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of rows held out; 0 if not given.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Epochs without improvement before stopping; 3 if not given.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes initialisation, dropout and order; 0 if not given.")] = None,
     max_length: options.MaxLength = None,
-    loss_on: Annotated[str | None, typer.Option(help="Tokens of the loss: response, last-turn or all.")] = None,
+    loss_on: Annotated[
+        str | None, typer.Option(help="Tokens of the loss: response, last-turn or all; response if not given.")
+    ] = None,
     chat_template: options.Template = None,
     dtype: options.Dtype = "auto",
     device: options.Device = "auto",
@@ -53,7 +62,10 @@ def finetune(
     id_column: options.IdColumn = None,
     split: options.Split = None,
 ) -> None:
-    """Fine-tune a LoRA adapter; checkpoints of every epoch are kept for later analyses."""
+    """Fine-tune a LoRA adapter; checkpoints of every epoch are kept for later analyses.
+
+    What is not given has the value that its line says, or that of --preset or --config.
+    """
     given: dict[str, Any] = {
         "epochs": epochs,
         "learning_rate": learning_rate,
@@ -75,6 +87,7 @@ def finetune(
     }
     with options.quiet_libraries():
         from finetrace.finetune_config import configure, saved_model
+        from finetrace.finetuning import begun
         from finetrace.finetuning import finetune as run
         from finetrace.models import EMBEDDED, ModelSpec, load
         from finetrace.reading import read_examples
@@ -84,6 +97,7 @@ def finetune(
             raise FinetraceError(
                 f"--patience {patience}: only --validation heeds it; add that option, or leave this one out."
             )
+        begun(out, resume=resume)  # before a model is loaded for nothing
         if model is None:
             model = saved_model(config) if config is not None else EMBEDDED
         chosen = options.columns(prompt_column, response_column, messages_column, label_column, id_column)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetrace.cli import index, options
-from finetrace.units import duration, size
+from finetrace.units import duration, many, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -116,7 +116,9 @@ def _rows(plan: Plan) -> Sequence[tuple[str, list[str]]]:
         ("longest", [f"{plan.longest[1]:,} tokens, example {plan.longest[0]}"]),
         (
             "batches",
-            [f"{len(whole.pieces):,} in {len(whole.shards):,} shards of {plan.about.rows_per_shard:,} examples"],
+            [
+                f"{len(whole.pieces):,} in {many(len(whole.shards), 'shard')} of {plan.about.rows_per_shard:,} examples at most"
+            ],
         ),
         (
             "disk",
@@ -145,7 +147,9 @@ def _rows(plan: Plan) -> Sequence[tuple[str, list[str]]]:
             times.append(f"finishing Kronecker factors {duration(measured.finishing)}")
         lines.append(("time", [f"{duration(plan.workers[0].seconds)}   ({rate:,.0f} tokens/s)", *times]))
         spread = [each.tokens / each.seconds for each in measured.timings]
-        lines.append(("measured", [f"{len(spread)} batches, {min(spread):,.0f} to {max(spread):,.0f} tokens/s"]))
+        slowest, fastest = f"{min(spread):,.0f}", f"{max(spread):,.0f}"
+        rates = fastest if slowest == fastest else f"{slowest} to {fastest}"
+        lines.append(("measured", [f"{many(len(spread), 'batch')}, {rates} tokens/s"]))
     for each in plan.workers[1:]:
         busy = f"{each.busy:.0%} of the workers' time in shards"
         idle = f", {each.workers - len(left.shards):,} idle" if each.workers > len(left.shards) else ""
