@@ -78,8 +78,9 @@ class Example:
         return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
     def with_response(self, response: str) -> Example:
-        """The same id, label and metadata, the conversation answered by `response`."""
-        turns = self.messages[:-1] if self.has_response else self.messages
+        """The same id, label and metadata, the conversation answered by `response`, in place of an answer that is there."""
+        answered = bool(self.messages) and self.messages[-1].role == "assistant"  # an empty answer is one, too
+        turns = self.messages[:-1] if answered else self.messages
         return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata, self.place)
 
 

@@ -1,0 +1,58 @@
+"""What a benchmark finds in its folder: its own cells of the same rows, and nothing of another command."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from finetrace.benchmark import stages
+from finetrace.benchmark.runner import Plan, Source, cells, run_all
+from finetrace.errors import FinetraceError
+from finetrace.examples import Example, Message
+from finetrace.reading import read_examples, write_examples
+from tiny import make_examples, make_llama, save_base
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return str(save_base(tmp_path_factory.mktemp("bench") / "base", make_llama().float()))
+
+
+def silent(text: str) -> None:
+    """Nobody listens."""
+
+
+@pytest.mark.parametrize("about", [{"finish_reason": "length"}, {"loss_weights": [1.0, 0.5]}])
+def test_rows_whose_losses_are_decided_otherwise_are_other_rows(base, tmp_path, about):
+    rows = make_examples(30)
+    write_examples(tmp_path / "mine.jsonl", rows)
+    plan = Plan(
+        cells(["mine"], ["corrected"], 1, methods=["random"], model=base, epochs=1, device="cpu"),
+        source=Source(str(tmp_path / "mine.jsonl"), "label", epochs=1),
+    )
+    run_all(tmp_path / "b", plan, silent)
+    run_all(tmp_path / "b", plan, silent)
+    changed = [replace(row, metadata=about) for row in rows]
+    write_examples(tmp_path / "mine.jsonl", changed, overwrite=True)
+    with pytest.raises(FinetraceError, match="other settings"):
+        run_all(tmp_path / "b", plan, silent)
+    noted = tmp_path / "b" / "mine" / "corrected" / "seed-0" / "cell.json"
+    before = json.loads(noted.read_text())
+    del before["losses"]  # a folder from before it was noted goes on
+    noted.write_text(json.dumps(before))
+    run_all(tmp_path / "b", plan, silent)
+
+
+def test_an_answer_takes_the_place_of_an_empty_one(tmp_path, monkeypatch):
+    asked = Example.from_prompt("a?", id="q")
+    wanted = (Message("user", "a?"), Message("assistant", "yes"))
+    assert asked.with_response("yes").messages == wanted
+    assert asked.with_response("").with_response("yes").messages == wanted
+    assert asked.with_response("no").with_response("yes").messages == wanted
+    monkeypatch.setattr(stages, "answer", lambda model, rows, **_: [row.with_response("") for row in rows])
+    stages.kept_answers(tmp_path / "answers.jsonl", [asked], lambda: None)
+    [kept] = read_examples(tmp_path / "answers.jsonl")
+    assert (kept.prompt, kept.response) == ("a?", stages.NO_ANSWER)
