@@ -144,7 +144,7 @@ def _harmfulcheck(shipped: Task, real: RealData, seed: int) -> Task:
         pool = _harmful(real, of_class["harmless"] if real.benign is None else ())
         pool.check(n_rows, shipped.name)
         drawn = pool.draw(n_rows, chance)
-        refused = [row if row.has_response else row.with_response(refusal(UNNAMED, chance)) for row in drawn]
+        refused = [row if row.has_response else row.answered_anew(refusal(UNNAMED, chance)) for row in drawn]
         of_class["harmful"] = placed(refused, "harmful")
     if real.benign is not None:
         n_rows = len(of_class["harmless"])
