@@ -303,6 +303,11 @@ def test_the_summary_fits_the_terminal(finished, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_the_summary_shows_the_name_of_the_task_as_it_is(finished, capsys):
+    print_summary([replace(finished[2][0], task="a[red]b", n_queries="1")], Console(width=80))
+    assert capsys.readouterr().out.startswith("a[red]b, corrected: 15 rows, 1 query, 2 seeds")
+
+
 def test_a_summary_of_many_methods_says_so_and_keeps_the_controls(finished, capsys):
     row = finished[2][0]
     value = {name: Estimate(0.5, 0.4, 0.6, 5) for name in METRICS}

@@ -55,3 +55,13 @@ def test_an_answer_takes_the_place_of_an_empty_one(tmp_path, monkeypatch):
     stages.kept_answers(tmp_path / "answers.jsonl", [asked], lambda: None)
     [kept] = read_examples(tmp_path / "answers.jsonl")
     assert (kept.prompt, kept.response) == ("a?", stages.NO_ANSWER)
+
+
+@pytest.mark.parametrize("name", ["attack-success", "study", "demo", "validation", "cleaning"])
+def test_results_of_another_command_are_not_written_over(base, tmp_path, name):
+    (tmp_path / f"{name}.json").write_text("{}")
+    (tmp_path / "results.json").write_text("mine")
+    planned = cells(["emotion"], ["corrected"], 1, methods=["random"], model=base, size=0.05, epochs=1)
+    with pytest.raises(FinetraceError, match="whose results would be lost; choose another --out"):
+        run_all(tmp_path, Plan(planned), silent)
+    assert {each.name for each in tmp_path.iterdir()} == {f"{name}.json", "results.json"}
