@@ -81,6 +81,19 @@ def test_the_ablation_is_drawn(tmp_path):
     assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
 
 
+def test_the_ablation_shows_no_method_of_another_damping(tmp_path, monkeypatch):
+    values = {"exact:loss_on=all": 0.25, "gradcos:loss_on=all": 0.5, "exact:loss_on=all,damping=100": 0.75}
+    rows = [
+        Row("t", "corrected", m.label, m.title, False, {"auprc": Estimate(v, 0, 1, 3)}, None, 1.0, "r", 0.1, 1, 10, "3")
+        for m, v in ((make(spec), value) for spec, value in values.items())
+    ]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    draw_ablation(rows, tmp_path)
+    [axis] = [a for a in drawn[0].axes if a.child_axes]
+    assert [each.get_text() for each in axis.texts] == [".25", ".50"]
+
+
 def test_texts_of_users_are_no_formulas_in_figures(tmp_path, monkeypatch):
     classes = [r"a $\frac$ b", "$5 to $10"]
     spec = r"gradcos:loss_on=probe:$\$"
