@@ -11,7 +11,7 @@ from finetrace.attribution import make
 from finetrace.benchmark import figures
 from finetrace.benchmark.ablation import ABLATION
 from finetrace.benchmark.cell import Cell
-from finetrace.benchmark.example_figure import key_words, wrap
+from finetrace.benchmark.example_figure import draw_examples, key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, short, shown
 from finetrace.benchmark.matrices import hub
 from finetrace.benchmark.protocol import PROTOCOLS
@@ -159,6 +159,19 @@ def test_key_words_are_the_example_s_and_not_the_task_s():
     prompts, responses = key_words(query, train, words)
     assert prompts == {"river"}
     assert responses == {"river", "joy"}
+
+
+def test_a_method_whose_best_rows_are_tied_has_no_first_one(tmp_path, monkeypatch):
+    """Which of equals stands first in the data says nothing; here that row is of the query's class."""
+    rows = [Example.from_prompt(f"p{i}", "r", id=f"row-{i}", label="ab"[i % 2]) for i in range(3)]
+    scores = {"gradcos": np.array([[0.0, 1.0, 0.5]]), "tfidf": np.zeros((1, 3)), "repsim": np.array([[1.0, 0, 1]])}
+    monkeypatch.setattr(figures.finished, "scores", lambda home: scores)
+    monkeypatch.setattr(figures.finished, "rows", lambda home: (rows, rows[:1]))
+    draw_examples(tmp_path, [Cell("t", "corrected", 0, 1.0, 0, tuple(scores))], tmp_path)
+    drawn = (tmp_path / "example-t-corrected.svg").read_text()
+    assert "<!-- row-1, b -->" in drawn and "<!-- row-2, a -->" not in drawn
+    assert drawn.count("<!-- row-0, a -->") == 1  # the query itself
+    assert "<!-- equal at the top, so that none is first: repsim (2 examples), tfidf (3 examples) -->" in drawn
 
 
 def test_text_is_wrapped_to_its_width():
