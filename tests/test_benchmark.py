@@ -719,6 +719,8 @@ def test_the_help_says_which_tasks_have_one_draw(capsys, command, flag):
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
         (["emotion", "--protocol", "paper", "--modules", "v_proj"], ["--modules", "gradients of the adapter"]),
         (["attack-success", "--modules", "v_proj"], ["--modules", "attack-success runs alone"]),
+        (["attack-success", "--share", "0"], ["--share", "attack-success runs alone"]),
+        (["emotion", "--judge", "org/judge"], ["--judge org/judge", "mixed-small and mixed-large", "leave it out"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),
         (["emotion", "--id-column", "key"], ["--id-column", "go with --data"]),
         (["--data", "rows.jsonl", "--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),

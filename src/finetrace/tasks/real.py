@@ -69,7 +69,7 @@ def real_task(name: str, real: RealData, seed: int = 0, size: float = 1.0) -> Ta
     """A task of the registry from real data, as large as what ships shrunk to `size`.
 
     A smaller size needs fewer rows, so data that is short of rows may still do. A prompt never comes twice in the rows
-    and queries that are drawn.
+    and queries that are drawn for the mixed sets, harmfulcheck and the backdoors; labelled sets keep theirs as they are.
 
     Args:
         name: As in `TASKS`.
