@@ -8,10 +8,15 @@ from dataclasses import replace
 import pytest
 
 from finetrace.benchmark import stages
+from finetrace.benchmark.behaviour import Setting, attack_success
 from finetrace.benchmark.runner import Plan, Source, cells, run_all
 from finetrace.errors import FinetraceError
+from finetrace.evaluation.judging import RefusalPrefixJudge
 from finetrace.examples import Example, Message
 from finetrace.reading import read_examples, write_examples
+from finetrace.studies import study
+from finetrace.studies.normalisation import NORMALISATION
+from finetrace.studies.write import run
 from tiny import make_examples, make_llama, save_base
 
 
@@ -65,3 +70,23 @@ def test_results_of_another_command_are_not_written_over(base, tmp_path, name):
     with pytest.raises(FinetraceError, match="whose results would be lost; choose another --out"):
         run_all(tmp_path, Plan(planned), silent)
     assert {each.name for each in tmp_path.iterdir()} == {f"{name}.json", "results.json"}
+
+
+def test_attack_success_rates_of_a_model_that_is_not_there_claim_no_folder(base, tmp_path):
+    setting = Setting(0.04, str(tmp_path / "mistyped"), 1, "float32", "cpu")
+    with pytest.raises(FinetraceError, match="cannot be loaded"):
+        attack_success(tmp_path / "a", setting, 1, RefusalPrefixJudge(), silent)
+    assert not list((tmp_path / "a").iterdir())
+    attack_success(tmp_path / "a", replace(setting, model=base), 1, RefusalPrefixJudge(), silent)
+    with pytest.raises(FinetraceError, match="other settings"):
+        attack_success(tmp_path / "a", setting, 1, RefusalPrefixJudge(), silent)
+
+
+def test_a_study_of_a_model_that_is_not_there_claims_no_folder(base, tmp_path):
+    setting = study.Setting(True, 1, str(tmp_path / "mistyped"), "float32", "cpu")
+    with pytest.raises(FinetraceError, match="cannot be loaded"):
+        run(NORMALISATION, tmp_path / "s", setting, silent)
+    assert not list((tmp_path / "s").iterdir())
+    run(NORMALISATION, tmp_path / "s", replace(setting, model=base), silent)
+    with pytest.raises(FinetraceError, match="other settings"):
+        run(NORMALISATION, tmp_path / "s", setting, silent)
