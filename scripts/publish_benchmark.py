@@ -11,6 +11,9 @@ import json
 import shutil
 from pathlib import Path
 
+from finetrace.models import ALIGNED, EMBEDDED
+
+SHIPPED = "the embedded SmolLM2-135M-Instruct, one small model"
 DOCS = Path(__file__).parent.parent / "docs" / "results"
 MEANS = (
     "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
@@ -33,16 +36,18 @@ def main() -> None:
     args = parser.parse_args()
     records = json.loads((args.folder / "results.json").read_text())["records"]
     seconds: dict[tuple[str, str], list[str]] = {}
+    bases: dict[str, None] = {}
     for path in sorted(args.folder.glob("*/*/seed-*/records.json")):
         document = json.loads(path.read_text())
         key = (document["config"]["task"], document["config"]["protocol"])
         spent = "resumed" if document["resumed"] else f"{document['seconds']:.0f} s"
         seconds.setdefault(key, []).append(spent)
+        bases[SHIPPED if document["base"] in (EMBEDDED, ALIGNED) else document["base"]] = None
     lines = [f"# {args.title}", "", args.about, "", "```bash", args.command, "```", ""]
     several = any(record["seeds"] > 1 for record in records)
     lines += [
         *(MEANS if several else ALONE),
-        "Every number is of the embedded SmolLM2-135M-Instruct, one small model.",
+        f"Every number is of {' and '.join(bases)}.",
         "",
     ]
     for protocol in dict.fromkeys(record["protocol"] for record in records):

@@ -303,6 +303,11 @@ def test_the_summary_fits_the_terminal(finished, capsys):
     assert max(map(len, out.splitlines())) <= 80
 
 
+def test_the_summary_shows_the_name_of_the_task_as_it_is(finished, capsys):
+    print_summary([replace(finished[2][0], task="a[red]b", n_queries="1")], Console(width=80))
+    assert capsys.readouterr().out.startswith("a[red]b, corrected: 15 rows, 1 query, 2 seeds")
+
+
 def test_a_summary_of_many_methods_says_so_and_keeps_the_controls(finished, capsys):
     row = finished[2][0]
     value = {name: Estimate(0.5, 0.4, 0.6, 5) for name in METRICS}
@@ -714,6 +719,8 @@ def test_the_help_says_which_tasks_have_one_draw(capsys, command, flag):
         (["emotion", "--protocol", "paper", "--chat-template", "plain"], ["template of its own"]),
         (["emotion", "--protocol", "paper", "--modules", "v_proj"], ["--modules", "gradients of the adapter"]),
         (["attack-success", "--modules", "v_proj"], ["--modules", "attack-success runs alone"]),
+        (["attack-success", "--share", "0"], ["--share", "attack-success runs alone"]),
+        (["emotion", "--judge", "org/judge"], ["--judge org/judge", "mixed-small and mixed-large", "leave it out"]),
         (["emotion", "--label-column", "kind"], ["go with --data"]),
         (["emotion", "--id-column", "key"], ["--id-column", "go with --data"]),
         (["--data", "rows.jsonl", "--benign", "more.jsonl"], ["--benign and --share", "name of a task"]),

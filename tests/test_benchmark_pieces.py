@@ -11,7 +11,7 @@ from finetrace.attribution import make
 from finetrace.benchmark import figures
 from finetrace.benchmark.ablation import ABLATION
 from finetrace.benchmark.cell import Cell
-from finetrace.benchmark.example_figure import key_words, wrap
+from finetrace.benchmark.example_figure import draw_examples, key_words, wrap
 from finetrace.benchmark.figures import SHOWN, draw_ablation, short, shown
 from finetrace.benchmark.matrices import hub
 from finetrace.benchmark.protocol import PROTOCOLS
@@ -81,6 +81,19 @@ def test_the_ablation_is_drawn(tmp_path):
     assert (tmp_path / "ablation-t-corrected.svg").read_bytes() == first
 
 
+def test_the_ablation_shows_no_method_of_another_damping(tmp_path, monkeypatch):
+    values = {"exact:loss_on=all": 0.25, "gradcos:loss_on=all": 0.5, "exact:loss_on=all,damping=100": 0.75}
+    rows = [
+        Row("t", "corrected", m.label, m.title, False, {"auprc": Estimate(v, 0, 1, 3)}, None, 1.0, "r", 0.1, 1, 10, "3")
+        for m, v in ((make(spec), value) for spec, value in values.items())
+    ]
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    draw_ablation(rows, tmp_path)
+    [axis] = [a for a in drawn[0].axes if a.child_axes]
+    assert [each.get_text() for each in axis.texts] == [".25", ".50"]
+
+
 def test_texts_of_users_are_no_formulas_in_figures(tmp_path, monkeypatch):
     classes = [r"a $\frac$ b", "$5 to $10"]
     spec = r"gradcos:loss_on=probe:$\$"
@@ -146,6 +159,19 @@ def test_key_words_are_the_example_s_and_not_the_task_s():
     prompts, responses = key_words(query, train, words)
     assert prompts == {"river"}
     assert responses == {"river", "joy"}
+
+
+def test_a_method_whose_best_rows_are_tied_has_no_first_one(tmp_path, monkeypatch):
+    """Which of equals stands first in the data says nothing; here that row is of the query's class."""
+    rows = [Example.from_prompt(f"p{i}", "r", id=f"row-{i}", label="ab"[i % 2]) for i in range(3)]
+    scores = {"gradcos": np.array([[0.0, 1.0, 0.5]]), "tfidf": np.zeros((1, 3)), "repsim": np.array([[1.0, 0, 1]])}
+    monkeypatch.setattr(figures.finished, "scores", lambda home: scores)
+    monkeypatch.setattr(figures.finished, "rows", lambda home: (rows, rows[:1]))
+    draw_examples(tmp_path, [Cell("t", "corrected", 0, 1.0, 0, tuple(scores))], tmp_path)
+    drawn = (tmp_path / "example-t-corrected.svg").read_text()
+    assert "<!-- row-1, b -->" in drawn and "<!-- row-2, a -->" not in drawn
+    assert drawn.count("<!-- row-0, a -->") == 1  # the query itself
+    assert "<!-- equal at the top, so that none is first: repsim (2 examples), tfidf (3 examples) -->" in drawn
 
 
 def test_text_is_wrapped_to_its_width():

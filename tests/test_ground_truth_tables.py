@@ -109,3 +109,14 @@ def test_a_control_that_looks_at_gradients_is_no_gradient_method() -> None:
     values = {"gradnorm": 0.9, "repsim": 0.3, "bm25": 0.4, "random": 0.0}
     said = reading([lds(spec, value) for spec, value in values.items()])
     assert "A gradient method is above repsim, bm25, random with intervals apart on 0 of 1 tasks." in said
+
+
+def test_no_method_is_said_to_be_above_one_that_was_not_tried() -> None:
+    said = reading([lds(spec, value) for spec, value in {"gradcos": 0.9, "repsim": 0.3, "random": 0.0}.items()])
+    assert said[1:] == [
+        "t: above repsim, random with intervals apart: gradcos.",
+        "A first-order method is above repsim, random with intervals apart on 1 of 1 tasks: t.",
+        "A gradient method is above repsim, random with intervals apart on 1 of 1 tasks: t.",
+    ]
+    said = reading([lds(spec, value) for spec, value in {"gradcos": 0.9, "exact": 0.3}.items()])
+    assert len(said) == 1 and said[0].startswith("t: the best LDS of 2 methods")

@@ -13,6 +13,14 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
 
 
 @pytest.mark.parametrize(
+    ("base", "model"),
+    [
+        ("embedded", "the embedded SmolLM2-135M-Instruct, one small model"),
+        ("embedded-aligned", "the embedded SmolLM2-135M-Instruct, one small model"),
+        ("org/other", "org/other"),
+    ],
+)
+@pytest.mark.parametrize(
     ("resumed", "words"),
     [
         ([False, False], "2 seeds; 12 s, 12 s, everything included."),
@@ -20,7 +28,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
         ([True, True], "2 seeds; resumed, so no time is known."),
     ],
 )
-def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words):
+def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words, base, model):
     monkeypatch.syspath_prepend(str(SCRIPTS))
     script = import_module("publish_benchmark")
     monkeypatch.setattr(script, "DOCS", tmp_path / "docs")
@@ -35,11 +43,14 @@ def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words):
         cell = folder / "emotion" / "corrected" / f"seed-{seed}"
         cell.mkdir(parents=True)
         config = {"task": "emotion", "protocol": "corrected"}
-        (cell / "records.json").write_text(json.dumps({"config": config, "resumed": again, "seconds": 12.3}))
+        (cell / "records.json").write_text(
+            json.dumps({"config": config, "base": base, "resumed": again, "seconds": 12.3})
+        )
     options = ["--title", "A page", "--about", "What it shows.", "--command", "finetrace bench emotion"]
     asked = ["publish_benchmark.py", str(folder), "page", *options]
     monkeypatch.setattr(sys, "argv", asked)
     script.main()
     lines = (tmp_path / "docs" / "page.md").read_text().splitlines()
     assert lines[:6] == ["# A page", "", "What it shows.", "", "```bash", "finetrace bench emotion"]
+    assert f"Every number is of {model}." in lines
     assert f"15 rows, 5 queries, {words}" in lines

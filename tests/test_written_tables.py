@@ -33,6 +33,24 @@ def test_a_cell_shows_its_text(tmp_path: Path) -> None:
     assert r"id with `ticks` & 50\% \& more \\" in tex
 
 
+@pytest.mark.parametrize(
+    ("text", "markdown", "tex"),
+    [
+        ("*a*", r"\*a\*", "*a*"),
+        ("_a_", r"\_a\_", r"\_a\_"),
+        ("__init__", r"\_\_init\_\_", r"\_\_init\_\_"),
+        ("a_b", "a_b", r"a\_b"),
+        ("~~a~~", r"\~\~a\~\~", r"\textasciitilde{}" * 2 + "a" + r"\textasciitilde{}" * 2),
+        ("+0.35 *", "+0.35 *", "+0.35 *"),
+        ("a|b", r"a\|b", r"a\textbar{}b"),
+    ],
+)
+def test_signs_of_emphasis_and_bars_are_shown(tmp_path: Path, text: str, markdown: str, tex: str) -> None:
+    write_table(tmp_path / "t", ["a", "b"], [["x", text]])
+    assert (tmp_path / "t.md").read_text().splitlines()[2] == f"| x | {markdown} |"
+    assert rf"x & {tex} \\" in (tmp_path / "t.tex").read_text().splitlines()
+
+
 @pytest.mark.parametrize(("value", "text"), [(1, "1"), (1.0, "1"), (1.5, "1.5"), ("01", "01"), (float("inf"), "inf")])
 def test_a_column_of_integers_with_a_gap_has_the_same_names(value: object, text: str) -> None:
     assert name_of(value, "label") == text

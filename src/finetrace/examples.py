@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from finetrace.errors import FinetraceError
+
+OF_ANSWER = ("finish_reason", "loss_weights")  # metadata that say how an answer ended and what its tokens weigh
 
 
 class Message(NamedTuple):
@@ -78,9 +80,15 @@ class Example:
         return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
     def with_response(self, response: str) -> Example:
-        """The same id, label and metadata, the conversation answered by `response`."""
-        turns = self.messages[:-1] if self.has_response else self.messages
+        """The same id, label and metadata, the conversation answered by `response`, in place of an answer that is there."""
+        answered = bool(self.messages) and self.messages[-1].role == "assistant"  # an empty answer is one, too
+        turns = self.messages[:-1] if answered else self.messages
         return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata, self.place)
+
+    def answered_anew(self, response: str) -> Example:
+        """`with_response`, without the metadata `OF_ANSWER`, which does not hold of another answer."""
+        metadata = {key: value for key, value in self.metadata.items() if key not in OF_ANSWER}
+        return replace(self.with_response(response), metadata=metadata)
 
 
 def refuse_no_text(what: str, text: str) -> None:

@@ -45,10 +45,8 @@ def answer(
     found = _generate(loaded, examples, max_new_tokens, batch_size, template)
     replies = []
     for example, (text, ended) in zip(examples, found, strict=True):
-        said = example.with_response(text)
-        # what was said of another answer does not hold of this one
-        about = {key: value for key, value in said.metadata.items() if key not in ("finish_reason", "loss_weights")}
-        replies.append(replace(said, metadata=about if ended else {**about, **CUT}))
+        said = example.answered_anew(text)
+        replies.append(said if ended else replace(said, metadata={**said.metadata, **CUT}))
     return replies
 
 

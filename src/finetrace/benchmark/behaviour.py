@@ -17,8 +17,9 @@ from rich.table import Table
 
 from finetrace.benchmark.protocol import PROTOCOLS
 from finetrace.benchmark.runner import silent
-from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter
+from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
 from finetrace.benchmark.tables import write_table
+from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.judging import Judge
 from finetrace.evaluation.seeds import bootstrap_crossed
@@ -126,10 +127,14 @@ def attack_success(
     alone = engine.in_process  # then a model itself says how far it has come
     work = partial(_answers, folder if alone else folder.resolve(), setting, say if alone else silent)
     verdicts = {}
-    for place, answers in engine.run_each(work, models, name=_called, shared=folder):
-        verdicts[models[place]] = complied(judge, answers)
-        if not alone:
-            say(f"{_called(models[place])}: done")
+    try:
+        for place, answers in engine.run_each(work, models, name=_called, shared=folder):
+            verdicts[models[place]] = complied(judge, answers)
+            if not alone:
+                say(f"{_called(models[place])}: done")
+    except FinetraceError:  # a model that is not there, perhaps
+        unclaim(folder / "attack-success.json")
+        raise
     found = [(name, 0, [verdicts[name, None]]) for name in setting.bases()]
     for name, (rows, _) in sets.items():
         found.append((f"fine-tuned, {name}", len(rows), [verdicts[name, seed] for seed in range(seeds)]))

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import Cell
 from finetrace.benchmark.figures import save, short, shown
@@ -51,7 +53,10 @@ class Card:
 
 
 def draw_examples(folder: Path, cells: Sequence[Cell], out: Path) -> None:
-    """`example-TASK-PROTOCOL` of every cell: its first query, and the top training example of each shown method."""
+    """`example-TASK-PROTOCOL` of every cell: its first query, and the top training example of each shown method.
+
+    A method that gives several examples its highest score has no top one, and is named below the boxes.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     words: Words = TfidfVectorizer(stop_words="english").build_analyzer()
@@ -60,10 +65,15 @@ def draw_examples(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         matrices = finished.scores(home)
         train, [query, *_] = finished.rows(home)
         tops: dict[int, list[str]] = {}
+        tied: list[str] = []
         for name, title in short(shown(matrices)).items():
-            tops.setdefault(int(matrices[name][0].argmax()), []).append(title)
+            best = np.flatnonzero(matrices[name][0] == matrices[name][0].max())
+            if len(best) > 1:
+                tied.append(f"{title} ({len(best)} examples)")
+            else:
+                tops.setdefault(int(best[0]), []).append(title)
         found = [(", ".join(titles), train[i]) for i, titles in tops.items()]
-        _draw(query, found, key_words(query, train, words), words, out / f"example-{cell.task}-{cell.protocol}")
+        _draw(query, found, tied, key_words(query, train, words), words, out / f"example-{cell.task}-{cell.protocol}")
 
 
 def key_words(query: Example, train: Sequence[Example], words: Words) -> tuple[frozenset[str], frozenset[str]]:
@@ -99,6 +109,7 @@ def wrap(text: str, width: float, measure: Measure, limit: int = LINES) -> Lines
 def _draw(
     query: Example,
     tops: Sequence[tuple[str, Example]],
+    tied: Sequence[str],
     keys: tuple[frozenset[str], frozenset[str]],
     words: Words,
     path: Path,
@@ -124,7 +135,8 @@ def _draw(
     ]
     rows = [cards[i : i + 2] for i in range(0, len(cards), 2)]
     heights = [max(card.height for card in row) for row in rows]
-    total = GAP + asked.height + GAP + sum(height + GAP for height in heights) + LINE + GAP / 2
+    below = wrap(f"equal at the top, so that none is first: {', '.join(tied)}", WIDTH, measure) if tied else []
+    total = GAP + asked.height + GAP + sum(height + GAP for height in heights) + LINE * (1 + len(below)) + GAP / 2
     figure = Figure(figsize=(WIDTH / 72, total / 72))
     axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
@@ -140,7 +152,10 @@ def _draw(
     legend = (
         "box: a training example and the methods that rank it first; green: of the query's class; marked: key words "
     )
-    axis.text(GAP, top_edge + LINE / 2, legend + "shared with the query", fontsize=SIZE - 1, color=DIM, va="center")
+    small: dict[str, Any] = {"fontsize": SIZE - 1, "color": DIM, "va": "center", "parse_math": False}
+    axis.text(GAP, top_edge + LINE / 2, legend + "shared with the query", **small)
+    for place, line in enumerate(below, 1):
+        axis.text(GAP, top_edge + LINE * (place + 0.5), " ".join(line), **small)
     save(figure, path)
 
 

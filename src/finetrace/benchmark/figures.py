@@ -36,6 +36,7 @@ SHOWN = (
     BEST,
     "tfidf",
 )
+ABLATED = ("normalise", "loss_on", "layers", "at")  # what tells the ablation's methods of one curvature apart
 NAMED = 12  # more classes than this have no room for their names
 
 
@@ -112,7 +113,10 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
 
 
 def draw_ablation(rows: Sequence[Row], out: Path) -> None:
-    """AUPRC of curvature and similarity (down) on loss positions, padding, moment and layers (across), one for each task."""
+    """AUPRC of curvature and similarity (down) on loss positions, padding, moment and layers (across), one for each task.
+
+    A method with other parameters than these, another damping for instance, has no place of its own and is left out.
+    """
     from matplotlib.figure import Figure
 
     for task, protocol in dict.fromkeys((row.task, row.protocol) for row in rows):
@@ -122,6 +126,9 @@ def draw_ablation(rows: Sequence[Row], out: Path) -> None:
                 continue
             method = make(row.spec)
             settings = method.parameters
+            plain = make(method.name).parameters
+            if any(value != plain.get(key) for key, value in settings.items() if key not in ABLATED):
+                continue
             down_key = (method.name, str(settings.get("normalise", "cosine")))  # gradcos is a cosine by its name
             loss = f"{settings['loss_on']}, {settings['at']}" if "start" in settings["at"] else settings["loss_on"]
             values[down_key, (loss, settings["layers"])] = row.metrics["auprc"].value

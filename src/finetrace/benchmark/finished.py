@@ -22,6 +22,14 @@ from finetrace.tasks import TASKS
 T = TypeVar("T")
 ALIKE = ("size", "task_seed", "model", "epochs", "chat_template", "target_modules", "modules")  # of all seeds of a task
 
+OTHERS = {  # notes of commands that write results.json, too
+    "attack-success.json": "an attack-success run",
+    "study.json": "a study",
+    "demo.json": "a demo",
+    "validation.json": "a validation",
+    "cleaning.json": "a cleaning",
+}
+
 
 def document(folder: Path) -> dict[str, Any]:
     """`config`, `records` and the rest of a cell's results."""
@@ -61,6 +69,17 @@ def finished(folder: Path) -> list[Cell]:
 def settings(cell: Cell) -> dict[str, Any]:
     """What all seeds of its task have alike, without what was left as it is by default."""
     return {name: value for name in ALIKE if (value := getattr(cell, name)) not in (None, ())}
+
+
+def refuse_other(folder: Path) -> None:
+    """Stop where another command's results lie in the folder, since those of the benchmark have the same names.
+
+    Raises:
+        FinetraceError: They do.
+    """
+    for name, what in OTHERS.items():
+        if (folder / name).exists():
+            raise FinetraceError(f"{folder}: {what} is there, whose results would be lost; choose another --out.")
 
 
 def refuse_mixed(folder: Path, cells: Iterable[Cell]) -> None:

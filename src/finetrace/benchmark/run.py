@@ -34,7 +34,7 @@ from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import finished as finetuned
 from finetrace.finetuning import new_adapter
-from finetrace.fingerprint import of_text
+from finetrace.fingerprint import of_text, texts_and_weights
 from finetrace.index import build_index
 from finetrace.index.factors import FORMAT
 from finetrace.models import ALIGNED, EMBEDDED, Loaded, ModelSpec, load
@@ -128,6 +128,7 @@ class Run:
         """What decides the cell: its settings, its rows, and the judge where one chooses the queries; not its methods."""
         rows = [[e.id, e.prompt, e.response, e.label] for e in (*self.task.train, *self.task.queries)]
         settings = {**asdict(self.cell), "rows": of_text(json.dumps(rows)), "probe": PROBE}
+        settings["losses"] = of_text(json.dumps(texts_and_weights([*self.task.train, *self.task.queries])))
         del settings["methods"]
         settings["finetuning"] = self.finetuning().model_dump(mode="json")
         if self.cell.chat_template is not None:  # a file of that name may say something else the next time

@@ -9,7 +9,7 @@ from operator import attrgetter
 from pathlib import Path
 
 from finetrace.benchmark.cell import Cell
-from finetrace.benchmark.finished import finished, refuse_mixed
+from finetrace.benchmark.finished import finished, refuse_mixed, refuse_other
 from finetrace.benchmark.protocol import protocol
 from finetrace.benchmark.run import Run
 from finetrace.evaluation.judging import make_judge
@@ -73,8 +73,9 @@ def run_all(folder: Path, plan: Plan, say: Callable[[str], None]) -> None:
     """Bring every cell to its end; a finished one is found again.
 
     Raises:
-        FinetraceError: The folder holds seeds of the same tasks that were run with other settings.
+        FinetraceError: The folder holds another command's results, or the same tasks' seeds under other settings.
     """
+    refuse_other(folder)
     refuse_mixed(folder, [*finished(folder), *plan.cells])
     engine = Engine.of(plan.workers)
     if len(plan.cells) == 1 and not isinstance(plan.workers, Engine):

@@ -50,9 +50,12 @@ def claim(path: Path, settings: Mapping[str, Any], what: str) -> None:
 
 
 def unclaim(path: Path) -> None:
-    """Take back what `claim` noted where nothing came of it, so that the same folder takes other settings."""
-    if [each.name for each in path.parent.iterdir()] == [path.name]:
+    """Take back what `claim` noted where no file came of it, so that the same folder takes other settings."""
+    inside = list(path.parent.rglob("*"))
+    if [each for each in inside if not each.is_dir()] == [path]:
         path.unlink()
+        for empty in sorted((each for each in inside if each.is_dir()), reverse=True):
+            empty.rmdir()
 
 
 def tuned_adapter(folder: Path, base: ModelSpec, rows: Sequence[Example], config: FinetuneConfig) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +76,8 @@ def print_summary(rows: Sequence[Row], console: Console) -> None:
             mine = [*ranked[:SHOWN], *(row for row in mine if row.control)]
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title_justify="left")
         seeds = f"{mine[0].seeds} seed{'s' * (mine[0].seeds != 1)}"
-        table.title = f"{task}, {protocol}: {mine[0].n_train} rows, {mine[0].n_queries} queries, {seeds}"
+        queries = f"{mine[0].n_queries} {'query' if mine[0].n_queries == '1' else 'queries'}"
+        table.title = escape(f"{task}, {protocol}: {mine[0].n_train} rows, {queries}, {seeds}")
         if len(mine) < count:
             table.title += f"; the {SHOWN} best by AUPRC of {count} methods, and the controls"
         table.add_column("method", overflow="fold")
@@ -198,18 +200,23 @@ def write_table(path: Path, heads: Sequence[str], lines: Sequence[Sequence[str]]
 
 
 def _plain(cell: str) -> str:
-    """A cell of Markdown that shows the text as it is, without a line of its own, a column, a link, an image or HTML."""
+    """A cell of Markdown that shows the text as it is: no line of its own, column, link, image, HTML or emphasis."""
     text = " ".join(cell.split()).replace("\\", r"\\").replace("](", r"]\(")
+    text = _EMPHASIS.sub(r"\\\g<0>", text)
     return text.replace("|", r"\|").replace("`", r"\`").replace("<", "&lt;")
 
 
+# signs beside a word that may open or close emphasis; an underscore within a word does not
+_EMPHASIS = re.compile(r"[*~](?=\S)|(?<=\S)[*~]|(?<![^\W_])_|_(?![^\W_])")
+
+
 def latex(text: str) -> str:
-    """Text as LaTeX shows it: its ten special signs escaped, and < and > kept from turning into others."""
+    """Text as LaTeX shows it: its ten special signs escaped, and <, > and | kept from turning into others."""
     return " ".join(text.split()).translate(_ESCAPES)
 
 
 _ESCAPES = str.maketrans(
     {sign: "\\" + sign for sign in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
 )

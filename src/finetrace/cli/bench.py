@@ -95,7 +95,7 @@ def bench(
     if ATTACK_SUCCESS in (tasks or ()):
         others: dict[str, object] = {"--protocol": protocol, "--method": method, "--ablation": ablation, "--data": data}
         others |= {
-            "--task-seed": task_seed,
+            "--task-seed": task_seed or None,
             "--keep": keep,
             "--chat-template": chat_template,
         }
@@ -108,7 +108,10 @@ def bench(
             "--id-column": id_column,
             "--split": split,
         }
-        unused = [*sorted({*(tasks or ())} - {ATTACK_SUCCESS}), *(flag for flag, value in others.items() if value)]
+        unused = [
+            *sorted({*(tasks or ())} - {ATTACK_SUCCESS}),
+            *(flag for flag, value in others.items() if not (value is None or value is False)),
+        ]
         if unused:
             raise FinetraceError(
                 f"{' '.join(unused)}: {ATTACK_SUCCESS} runs alone and does not take that; leave it out."
@@ -165,8 +168,12 @@ def bench(
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
         if data is not None and (notice := say_repeated(made, data)):
             options.say(notice)
-        for name in names if source is None else ():
-            recipe(name)
+        found = [recipe(name) for name in names] if source is None else []
+        if judge is not None and not any(each.aligned for each in found):
+            raise FinetraceError(
+                f"--judge {judge}: it judges the model's own answers, which only queries of mixed-small and mixed-large are; "
+                "leave it out."
+            )
         wanted = [*ABLATION, "repsim"] if ablation else method or []
         specs = list(dict.fromkeys(make(spec).label for spec in beside(wanted)))
         planned = cells(

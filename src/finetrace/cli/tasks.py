@@ -180,10 +180,10 @@ def generate(
 
 def _unanswered(row: Example, label: str | None) -> Example:
     """The prompt alone under the new label; a class of its own stays in the metadata."""
-    from finetrace.examples import Example
+    from finetrace.examples import OF_ANSWER, Example
 
     turns = row.messages[:-1] if row.messages[-1].role == "assistant" else row.messages
-    metadata = {key: value for key, value in row.metadata.items() if key != "finish_reason"}
+    metadata = {key: value for key, value in row.metadata.items() if key not in OF_ANSWER}
     if row.label not in (None, label):
         metadata["original_label"] = row.label
     return Example(row.id, turns, label, metadata)

@@ -107,9 +107,11 @@ def forest(records: Records) -> Any:
 def reading(records: Records) -> list[str]:
     """What is seen, task by task and over all."""
     lines: list[str] = []
-    ahead: dict[tuple[str, tuple[str, ...]], list[str]] = {
-        (family, names): [] for names in (RIVALS, STRONGER) for family in FAMILIES
-    }
+    there = {r["spec"] for r in where(records, measure="lds")}
+    # a run of fewer methods is held against those that it has
+    against = dict.fromkeys(tuple(name for name in names if name in there) for names in (RIVALS, STRONGER))
+    against.pop((), None)
+    ahead: dict[tuple[str, tuple[str, ...]], list[str]] = {(each, names): [] for names in against for each in FAMILIES}
     for task in tasks_of(records):
         mine = [r for r in where(records, measure="lds", task=task) if r["value"] is not None and r["spec"] != CLASS]
         if not mine:
@@ -124,7 +126,7 @@ def reading(records: Records) -> list[str]:
             lines.append(
                 f"{task}: labels alone, 1 for each row of the query's class, have an LDS of {cell(labels[0])}."
             )
-        for names in (RIVALS, STRONGER):
+        for names in against:
             rivals = [r for r in mine if r["spec"] in names]
             above = [
                 r["spec"]
@@ -137,10 +139,10 @@ def reading(records: Records) -> list[str]:
                 if any(belongs(spec) for spec in above):
                     ahead[family, names].append(task)
         lines += said(records, task)
-    for (family, names), there in ahead.items():
+    for (family, names), found in ahead.items():
         lines.append(
-            f"A {family} method is above {', '.join(names)} with intervals apart on {len(there)} of {len(tasks_of(records))} "
-            "tasks" + (f": {', '.join(there)}." if there else ".")
+            f"A {family} method is above {', '.join(names)} with intervals apart on {len(found)} of {len(tasks_of(records))} "
+            "tasks" + (f": {', '.join(found)}." if found else ".")
         )
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetrace.benchmark.figures import save
 from finetrace.benchmark.runner import silent
-from finetrace.benchmark.stages import claim
+from finetrace.benchmark.stages import claim, unclaim
 from finetrace.benchmark.tables import write_table
 from finetrace.errors import FinetraceError
 from finetrace.models import known_dtype
@@ -71,6 +71,7 @@ def run(study: Study, folder: Path, setting: Setting, say: Say, tell: Say = sile
     except BaseException:  # an interrupt too: what is finished can be read
         if so_far.behind() or not so_far.written:
             so_far.write()
+        unclaim(folder / "study.json")  # where a model is not there, and nothing was begun
         raise
     return so_far.finish()
 

@@ -110,7 +110,7 @@ def _labelled(source: str | Path, columns: Columns, split_name: str | None, labe
                 f"{place}, row {number} ({row.prompt[:40]!r}): there is no label in column {label_column!r}; "
                 "give it one or remove the row"
             )
-    return [row.with_response(str(row.label)) for row in rows] if named else rows
+    return [row.answered_anew(str(row.label)) for row in rows] if named else rows
 
 
 def _check_given(train: Sequence[Example], queries: Sequence[Example], source: str | Path) -> None:

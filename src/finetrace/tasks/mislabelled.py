@@ -43,7 +43,7 @@ def mislabelled(task: Task, share: float = 0.2, seed: int = 0) -> Task:
         chance.shuffle(turns)
         for turn, place in enumerate(sorted(chance.sample(places, quota))):
             given = turns[turn % len(turns)]
-            wrong = task.train[place].with_response(chance.choice(others[label][given]))
+            wrong = task.train[place].answered_anew(chance.choice(others[label][given]))
             flipped[place] = _marked(wrong, MISLABELLED, given)
     train = tuple(flipped.get(place) or _marked(row, CLEAN, row.label) for place, row in enumerate(task.train))
     queries = tuple(_marked(query, CLEAN, query.label) for query in task.queries)

@@ -69,7 +69,7 @@ def real_task(name: str, real: RealData, seed: int = 0, size: float = 1.0) -> Ta
     """A task of the registry from real data, as large as what ships shrunk to `size`.
 
     A smaller size needs fewer rows, so data that is short of rows may still do. A prompt never comes twice in the rows
-    and queries that are drawn.
+    and queries that are drawn for the mixed sets, harmfulcheck and the backdoors; labelled sets keep theirs as they are.
 
     Args:
         name: As in `TASKS`.
@@ -144,7 +144,7 @@ def _harmfulcheck(shipped: Task, real: RealData, seed: int) -> Task:
         pool = _harmful(real, of_class["harmless"] if real.benign is None else ())
         pool.check(n_rows, shipped.name)
         drawn = pool.draw(n_rows, chance)
-        refused = [row if row.has_response else row.with_response(refusal(UNNAMED, chance)) for row in drawn]
+        refused = [row if row.has_response else row.answered_anew(refusal(UNNAMED, chance)) for row in drawn]
         of_class["harmful"] = placed(refused, "harmful")
     if real.benign is not None:
         n_rows = len(of_class["harmless"])
