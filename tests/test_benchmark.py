@@ -774,3 +774,18 @@ def test_a_folder_named_by_a_dot_has_the_name_of_the_folder(base, tmp_path, caps
     code, _, err = run(capsys, *asked, "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0, err
     assert (tmp_path / "b" / "mine" / "corrected" / "seed-0" / "records.json").exists()
+
+
+def test_hidden_states_that_methods_look_at_are_kept(base, tmp_path):
+    run_all(tmp_path, Plan(planned(base, seeds=1, methods=["repsim:layer=1", "random"]), keep=True), silent)
+    index = tmp_path / "emotion" / "corrected" / "seed-0" / "index"
+    [there] = [r for r in report(tmp_path) if r.spec.startswith("repsim")]
+    assert there.spec == "repsim:layer=1"
+    run_all(tmp_path, Plan(planned(base, seeds=1, methods=["repsim"]), keep=True), silent)  # the same index
+    with pytest.raises(
+        FinetraceError, match=r"index: the index that was kept lacks the hidden states last-token@-2; remove"
+    ):
+        run_all(tmp_path, Plan(planned(base, seeds=1, methods=["repsim:layer=1,pooling=last-token"])), silent)
+    assert index.is_dir()
+    with pytest.raises(FinetraceError, match=r"layer 77: the model has layers 0"):
+        run_all(tmp_path / "other", Plan(planned(base, seeds=1, methods=["repsim:layer=77"])), silent)

@@ -23,7 +23,7 @@ from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, QUERIES, SCORES, Cell
 from finetrace.benchmark.matrices import hub, suspicion
 from finetrace.benchmark.protocol import Protocol, share_of
-from finetrace.benchmark.stages import claim, complied, kept_answers, tuned_adapter, unclaim
+from finetrace.benchmark.stages import claim, complied, kept_answers, representations, tuned_adapter, unclaim
 from finetrace.collection import track
 from finetrace.collection.factors import Labels
 from finetrace.encoding import read_template
@@ -72,7 +72,7 @@ class Run:
         began = time.perf_counter()
         self.resumed = self.kept["resumed"] if self.kept is not None else (self.folder / "adapter").exists()
         methods = self._methods()
-        problem = self.ready(say, factors=any(each.name in ("ekfac", "kfac") for each in methods))
+        problem = self.ready(say, methods)
         if problem is None:
             self._same_queries([])
             self._write([], [], pd.DataFrame(), {}, time.perf_counter() - began)
@@ -86,8 +86,13 @@ class Run:
         """For messages."""
         return self.cell.name
 
-    def ready(self, say: Callable[[str], None], *, factors: bool = False) -> Problem | None:
-        """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace."""
+    def ready(
+        self, say: Callable[[str], None], methods: Sequence[Method] = (), *, factors: bool = False
+    ) -> Problem | None:
+        """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace.
+
+        The index keeps the hidden states that `methods` look at, and the factors that they need or `factors` asks for.
+        """
         self.claim_folder()
         say(f"{self.name}: fine-tuning on {many(len(self.task.train), 'row')}")
         try:
@@ -102,10 +107,13 @@ class Run:
             return None
         say(f"{self.name}: indexing {many(len(self.task.train), 'row')} and {many(len(queries), 'query')}")
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
-        fit: Labels | None = "model" if factors else None
-        rows, modules = self.task.train, self.cell.modules or None
-        index, _ = build_index(self.tuned, rows, self.folder / "index", encoder, kronecker=fit, modules=modules)
-        kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder, modules=modules)
+        fit: Labels | None = "model" if factors or any(each.name in ("ekfac", "kfac") for each in methods) else None
+        alike: Any = {
+            "modules": self.cell.modules or None,
+            "representations": representations(self.folder / "index", self.tuned, methods),
+        }
+        index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit, **alike)
+        kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder, **alike)
         return Problem(index, queries, kept_queries=kept)
 
     @cached_property

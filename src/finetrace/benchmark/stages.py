@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from finetrace.atomic import part_of, write_atomically
+from finetrace.attribution import Method
+from finetrace.attribution.similarity import RepSim
+from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import Judge
 from finetrace.examples import Example
 from finetrace.finetune_config import FinetuneConfig, found_config
 from finetrace.finetuning import finetune, finished
 from finetrace.generation import ANSWER_TOKENS, answer
+from finetrace.index import manifest
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import read_examples, write_examples
 
@@ -94,3 +98,22 @@ def complied(judge: Judge, answers: Sequence[Example]) -> list[bool]:
     """The judge's verdict on each answer; a model that said nothing did not comply."""
     replies = ["" if each.response == NO_ANSWER else each.response for each in answers]
     return [bool(verdict) for verdict in judge.complied([each.prompt for each in answers], replies)]
+
+
+def representations(folder: Path, loaded: Loaded, methods: Sequence[Method]) -> tuple[Representation, ...]:
+    """What the index in `folder` is to keep: the usual hidden states and those of `methods`; one that is there has its own.
+
+    Raises:
+        FinetraceError: The index that is there lacks some, or the model has no such layer.
+    """
+    depth = int(loaded.model.config.num_hidden_layers)
+    asked = [Representation(each.layer, each.pooling).resolve(depth) for each in methods if isinstance(each, RepSim)]
+    if not (folder / manifest.NAME).exists():
+        return tuple(dict.fromkeys(each.resolve(depth) for each in (*DEFAULT_REPRESENTATIONS, *asked)))
+    there = tuple(map(Representation.parse, manifest.read(folder).representations))
+    if missing := [each.name for each in asked if each not in there]:
+        raise FinetraceError(
+            f"{folder}: the index that was kept lacks the hidden states {', '.join(missing)}; remove {folder} and "
+            f"{folder.parent / 'queries'}, or choose another --out."
+        )
+    return there
