@@ -111,7 +111,7 @@ def disks() -> Iterator[Finding]:
     cache = Path(os.environ.get("FINETRACE_CACHE", Path.home() / ".cache" / "finetrace"))
     places = {"cache": cache, "hub cache": Path(constants.HF_HUB_CACHE), "working folder": Path.cwd()}
     for name, path in places.items():
-        there = next((each for each in (path, *path.absolute().parents) if each.is_dir()), Path("/"))
+        there = next((each for each in (path, *path.absolute().parents) if os.path.isdir(each)), Path("/"))
         free = shutil.disk_usage(there).free
         writable = _writable(there)
         facts = {"path": str(path), "free": free, "writable": writable}

@@ -250,7 +250,7 @@ def _size(shape: tuple[int, ...] | None) -> int:
 def free_disk(folder: Path) -> int:
     """Bytes free where `folder` is or will be."""
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # where nobody may look, there is nothing, either
         there = there.parent
     return shutil.disk_usage(there).free
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -254,5 +255,5 @@ def _done(folder: Path, about: Manifest) -> set[int]:
 
 
 def _free(folder: Path) -> int:
-    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path("."))
+    there = next((each for each in (folder, *folder.absolute().parents) if os.path.isdir(each)), Path("."))
     return shutil.disk_usage(there).free
