@@ -16,6 +16,12 @@ def views_of(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / FOLDER).glob("*") if path.is_dir())
 
 
+def root_of(folder: Path) -> Path:
+    """The folder of the index that a view is of; that of an index is its own."""
+    root = folder.parent.parent
+    return root if folder.parent.name == FOLDER and (root / manifest.NAME).exists() else folder
+
+
 def headless(folder: Path) -> bool:
     """Whether a folder has what comes after a manifest, and no manifest: it was lost, since it is the first to be written."""
     if (folder / manifest.NAME).exists() or not folder.is_dir():
