@@ -359,7 +359,7 @@ def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path
     ],
 )
 def test_workers_are_as_fast_as_their_cores(tiny_loaded, tmp_path, monkeypatch, engine, cores, told, threads, slower):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("finetrace.execution.cores", lambda: cores)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told is not None:
