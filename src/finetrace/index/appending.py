@@ -26,7 +26,7 @@ from finetrace.index.build import build_index, refuse_duplicates
 from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
-from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.view_folders import remove_view, sweep_views, views_of
 from finetrace.index.views import model_of
 from finetrace.lock import writing
 
@@ -177,6 +177,7 @@ def settle(folder: Path, say: Callable[[str], None] = lambda text: None) -> None
     manifest.fold(folder)
     about, staged = manifest.read(folder), folder / FOLDER
     shutil.rmtree(folder / DONE, ignore_errors=True)
+    sweep_views(folder)
     if not (staged / manifest.NAME).exists():
         return
     if manifest.read(staged).data_fingerprint not in [part.data_fingerprint for part in about.appended]:
