@@ -144,6 +144,22 @@ def test_a_view_that_cannot_be_removed_is_said_in_words_and_gone_the_next_time(
     assert len(view(grown, "all")) == 8
 
 
+def test_rows_that_are_all_left_out_stand_in_nobodys_way(tmp_path: Path) -> None:
+    (token,) = make_tokenizer()("~", add_special_tokens=False)["input_ids"]
+    save_base(tmp_path / "base", poisoned(token, float("nan")))
+    with_lora(make_llama()).save_pretrained(tmp_path / "adapter")
+    loaded = load(ModelSpec(str(tmp_path / "base"), str(tmp_path / "adapter"), dtype="float64", device="cpu"))
+    index = built(loaded, tmp_path / "i", make_examples(6))
+    before = files(index.folder)
+    for _ in range(2):
+        with pytest.raises(FinetraceError, match="the values of all 2 new rows are not finite, so none is added"):
+            append(index, [Example.from_prompt("a", f"b{i} ~", id=f"bad{i}") for i in range(2)], skip_bad=True)
+        assert files(index.folder) == before
+    grown, _ = append(index, make_examples(8)[6:])
+    assert len(grown) == 8
+    assert verify(grown.folder) == []
+
+
 def test_what_retraining_said_of_the_old_rows_is_not_said_of_all(tiny_loaded: Loaded, tmp_path: Path) -> None:
     index = built(tiny_loaded, tmp_path / "i", make_examples(6))
     keep_verdict(index.folder, ["One.", "Two."], "finetrace validate")
