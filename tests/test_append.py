@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 from dataclasses import replace
@@ -18,6 +19,7 @@ from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.index import Index, append, build_index, factors, kronecker_factors, open_index, view
+from finetrace.index.cache import Cache
 from finetrace.index.checking import repair, verify
 from finetrace.models import Loaded, ModelSpec, load
 from finetrace.reading import write_examples
@@ -95,6 +97,67 @@ def test_factors_and_views_of_the_old_rows_go_with_a_word(tiny_loaded: Loaded, t
     ours, theirs = kronecker_factors(grown, "data"), kronecker_factors(expected, "data")
     for block in grown.blocks:
         assert torch.allclose(ours[block.name].kfac, theirs[block.name].kfac, rtol=1e-6, atol=1e-14)
+
+
+def test_a_view_goes_though_another_process_keeps_something_beside_it(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = make_examples(8)
+    index = built(tiny_loaded, tmp_path / "i", examples[:6])
+    asked = view(index, "all")
+    cache, remove, times = Cache(asked.folder, asked.manifest), os.rmdir, iter(range(100))
+
+    def slowly(*given: Any, **named: Any) -> None:
+        """A trace comes to write what it has computed before each folder goes."""
+        cache.fetch(f"late-{next(times)}", (), lambda: torch.ones(3))
+        remove(*given, **named)
+
+    cache.fetch("early", (), lambda: torch.ones(3))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.rmdir", slowly)
+        grown, _ = append(index, examples[6:])
+    assert len(grown) == 8
+    assert not asked.folder.exists()
+    assert not (grown.folder / "append").exists()
+    assert verify(grown.folder) == []
+    assert len(view(grown, "all")) == 8
+    assert {path.name for path in grown.folder.glob(".*")} <= {".lock"}
+
+
+def test_a_view_that_cannot_be_removed_is_said_in_words_and_gone_the_next_time(
+    tiny_loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = make_examples(8)
+    index = built(tiny_loaded, tmp_path / "i", examples[:6])
+    view(index, "all")
+
+    def refused(*given: Any, **named: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch, pytest.raises(FinetraceError, match="this view cannot be removed"):
+        patch.setattr(Path, "rename", refused)
+        append(index, examples[6:])
+    said: list[str] = []
+    grown, _ = append(open_index(index.folder, tiny_loaded), examples[6:], say=said.append)
+    assert "these 2 rows were appended before; nothing is to be done." in said
+    assert len(grown) == 8
+    assert len(view(grown, "all")) == 8
+
+
+def test_rows_that_are_all_left_out_stand_in_nobodys_way(tmp_path: Path) -> None:
+    (token,) = make_tokenizer()("~", add_special_tokens=False)["input_ids"]
+    save_base(tmp_path / "base", poisoned(token, float("nan")))
+    with_lora(make_llama()).save_pretrained(tmp_path / "adapter")
+    loaded = load(ModelSpec(str(tmp_path / "base"), str(tmp_path / "adapter"), dtype="float64", device="cpu"))
+    index = built(loaded, tmp_path / "i", make_examples(6))
+    before = files(index.folder)
+    for _ in range(2):
+        with pytest.raises(FinetraceError, match="the values of all 2 new rows are not finite, so none is added"):
+            append(index, [Example.from_prompt("a", f"b{i} ~", id=f"bad{i}") for i in range(2)], skip_bad=True)
+        assert files(index.folder) == before
+    grown, _ = append(index, make_examples(8)[6:])
+    assert len(grown) == 8
+    assert verify(grown.folder) == []
 
 
 def test_what_retraining_said_of_the_old_rows_is_not_said_of_all(tiny_loaded: Loaded, tmp_path: Path) -> None:

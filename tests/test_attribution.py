@@ -14,16 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from finetrace.api import build_index
+from finetrace.api import build_index, open_index
 from finetrace.attribution import Problem, available, make, similarity
 from finetrace.attribution.scores import Scores
 from finetrace.collection.representations import Representation
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.models import ModelSpec, load
 from finetrace.reporting.compose import compose
 from finetrace.tracing import SIMILAR, STANDARD, run_methods, standard
 from finetrace.validation.plan import usual
-from tiny import make_examples, make_llama, make_tokenizer, with_lora
+from tiny import make_examples, make_llama, make_tokenizer, save_base, with_lora
 
 
 def tiny_queries(count):
@@ -47,6 +48,25 @@ def matrices(problem):
     index = problem.index
     train = index.gradients(slice(0, sum(block.size for block in index.blocks)))
     return train, problem.features.gradients, [block.columns for block in index.blocks]
+
+
+@pytest.mark.parametrize(
+    ("indexed", "asked"), [("float32", "float64"), ("float64", "float32"), ("float64", "bfloat16")]
+)
+def test_queries_of_another_precision_than_the_index(indexed, asked, tmp_path):
+    save_base(tmp_path / "base", make_llama())
+    with_lora(make_llama()).save_pretrained(tmp_path / "adapter")
+    loaded = load(ModelSpec(str(tmp_path / "base"), str(tmp_path / "adapter"), dtype=indexed, device="cpu"))
+    made = build_index(loaded.model, loaded.tokenizer, make_examples(14), tmp_path / "i", name=str(tmp_path / "base"))
+    wanted = made.features(tiny_queries(3))[0]
+    opened = open_index(tmp_path / "i")
+    opened.model(asked)
+    bound = 3e-2 if asked == "bfloat16" else 1e-4
+    for spec in ("gradsim", "gradcos", "datainf", "exact", "exact:scope=joint", "lissa", "ekfac:labels=data"):
+        held = make(spec).score(Problem(made, tiny_queries(3), wanted)).values  # factors are fitted here
+        for step in (None, 5):
+            found = make(spec).score(Problem(opened, tiny_queries(3), step=step)).values
+            assert np.abs(found - held).max() <= bound * np.abs(held).max(), (spec, step)
 
 
 def dense(problem, name, scope, damping, rule="trace"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import time
@@ -17,6 +18,7 @@ from finetrace.index import cache as cache_module
 from finetrace.index import open_index
 from finetrace.index.cache import Cache
 from test_streaming import features, index, tiny_queries  # noqa: F401  (fixtures)
+from tiny import make_examples
 
 SPECS = (
     "exact:normalise=cosine",
@@ -296,6 +298,45 @@ def test_the_limit_holds_and_what_was_used_last_stays(copied):
     cache.fetch("large", (), lambda: torch.zeros(5000))
     assert not list((copied.folder / "cache").glob("large-*"))
     assert not list((copied.folder / "cache").glob("*.part"))
+
+
+def in_all(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("cache/*.safetensors"))
+
+
+def test_the_limit_is_of_an_index_and_its_views_together(copied, index):  # noqa: F811
+    opened = open_index(copied.folder, index.model())
+    methods = [make(f"exact:loss_on={loss}") for loss in ("response", "all", "first:2")]
+
+    def asked(seed: int, limit: int) -> None:
+        queries = [dataclasses.replace(each, id=f"q{i}") for i, each in enumerate(make_examples(2, seed=seed))]
+        at_once = Problem(opened, queries, cache=limit)
+        for method in methods:
+            method.score(at_once)
+
+    asked(9, 1 << 30)
+    whole = in_all(copied.folder)
+    places = [copied.folder, *(copied.folder / "views").iterdir()]
+    files = {path: path.stat().st_ino for home in places for path in (home / "cache").iterdir()}
+    assert all(list((home / "cache").iterdir()) for home in places)
+    asked(9, 1 << 30)
+    assert {path: path.stat().st_ino for path in files} == files
+    for home in places:
+        shutil.rmtree(home / "cache")
+    limit = whole * 2 // 3
+    asked(9, limit)
+    assert 0 < in_all(copied.folder) <= limit
+    files = {path: path.stat().st_ino for home in places for path in (home / "cache").glob("*")}
+    asked(9, limit)  # of one problem, none takes the place of another's
+    assert {path: path.stat().st_ino for path in files} == files
+    cache = Cache(places[1], open_index(places[1]).manifest, limit)
+    fresh = limit // 3 // 4
+    for name in "abc":
+        cache.fetch(name, (), lambda: torch.zeros(fresh))
+        assert in_all(copied.folder) <= limit
+    assert (
+        len(list((places[1] / "cache").glob("[ab]-*"))) == 2
+    )  # in place of what was used longest ago, wherever it lay
 
 
 def test_files_of_others_are_never_removed(copied, tmp_path):

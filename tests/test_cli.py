@@ -264,3 +264,33 @@ def test_help_answers_in_under_a_third_of_a_second():
 
     typer = seconds(sys.executable, "-c", "import typer")
     assert seconds(str(Path(sys.executable).parent / "finetrace"), "--help") < max(0.3, 2 * typer)
+
+
+NO_PATH = "a" * 300  # longer than a name may be, which stands for a folder that nobody may look into
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["index", "verify", NO_PATH],
+        ["trace", "--index", NO_PATH, "--ask", "a", "--answer", "b"],
+        ["index", "{rows}", "--model", "{base}", "--out", NO_PATH],
+        ["plan", "{rows}", "--model", "{base}", "--out", NO_PATH],
+        ["trace", "--index", "nowhere", "--ask", "a", "--answer", "b", "--out", f"{NO_PATH}.json"],
+    ],
+)
+def test_a_path_that_the_system_refuses_is_one_sentence(command, place, capsys):
+    given = [word.format(rows=place / "train.jsonl", base=place / "base") for word in command]
+    code, _, err = run(capsys, *given)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("finetrace: ")
+    assert "File name too long; check the path, or choose another one." in err
+
+
+def test_an_error_without_a_path_keeps_its_traceback(monkeypatch, capsys):
+    def fails(*given, **named):
+        raise OSError("nobody foresaw this")
+
+    monkeypatch.setattr("finetrace.cli.app", fails)
+    with pytest.raises(OSError, match="nobody foresaw this"):
+        run(capsys, "methods")

@@ -9,6 +9,7 @@ import torch
 
 from commands import run
 from finetrace.doctor import Finding, invariance
+from finetrace.doctor.machine import disks
 from finetrace.doctor.software import standing
 from finetrace.doctor.speed import attention, judged, rate
 from tiny import make_encoded, make_llama, names, save_base, with_lora
@@ -66,3 +67,10 @@ def test_quick_leaves_the_model_out(capsys, monkeypatch):
     assert code == 0
     assert "model  " not in out
     assert Finding("a", "ok", "b").record()["state"] == "ok"
+
+
+def test_a_cache_in_a_place_that_cannot_be_looked_at_is_told_of_by_the_folder_above(tmp_path, monkeypatch):
+    monkeypatch.setenv("FINETRACE_CACHE", str(tmp_path / ("a" * 300)))
+    found = {each.name: each for each in disks()}
+    assert found["cache"].facts["free"] > 0
+    assert found["cache"].facts["writable"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetrace.errors import FinetraceError
-from finetrace.execution import run_each
+from finetrace.execution import Engine, run_each
 from finetrace.execution.dispatch import TRIES, Event, Pool, dispatch
 
 
@@ -104,3 +104,13 @@ def test_workers_that_come_and_go_do_not_end_a_run_that_goes_on() -> None:
 def test_workers_that_never_begin_end_it() -> None:
     with pytest.raises(FinetraceError, match="died 3 times while it had nothing to do and nothing was done meanwhile"):
         dict(dispatch(Frail(TRIES), [1, 2], 1))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="this system binds no process to cores")
+def test_workers_share_the_cores_that_the_process_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job of a cluster or a container has a few of a machine's many."""
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {3, 4, 5, 6, 7, 8})
+    assert [Engine("processes", count)._threads(count) for count in (1, 2, 4, 12)] == [6, 3, 1, 1]
+    assert [Engine("processes", count).cores_each(count) for count in (2, 12)] == [3, 0.5]

@@ -107,6 +107,64 @@ def test_what_is_there_already_is_not_counted_again(tiny_loaded, tmp_path):
     assert sorted(i for piece in made[0].left.pieces for i in piece.rows) == list(range(16, 40))
 
 
+@pytest.mark.parametrize("kronecker", ["model", "data"])
+def test_factors_that_are_there_are_not_counted_again(tiny_loaded, tmp_path, kronecker, monkeypatch):
+    examples, folder, encoder = make_examples(70), tmp_path / "idx", Encoder(tiny_loaded.tokenizer)
+    options = {"rows_per_shard": 16, "batch_tokens": 256, "kronecker": kronecker}
+    made: list[Plan] = []
+
+    def begin(about, collector, encoded):
+        made.append(plan_index(about, collector, encoded, examples, kronecker, folder))
+        made.append(plan_index(about, collector, encoded, examples, None, folder))
+        made.append(measure_plan(made[-2], collector, encoded, folder))
+
+    collect = Collector.collect
+
+    def stopping(self, items, ids, *given, first=0, **more):
+        if first == 48:
+            raise Stop
+        return collect(self, items, ids, *given, first=first, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Collector, "collect", stopping)
+        build_index(tiny_loaded, examples, folder, encoder, **options)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(Stop):
+        build_index(tiny_loaded, examples, folder, encoder, begin=lambda *given: (begin(*given), stop()), **options)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    assert [plan.left.rows for plan in made] == [22, 22, 22]
+    assert made[0].there == bytes_in(folder, "shards") + bytes_in(folder, "factors") > 0
+    assert made[2].measured is not None and made[2].measured.finishing > 0
+    build_index(tiny_loaded, examples, folder, encoder, begin=begin, **options)
+    assert (made[3].left.rows, made[3].labels) == (22, kronecker)
+    build_index(tiny_loaded, examples, folder, encoder, begin=begin, **options)
+    finished = made[6]
+    assert (finished.left.rows, finished.labels, finished.disk.parts) == (0, None, 0)
+    assert finished.disk.factors == made[0].disk.factors > 0
+    assert made[8].measured is not None and made[8].measured.seconds == 0
+    next((folder / "shards").iterdir()).unlink()  # the manifest names it still, and a plan looks at no file
+    (folder / "factors" / f"{kronecker}.json").unlink()
+    build_index(tiny_loaded, examples, folder, encoder, begin=begin, **options)
+    assert made[9].left.rows == 70  # no sums are left of which factors could be made
+
+
+def stop():
+    raise Stop
+
+
+def test_what_an_unfinished_index_takes_is_not_asked_of_the_disk_again(place, capsys, monkeypatch):
+    same = [place / "train.jsonl", "--model", place / "base", "--adapter", place / "adapter", "--out", place / "begun"]
+    assert run(capsys, "index", *same)[0] == 0
+    there = bytes_in(place / "begun")
+    monkeypatch.setattr("finetrace.planning.plan._free", lambda folder: there // 2)
+    code, _, err = run(capsys, "plan", *same)
+    assert code == 0
+    assert "less than it will need" not in err
+    code, _, err = run(capsys, "plan", *same[:-1], place / "another")
+    assert code == 0
+    assert "less than it will need" in err
+
+
 def test_nothing_is_left_of_an_index_that_was_appended_to(tiny_loaded, tmp_path):
     """Whose shards begin at other rows: 0, 4, 6 and 10."""
     examples, encoder = make_examples(11), Encoder(tiny_loaded.tokenizer)
@@ -301,7 +359,7 @@ def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path
     ],
 )
 def test_workers_are_as_fast_as_their_cores(tiny_loaded, tmp_path, monkeypatch, engine, cores, told, threads, slower):
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("finetrace.execution.cores", lambda: cores)
     monkeypatch.setattr("torch.get_num_threads", lambda: threads)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if told is not None:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.numpy import load_file
 
 from commands import run, tuned_index
@@ -65,6 +66,33 @@ def test_methods_that_do_not_stream_take_as_many_queries_as_fit(index, features)
     for spec in ("bm25", "repsim", "random", "length"):
         whole = make(spec).score(Problem(index, tiny_queries(4), features))
         assert np.allclose(rank(make(spec), problem, 5).top(5).values, whole.top(5).values, rtol=1e-6), spec
+
+
+@pytest.mark.parametrize("settings", ["", "layers=1", "scope=joint,layers=0"])
+def test_how_the_strongest_rows_were_solved_is_said_as_of_all_scores(index, features, settings, monkeypatch):  # noqa: F811
+    method = make(f"exact:{settings}")
+    wanted = method.score(Problem(index, tiny_queries(4), features)).computed
+    assert wanted["residual"] < 1e-6
+    assert rank(method, Problem(index, tiny_queries(4), features), 3).computed == wanted
+    problem = Problem(index, tiny_queries(4), features)
+    monkeypatch.setattr(ranked, "CELL", problem.memory // 2 // problem.n // 3)  # three queries, and then the last one
+    few = [
+        method.score(Problem(index, tiny_queries(4)[part], features.some(part))).computed["residual"]
+        for part in (slice(0, 3), slice(3, 4))
+    ]
+    found = rank(method, problem, 3).computed
+    assert found == {**wanted, "residual": max(few)}
+
+
+@pytest.mark.parametrize("step", [None, 5])
+def test_what_cannot_be_factored_is_said_in_words(index, features, step, monkeypatch):  # noqa: F811
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("not positive-definite")
+
+    monkeypatch.setattr(torch.linalg, "cholesky", fails)  # as where damping is far below the rounding of the products
+    method = make("exact:solver=dual")
+    with pytest.raises(FinetraceError, match="cannot be factored in the precision of the gradients; use more damping"):
+        rank(method, Problem(index, tiny_queries(4), features, step=step), 3)
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".npy", ".safetensors"])

@@ -18,6 +18,7 @@ from finetrace.collection import Collector, track
 from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
+from finetrace.doctor.machine import memory
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, build_index, open_index, sizing
@@ -207,6 +208,29 @@ def test_a_limit_of_the_first_version_of_control_groups_counts(tmp_path: Path, m
     stat = f"inactive_file 0\ntotal_inactive_file {50 << 20}\ntotal_active_file {20 << 20}\n"
     (tmp_path / "memory" / "memory.stat").write_text(stat)
     assert sizing.available_memory() == 80 << 20
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_limit_of_a_job_within_others_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the jobs of a cluster have it, in a group of their own below that of the machine, which has none."""
+    named = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
+    root = tmp_path / "memory" if version == 1 else tmp_path
+    job = root / "slice" / "job_7" / "step_0"
+    job.mkdir(parents=True)
+    for place, most, taken in ((job, "max", 5 << 20), (job.parent, 60 << 20, 25 << 20), (root, 1 << 62, 90 << 20)):
+        (place / named[0]).write_text(f"{most}\n")
+        (place / named[1]).write_text(f"{taken}\n")
+    own = {1: "9:name=systemd:/\n4:cpu,memory:/slice/job_7/step_0\n0::/\n", 2: "0::/slice/job_7/step_0\n"}[version]
+    (tmp_path / "own").write_text(own)
+    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
+    monkeypatch.setattr(sizing, "OWN", tmp_path / "own", raising=False)
+    assert sizing.available_memory() == 35 << 20
+    assert f"the container may use {(60 << 20) / 1e9:.1f} GB" in memory().what
+    (tmp_path / "own").write_text("0::/../elsewhere\n1:memory:/no/such/group\n")  # seen from within a container
+    (root / named[0]).write_text(f"{100 << 20}\n")
+    assert sizing.available_memory() == 10 << 20
+    (tmp_path / "own").unlink()
+    assert sizing.available_memory() == 10 << 20
 
 
 def test_what_auto_chose_stays(whole: Loaded, tmp_path: Path) -> None:

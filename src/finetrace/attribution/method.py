@@ -7,7 +7,8 @@ import inspect
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, ClassVar, Literal, TypeVar
@@ -70,8 +71,14 @@ class Method(ABC):
 
     def checked_matrix(self, problem: Problem) -> NDArray[np.float64]:
         """`matrix`, and in words what cannot be factored."""
-        try:
+        with self.factoring():
             return self.matrix(problem)
+
+    @contextmanager
+    def factoring(self) -> Iterator[None]:
+        """Says in words what cannot be factored."""
+        try:
+            yield
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise FinetraceError(
                 f"{self.label}: the damped curvature cannot be factored in the precision of the gradients; use more damping."

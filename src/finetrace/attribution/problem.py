@@ -127,8 +127,9 @@ class Problem:
                 kept_queries=kept,
                 memory=self.memory,
                 step=self.step,
-                cache=self.cache.limit if self.cache else 0,
             )
+            if self.cache is not None:
+                self._parts[name].cache = Cache(viewed.folder, viewed.manifest, self.cache.limit, self.cache)
             self._parts[name].keeping = self.keeping
         return self._parts[name]
 

@@ -158,14 +158,22 @@ def _pieces(method: Method, problem: Problem) -> Iterator[tuple[slice, slice, ND
     """(queries, rows, scores) of all queries, rows in order for each."""
     run = method.run(problem) if isinstance(method, StreamedMethod) else None
     if run is not None:
-        for queries, where, scores in all_blocks(run, problem.m):
-            yield queries, where, scores.numpy()
+        with method.factoring():
+            for queries, where, scores in all_blocks(run, problem.m):
+                yield queries, where, scores.numpy()
         problem.computed[method.computed_as] = run.describe()
         return
     several = max(1, problem.memory // 2 // (CELL * problem.n))
     for first in range(0, problem.m, several):
         chosen = slice(first, min(first + several, problem.m))
-        part = problem if several >= problem.m else problem.some(chosen)
-        yield chosen, slice(0, problem.n), method.checked_matrix(method.prepared(part))
+        part = method.prepared(problem if several >= problem.m else problem.some(chosen))
+        yield chosen, slice(0, problem.n), method.checked_matrix(part)
         if part is not problem:
-            problem.computed |= part.computed
+            for name, how in part.computed.items():
+                problem.computed[name] = _worst(problem.computed.get(name, {}), how)
+
+
+def _worst(known: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """How all queries were computed, from how those before and those now were."""
+    most = {name: max(known[name], found[name]) for name in ("residual", "rounding") if name in known and name in found}
+    return {**known, **found, **most}

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from finetrace.execution import cores
+
 LIGHT = 32  # vectors a row meets at most for reading to take as long as the arithmetic
 
 _open = 0  # readers at this moment
 _before = 0  # torch's threads without them
-
-
-def cores() -> int:
-    """That this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from typing import NoReturn
 
 import typer
 
@@ -20,6 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+# what a person can mend who gave the path: nothing may be looked at or written there, or it is no path
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
 
 
 def _version(asked: bool) -> None:
@@ -40,12 +46,21 @@ def main() -> None:
     try:
         app()
     except FinetraceError as error:
-        from finetrace.reporting.cells import printable
-
-        typer.echo(f"finetrace: {printable(str(error))}", err=True)
-        sys.exit(error.exit_code)
+        _end(error)
+    except OSError as error:
+        if error.filename is None or error.errno not in MENDABLE:
+            raise
+        _end(FinetraceError(f"{error.filename}: {error.strerror}; check the path, or choose another one."))
     finally:
         _flush()
+
+
+def _end(error: FinetraceError) -> NoReturn:
+    """Say what is wrong and end."""
+    from finetrace.reporting.cells import printable
+
+    typer.echo(f"finetrace: {printable(str(error))}", err=True)
+    sys.exit(error.exit_code)
 
 
 def _flush() -> None:

@@ -68,8 +68,8 @@ def plan(
         typer.echo(text)
         return
     print_plan(made, Console())
-    if made.disk.peak > made.free:
-        options.say(f"the disk has {size(made.free)} free, less than it will need ({size(made.disk.peak)}).")
+    if (more := made.disk.peak - made.there) > made.free:
+        options.say(f"the disk has {size(made.free)} free, less than it will need ({size(more)}).")
 
 
 class _Planned(Exception):

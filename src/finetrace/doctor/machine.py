@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from finetrace.doctor.finding import Finding
+from finetrace.index.sizing import container_limit
 from finetrace.models import resolve_dtype
 
 FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "bf16", "sve_bf16")
@@ -52,7 +53,7 @@ def processor() -> Finding:
 def memory() -> Finding:
     """Main memory, and a limit of the container if it is lower."""
     total, free = _meminfo("MemTotal"), _meminfo("MemAvailable")
-    limit = _cgroup_limit()
+    limit = container_limit()
     if not total:
         return Finding("memory", "note", "this system does not say how much memory it has")
     facts = {"total": total, "available": free, "limit": limit}
@@ -111,7 +112,7 @@ def disks() -> Iterator[Finding]:
     cache = Path(os.environ.get("FINETRACE_CACHE", Path.home() / ".cache" / "finetrace"))
     places = {"cache": cache, "hub cache": Path(constants.HF_HUB_CACHE), "working folder": Path.cwd()}
     for name, path in places.items():
-        there = next((each for each in (path, *path.absolute().parents) if each.is_dir()), Path("/"))
+        there = next((each for each in (path, *path.absolute().parents) if os.path.isdir(each)), Path("/"))
         free = shutil.disk_usage(there).free
         writable = _writable(there)
         facts = {"path": str(path), "free": free, "writable": writable}
@@ -159,15 +160,6 @@ def _meminfo(name: str) -> int:
     except (OSError, ValueError, IndexError):
         pass
     return 0
-
-
-def _cgroup_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            return int(Path(path).read_text())
-        except (OSError, ValueError):
-            continue
-    return None
 
 
 def _writable(folder: Path) -> bool:

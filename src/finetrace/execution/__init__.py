@@ -20,6 +20,11 @@ Result = TypeVar("Result")
 EngineName = Literal["local", "processes", "ray"]
 
 
+def cores() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Engine:
     """Where pieces of work are done.
@@ -29,8 +34,8 @@ class Engine:
         workers: Workers side by side.
         address: Of a running Ray cluster, `auto` or ray://HOST:PORT; without one a cluster is started on this machine.
         gpus_per_task: GPUs that each Ray worker reserves; `None` is one where the cluster has any.
-        threads: Threads of each worker; `None` is `OMP_NUM_THREADS` if that is set, else an equal share of the cores (on a
-            running Ray cluster, one).
+        threads: Threads of each worker; `None` is `OMP_NUM_THREADS` if that is set, else an equal share of the cores that this
+            process has (on a running Ray cluster, one).
 
     Raises:
         FinetraceError: The engine is not known, or does not take what it was given.
@@ -108,7 +113,7 @@ class Engine:
     def cores_each(self, workers: int) -> float:
         """Cores that each of so many workers has to itself: as many as it has threads, or its share of this machine's."""
         threads = self._threads(workers)
-        return threads if self.address is not None else min(threads, (os.cpu_count() or 1) / workers)
+        return threads if self.address is not None else min(threads, cores() / workers)
 
     def _threads(self, workers: int) -> int:
         if self.threads is not None:
@@ -116,7 +121,7 @@ class Engine:
         told = os.environ.get("OMP_NUM_THREADS", "")
         if told.isdigit() and int(told) > 0:
             return int(told)
-        return 1 if self.address is not None else max(1, (os.cpu_count() or 1) // workers)
+        return 1 if self.address is not None else max(1, cores() // workers)
 
 
 def run_each(

@@ -26,7 +26,7 @@ from finetrace.index.build import build_index, refuse_duplicates
 from finetrace.index.manifest import AppendRecord, Manifest
 from finetrace.index.settings import settings
 from finetrace.index.store import Index
-from finetrace.index.view_folders import remove_view, views_of
+from finetrace.index.view_folders import remove_view, sweep_views, views_of
 from finetrace.index.views import model_of
 from finetrace.lock import writing
 
@@ -85,19 +85,29 @@ def append(
         encoded = encoder.encode_all(fresh)[0]
         staged = folder / FOLDER
         _refuse_another(staged, fingerprint.of_data([each.id for each in fresh], encoded))
-        _, lengths = build_index(
-            loaded,
-            fresh,
-            staged,
-            encoder,
-            **settings(about),
-            representations=tuple(map(Representation.parse, about.representations)),
-            rows_per_shard=about.rows_per_shard,
-            at=about.model.at,
-            skip_bad=skip_bad,
-            say=say,
-            engine=engine,
-        )
+        try:
+            _, lengths = build_index(
+                loaded,
+                fresh,
+                staged,
+                encoder,
+                **settings(about),
+                representations=tuple(map(Representation.parse, about.representations)),
+                rows_per_shard=about.rows_per_shard,
+                at=about.model.at,
+                skip_bad=skip_bad,
+                say=say,
+                engine=engine,
+            )
+        except FinetraceError as error:
+            if not _left_out_all(staged):
+                raise
+            staged.rename(folder / DONE)  # or no other rows could be appended
+            settle(folder)
+            raise FinetraceError(
+                f"{folder}: the values of all {len(fresh)} new rows are not finite, so none is added; look at the rows, "
+                "or give others."
+            ) from error
         _take_over(index, manifest.read(staged), fresh, encoded)
         settle(folder, say)
     return Index(folder, loaded), lengths
@@ -125,6 +135,14 @@ def _refuse_another(staged: Path, data_fingerprint: str) -> None:
             f"{staged}: an append of other rows was begun and is not finished; give those rows again, or remove this folder "
             "to give them up."
         )
+
+
+def _left_out_all(staged: Path) -> bool:
+    """Whether all new rows were gone through and none has features."""
+    if not (staged / manifest.NAME).exists():
+        return False
+    there = manifest.read(staged)
+    return there.complete and not there.kept
 
 
 def _take_over(index: Index, new: Manifest, fresh: Sequence[Example], encoded: Sequence[Encoded]) -> None:
@@ -177,6 +195,7 @@ def settle(folder: Path, say: Callable[[str], None] = lambda text: None) -> None
     manifest.fold(folder)
     about, staged = manifest.read(folder), folder / FOLDER
     shutil.rmtree(folder / DONE, ignore_errors=True)
+    sweep_views(folder)
     if not (staged / manifest.NAME).exists():
         return
     if manifest.read(staged).data_fingerprint not in [part.data_fingerprint for part in about.appended]:

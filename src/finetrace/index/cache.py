@@ -14,7 +14,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch import Tensor
 from finetrace._version import __version__
 from finetrace.collection import Block
 from finetrace.index.manifest import Manifest
+from finetrace.index.view_folders import root_of, views_of
 
 FOLDER = "cache"
 FORMAT = "4"
@@ -47,18 +48,21 @@ _compared: dict[Path, tuple[int, int, int]] = {}  # files whose checksum this pr
 
 
 class Cache:
-    """The cache of one index.
+    """The cache of one index, or of one view of it.
 
     Attributes:
         folder: Where it lies.
-        limit: Bytes that it may take; what was used longest ago goes first. What this object itself has read or written
-            stays: where the values of one query are more than the limit, taking turns would keep none of them.
+        limit: Bytes that the index's cache and those of its views may take together; what was used longest ago goes first. What
+            this object itself, or one beside it, has read or written stays: where the values of one query are more than the
+            limit, taking turns would keep none of them.
     """
 
-    def __init__(self, index: Path, manifest: Manifest, limit: int = LIMIT) -> None:
+    def __init__(self, index: Path, manifest: Manifest, limit: int = LIMIT, beside: Cache | None = None) -> None:
+        """`beside` is the cache of the index, or of another of its views, that the same queries are asked of."""
         self.folder = index / FOLDER
         self.limit = limit
-        self._needed: set[Path] = set()
+        self._root = root_of(index)
+        self._needed: set[Path] = beside._needed if beside is not None else set()
         self._refused = False  # the disk took no rows
         shards = [(shard.start, shard.stop, shard.sha256) for shard in manifest.shards]
         about = [FORMAT, __version__, manifest.data_fingerprint, manifest.feature_dtype, shards]
@@ -168,7 +172,7 @@ class Cache:
         Nothing is removed where that would not do: what is needed now stays, and for an hour what others may have mapped.
         """
         taken, files = 0, []
-        for path in self.folder.iterdir():
+        for path in self._files():
             with contextlib.suppress(OSError):  # another process may have removed it
                 about = path.stat()
                 if PART.fullmatch(path.name) and time.time() - about.st_mtime > STALE:
@@ -188,6 +192,12 @@ class Cache:
                 path.unlink()
                 excess -= bytes_
         return True
+
+    def _files(self) -> Iterator[Path]:
+        """What lies in the caches of the index and its views."""
+        for home in (self._root, *views_of(self._root)):
+            with contextlib.suppress(OSError):  # there is none, or another process removes it
+                yield from (home / FOLDER).iterdir()
 
 
 def _identity(path: Path) -> tuple[int, int, int]:

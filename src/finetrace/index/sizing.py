@@ -164,32 +164,56 @@ def parse_bytes(flag: str, text: str | None) -> int | None:
 
 
 CGROUP = Path("/sys/fs/cgroup")
-# A container's limit, what it takes, and where it says how much of that are files: in version 2 of control groups, and in 1.
+OWN = Path("/proc/self/cgroup")  # in which groups this process is
+# A container's limit, what it takes, and what of that are files: in version 2 of control groups, and in 1, by the controller
+# that lines of `OWN` name.
 LIMITS = (
-    ("memory.max", "memory.current", "memory.stat", ("inactive_file", "active_file")),
-    (
-        "memory/memory.limit_in_bytes",
-        "memory/memory.usage_in_bytes",
-        "memory/memory.stat",
-        ("total_inactive_file", "total_active_file"),
-    ),
+    ("", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 )
 
 
-def _left_to_container() -> int | None:
-    """Bytes of its limit that a container has left; files that were read stay in its memory for as long as there is room."""
-    for limit, taken, stat, files in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # another version, or no limit (`max`)
-            left = int(_said(limit)) - int(_said(taken))
+def container_limit() -> int | None:
+    """Bytes that the container, or the job of a cluster, in which this process is may take; `None` without a limit."""
+    found = []
+    for controller, limit, _, _ in LIMITS:
+        for group in _groups(controller):
             with contextlib.suppress(OSError, ValueError):
-                known = dict(line.split() for line in _said(stat).splitlines())
-                left += sum(int(known.get(name, 0)) for name in files)
-            return max(0, left)
-    return None
+                found.append(int(_said(group / limit)))
+    return min(found, default=None)
 
 
-def _said(name: str) -> str:
-    return (CGROUP / name).read_text(encoding="ascii")
+def _left_to_container() -> int | None:
+    """Bytes of its limit that a container has left; files that were read stay in its memory for as long as there is room.
+
+    Of groups within groups, as jobs of a cluster are, the one that has the least.
+    """
+    found = []
+    for controller, limit, taken, files in LIMITS:
+        for group in _groups(controller):
+            with contextlib.suppress(OSError, ValueError):  # another version, or no limit (`max`)
+                left = int(_said(group / limit)) - int(_said(group / taken))
+                with contextlib.suppress(OSError, ValueError):
+                    known = dict(line.split() for line in _said(group / "memory.stat").splitlines())
+                    left += sum(int(known.get(name, 0)) for name in files)
+                found.append(max(0, left))
+    return min(found, default=None)
+
+
+def _groups(controller: str) -> list[Path]:
+    """The folder of every group that this process is in, from the outermost: of a container that sees its own alone, that."""
+    root = CGROUP / controller
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in OWN.read_text(encoding="utf-8").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                names = [name for name in path.split("/") if name]
+    return [root.joinpath(*names[:depth]) for depth in range(len(names) + 1)] if ".." not in names else [root]
+
+
+def _said(path: Path) -> str:
+    return path.read_text(encoding="ascii")
 
 
 def available_memory() -> int | None:
@@ -250,7 +274,7 @@ def _size(shape: tuple[int, ...] | None) -> int:
 def free_disk(folder: Path) -> int:
     """Bytes free where `folder` is or will be."""
     there = folder.absolute()
-    while not there.exists():
+    while not os.path.exists(there):  # where nobody may look, there is nothing, either
         there = there.parent
     return shutil.disk_usage(there).free
 

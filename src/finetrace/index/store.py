@@ -192,7 +192,10 @@ class Index:
         )
 
     def features(self, queries: Sequence[Example]) -> tuple[Features, LengthReport]:
-        """Gradients, representations and losses of queries that have a response, by the index's own model."""
+        """Gradients, representations and losses of queries that have a response, by the index's own model.
+
+        Gradients are in the dtype that those of the index are widened to, whatever the model is loaded in.
+        """
         loaded = self.model()
         context = getattr(loaded.model.config, "max_position_embeddings", None)
         encoded, lengths = self.encoder().encode_all(queries, context)
@@ -204,7 +207,9 @@ class Index:
         wanted = tuple(Representation.parse(name) for name in self.manifest.representations)
         collector = Collector(loaded.model, tracking, wanted, self.manifest.batch_tokens)
         with at_moment(loaded.model, self.manifest.model.at):
-            return collector.collect(encoded, [query.id for query in queries]), lengths
+            found = collector.collect(encoded, [query.id for query in queries])
+        found.gradients = found.gradients.to(self.manifest.computed_dtype)
+        return found, lengths
 
 
 def refuse_other_model(folder: Path, about: manifest.Manifest, loaded: Loaded) -> None:

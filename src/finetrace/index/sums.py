@@ -109,16 +109,12 @@ class Running:
     def __init__(self, folder: Path, about: Manifest, labels: Labels) -> None:
         """What is there, and no file that cannot be used any more."""
         self.folder, self.labels = folder, labels
-        self.path = place(folder, labels) / "running.safetensors"
+        self.path = _running_path(folder, labels)
         self._blocks = [record.block() for record in about.blocks]
         self._at_once = together(about.computed_dtype.itemsize)
         self._waiting: dict[int, ShardRecord] = {}
-        self.count, self.end, self._chain = 0, 0, ""
-        try:
-            with safe_open(str(self.path), framework="pt") as file:
-                said = file.metadata()
-                self.count, self.end, self._chain = int(said["shards"]), int(said["end"]), said["chain"]
-        except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        self.count, self.end, self._chain = _head(self.path) or (0, 0, "")
+        if not self.count:
             self.discard()
         for other in (folder / FOLDER).glob(f"{labels}.parts-*"):
             if other != self.path.parent:
@@ -129,19 +125,11 @@ class Running:
 
         Of a shard whose own file is lost (`None`) nothing is, but sums that are in the running file already.
         """
-        folder, labels = self.folder, self.labels
-        if shard is None:
-            return start < self.end and labels == "data"
-        summed = start < self.end or _said(part_path(folder, labels, start), "tokens", shard) is not None
-        if labels == "data" or not summed:
-            return summed
-        shape = _said(sampled_path(folder, labels, start), "sampled", shard)
-        return shape is not None and shape[0] == rows
+        return _has(self.folder, self.labels, self.end, start, rows, shard)
 
     def agrees(self, records: Sequence[ShardRecord]) -> bool:
         """Whether the running sums are of these shards, as far as can be said: a shard among them may still be missing."""
-        first = [shard for shard in records if shard.start < self.end]
-        return len(first) < self.count or _chained("", first) == self._chain
+        return _agrees((self.count, self.end, self._chain), records)
 
     def discard(self) -> None:
         """Forget what is summed."""
@@ -189,6 +177,18 @@ class Running:
             del self._waiting[shard.start]
 
 
+def summed(folder: Path, about: Manifest, labels: Labels) -> list[ShardRecord]:
+    """The shards of which all is there that the factors want; nothing is changed."""
+    head = _head(_running_path(folder, labels)) or (0, 0, "")
+    end = head[1] if _agrees(head, about.shards) else 0
+    gone = [each.row for each in about.left_out]
+
+    def rows(shard: ShardRecord) -> int:
+        return shard.stop - shard.start - sum(shard.start <= row < shard.stop for row in gone)
+
+    return [shard for shard in about.shards if _has(folder, labels, end, shard.start, rows(shard), shard)]
+
+
 def total(files: Sequence[safe_open], name: str, size: int) -> Tensor:
     """(size, size) of all files, added in float64 in their order."""
     found = torch.zeros(size, size, dtype=torch.float64)
@@ -206,6 +206,37 @@ def tidy(folder: Path, labels: Labels) -> None:
     """Remove sums and sampled gradients, which finished factors no longer need."""
     for each in (folder / FOLDER).glob(f"{labels}.parts-*"):
         shutil.rmtree(each, ignore_errors=True)
+
+
+def _running_path(folder: Path, labels: Labels) -> Path:
+    return place(folder, labels) / "running.safetensors"
+
+
+def _head(path: Path) -> tuple[int, int, str] | None:
+    """Of the running file: its shards, the row at which they end, and the checksum of theirs; `None` where it is of no use."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            said = file.metadata()
+            return int(said["shards"]), int(said["end"]), said["chain"]
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _agrees(head: tuple[int, int, str], records: Sequence[ShardRecord]) -> bool:
+    count, end, chain = head
+    first = [shard for shard in records if shard.start < end]
+    return len(first) < count or _chained("", first) == chain
+
+
+def _has(folder: Path, labels: Labels, end: int, start: int, rows: int, shard: ShardRecord | None) -> bool:
+    """As `Running.has`, where the running sums go to row `end`."""
+    if shard is None:
+        return start < end and labels == "data"
+    summed = start < end or _said(part_path(folder, labels, start), "tokens", shard) is not None
+    if labels == "data" or not summed:
+        return summed
+    shape = _said(sampled_path(folder, labels, start), "sampled", shard)
+    return shape is not None and shape[0] == rows
 
 
 def _sides(block: Block) -> tuple[tuple[str, int], tuple[str, int]]:

@@ -148,8 +148,8 @@ class Announcer:
             self._clock = now  # this one warmed up
             return
         self._seen.append(piece)
-        operations = sum(plan.shape.collection(*each.shape, self.labels) for each in self._seen)
-        whole = sum(plan.shape.collection(*each.shape, self.labels) for each in plan.left.pieces)
+        operations = sum(plan.shape.collection(*each.shape, plan.labels) for each in self._seen)
+        whole = sum(plan.shape.collection(*each.shape, plan.labels) for each in plan.left.pieces)
         if len(self._seen) < BATCHES or operations < SHARE * whole:
             return
         self._coming.clear()

@@ -157,7 +157,7 @@ def write_rate(folder: Path) -> tuple[float, float] | None:
 
     `None` where nothing can be written. The file has no name, so that nothing of it outlives a process that is killed.
     """
-    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), None)
+    there = next((each for each in (folder, *folder.absolute().parents) if os.path.isdir(each)), None)
     try:
         with tempfile.TemporaryFile(dir=there) as file:
             before = time.perf_counter(), time.process_time()

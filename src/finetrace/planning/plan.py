@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ import torch
 from finetrace import placement
 from finetrace.collection.factor_sizes import factor_bytes
 from finetrace.errors import FinetraceError
-from finetrace.index import sums
+from finetrace.index import factors, shards, sums
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
@@ -90,12 +91,13 @@ class Plan:
         whole: All batches of the index.
         left: Those that an unfinished index in the same folder does not have yet.
         shape: Of the model.
-        labels: Of the Kronecker factors, or `None`.
+        labels: Of the Kronecker factors, or `None` where none are to be made.
         longest: Id and tokens of the longest example.
         parameters: Entries of the model's weights, the adapter's included.
         device: Where the model is; several, where its layers are on several.
         disk: Bytes of the finished index.
         free: Bytes free where it goes.
+        there: Bytes that an unfinished index in the same folder takes already.
         row: What a shard holds of one example.
         summed: Bytes that the sums for Kronecker factors write for each shard, folding included.
         startup: Seconds of loading the program and the model.
@@ -116,6 +118,7 @@ class Plan:
     free: int
     row: RowFormat
     summed: int = 0
+    there: int = 0
     startup: float = 0.0
     encoding: float = 0.0
     measured: Measured | None = None
@@ -185,12 +188,16 @@ def plan_index(
         labels: Of the Kronecker factors, if they are fitted on the way.
         folder: Where it will go; an unfinished index there has some of the work behind it.
     """
+    fitted = labels is not None and factors.there(folder, labels)
+    unfitted = None if fitted else labels
     shape = Shape.of(collector.model, collector.tracking)
     pieces = pieces_of(encoded, about.rows_per_shard, about.batch_tokens)
-    done = _done(folder, about) if labels is None else set()
+    begun = _begun(folder, about)
+    done = _done(folder, begun, unfitted) if begun is not None else set()
     left = [shard for shard in pieces if any(row not in done for piece in shard for row in piece.rows)]
     longest = max(range(len(encoded)), key=lambda i: len(encoded[i].ids))
     row = RowFormat.of_index(about, collector.tracking.width, shape.hidden, collector.dtype)
+    disk = _disk(about, collector, encoded, examples, labels, row)
     parameters = list(collector.model.parameters())
     summed = sums.written(collector.tracking.blocks, len(pieces), torch.finfo(collector.dtype).bits // 8)
     return Plan(
@@ -198,14 +205,15 @@ def plan_index(
         whole=Work.of(pieces),
         left=Work.of(left),
         shape=shape,
-        labels=labels,
+        labels=unfitted,
         longest=(examples[longest].id, len(encoded[longest].ids)),
         parameters=sum(each.numel() for each in parameters),
         device=", ".join(map(str, placement.devices(collector.model))),
-        disk=_disk(about, collector, encoded, examples, labels, row),
+        disk=replace(disk, parts=0) if fitted else disk,
         free=_free(folder),
         row=row,
-        summed=summed if labels is not None else 0,
+        summed=summed if unfitted is not None else 0,
+        there=_bytes_in(folder) if begun is not None else 0,
     )
 
 
@@ -237,22 +245,33 @@ def _disk(
     )
 
 
-def _done(folder: Path, about: Manifest) -> set[int]:
-    """Rows in the shards that an unfinished index of the same data in `folder` has; their checksums are not looked at.
-
-    Rows that were appended lie in shards of their own, whose borders are others than those of an index built at once.
-    """
+def _begun(folder: Path, about: Manifest) -> Manifest | None:
+    """The manifest of an index of the same data in `folder`, finished or not."""
     if not (folder / NAME).exists():
-        return set()
+        return None
     try:
         there = read(folder)
     except FinetraceError:
-        return set()  # building it will say what is wrong
-    if there.data_fingerprint != about.data_fingerprint or there.rows_per_shard != about.rows_per_shard:
-        return set()
-    return {row for shard in there.shards for row in range(shard.start, shard.stop)}
+        return None  # building it will say what is wrong
+    same = (there.data_fingerprint, there.rows_per_shard) == (about.data_fingerprint, about.rows_per_shard)
+    return there if same else None
+
+
+def _done(folder: Path, begun: Manifest, labels: Labels | None) -> set[int]:
+    """Rows in the shards that it has, with what the factors want of them; their checksums are not looked at.
+
+    Rows that were appended lie in shards of their own, whose borders are others than those of an index built at once.
+    """
+    there = begun.shards if labels is None else sums.summed(folder, begun, labels)
+    return {row for shard in there for row in range(shard.start, shard.stop)}
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of the shards, and of factors and what they are made of."""
+    places = (folder / shards.FOLDER, folder / sums.FOLDER)
+    return sum(path.stat().st_size for place in places for path in place.rglob("*.safetensors") if path.is_file())
 
 
 def _free(folder: Path) -> int:
-    there = next((each for each in (folder, *folder.absolute().parents) if each.is_dir()), Path("."))
+    there = next((each for each in (folder, *folder.absolute().parents) if os.path.isdir(each)), Path("."))
     return shutil.disk_usage(there).free

@@ -24,7 +24,8 @@ def disk(plan: Plan) -> str:
     """What it takes on disk, in a line."""
     parts = f"{size(plan.disk.shards)} gradients and representations"
     if plan.disk.factors:
-        parts += f", {size(plan.disk.factors)} Kronecker factors and {size(plan.disk.parts)} more until they are done"
+        until = f" and {size(plan.disk.parts)} more until they are done" if plan.disk.parts else ""
+        parts += f", {size(plan.disk.factors)} Kronecker factors{until}"
     return f"{size(plan.disk.total)} on disk ({parts}), {size(plan.free)} free"
 
 
