@@ -241,7 +241,7 @@ def features_dtype(model: nn.Module) -> torch.dtype:
 def _not_finite(name: str, row: int, reason: str) -> str:
     return (
         f"example {name} (row {row + 1}): {reason}; look at the row, use --dtype float32 if the model runs in half "
-        "precision, or leave such rows out with --skip-bad."
+        "precision, or leave such rows out where the index is built: finetrace index --skip-bad."
     )
 
 
