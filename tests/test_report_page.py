@@ -87,6 +87,14 @@ def test_the_page_opens_with_verdict_tables_map_and_cards(opened: Any) -> None:
     assert "control" in opened.inner_text("tr[data-method=tfidf] th")
 
 
+def test_the_rows_stand_before_the_table_of_methods(opened: Any) -> None:
+    order = opened.eval_on_selector_all("h2[id]", "nodes => nodes.map(n => n.id)")
+    assert order == [f"{name}-title" for name in ("facts", "behaviour", "map", "examples", "methods")]
+    # the controls stay in sight within their parent alone, so not over the table
+    held = "document.getElementById('controls').parentElement.contains(document.getElementById('methods'))"
+    assert not opened.evaluate(held)
+
+
 def test_a_query_changes_the_list_and_opponents_turn_it_round(opened: Any) -> None:
     choose_query(opened, 0)
     assert listed(opened) == [f"t{i}" for i in range(29, 19, -1)]
