@@ -110,13 +110,6 @@ def _table(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]
     return heads, lines
 
 
-def _interval(record: dict[str, Any], metric: str) -> str:
-    mean, low, high = (record[f"{metric}{end}"] for end in ("", "_low", "_high"))
-    if mean is None:
-        return "-"
-    return f"{mean:.2g}" + (f" {low:.2g} to {high:.2g}" if low is not None else "")
-
-
 def _figures(records: Sequence[dict[str, Any]], words: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy, coverage, rank correlation with the exact scores and distance to them, over iterations."""
     figures = {}
