@@ -87,7 +87,7 @@ class Run:
         return self.cell.name
 
     def ready(
-        self, say: Callable[[str], None], methods: Sequence[Method] = (), *, factors: bool = False
+        self, say: Callable[[str], None], methods: Sequence[Method] = (), factors: bool = False
     ) -> Problem | None:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace.
 
@@ -108,10 +108,8 @@ class Run:
         say(f"{self.name}: indexing {many(len(self.task.train), 'row')} and {many(len(queries), 'query')}")
         encoder = self.protocol.encoder(self.tuned, self.cell.chat_template)
         fit: Labels | None = "model" if factors or any(each.name in ("ekfac", "kfac") for each in methods) else None
-        alike: Any = {
-            "modules": self.cell.modules or None,
-            "representations": representations(self.folder / "index", self.tuned, methods),
-        }
+        states = representations(self.folder / "index", self.tuned, methods)
+        alike: Any = {"modules": self.cell.modules or None, "representations": states}
         index, _ = build_index(self.tuned, self.task.train, self.folder / "index", encoder, kronecker=fit, **alike)
         kept, _ = build_index(self.tuned, queries, self.folder / "queries", encoder, **alike)
         return Problem(index, queries, kept_queries=kept)
