@@ -213,16 +213,17 @@ def test_hidden_states_go_to_float64_some_rows_at_a_time(n, centred, monkeypatch
     middle = train.double().mean(0) if centred else 0.0
     each, asked = (torch.nn.functional.normalize(states.double() - middle, dim=1) for states in (train, query))
     widened, double = [], torch.Tensor.double
-    monkeypatch.setattr(similarity, "ROWS", 4)
+    monkeypatch.setattr(similarity, "PIECE", 4 * 6 * 8)
     monkeypatch.setattr(torch.Tensor, "double", lambda states: widened.append(len(states)) or double(states))
-    found = similarity.cosines(query, train, centred=centred)
+    found = similarity.cosines(query, lambda: iter(train.split(7)), n, centred=centred)
     assert max(widened) <= 4
     np.testing.assert_allclose(found, (asked @ each.T).numpy(), atol=1e-12)
 
 
 def test_repsim_looks_where_it_is_told_and_takes_the_mean_off(problem):
     spec = "repsim:layer=0.75,pooling=mean-response,centred=true"
-    train, query = (each.double() for each in problem.representations(Representation(1, "mean-response")))
+    read, query = problem.representations(Representation(1, "mean-response"))
+    train, query = torch.cat(list(read())).double(), query.double()
     middle = train.mean(0)
     wanted = torch.nn.functional.cosine_similarity((query - middle)[:, None], (train - middle)[None], dim=2)
     close(make(spec).score(problem).values, wanted.numpy(), 1e-12)

@@ -16,6 +16,7 @@ from finetrace.attribution import Problem, make
 from finetrace.attribution.keeping import Keeping
 from finetrace.attribution.memory import SCORE, plan, tile
 from finetrace.attribution.ranked import rank
+from finetrace.attribution.similarity import PIECE
 from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
 from finetrace.curvature import Products
@@ -37,8 +38,10 @@ def peak(*, again: bool = False) -> int:
     return peak_memory()
 
 
-def large(folder: Path, n: int, width: int, dtype: torch.dtype = torch.float32, shards: int = 2) -> Index:
-    """n rows of random gradients in one block; no text is behind them."""
+def large(
+    folder: Path, n: int, width: int, dtype: torch.dtype = torch.float32, shards: int = 2, states: int = 0
+) -> Index:
+    """n rows of random gradients in one block, and of random hidden states; no text is behind them."""
     model = with_lora(make_llama()).float()
     name = str(dtype).removeprefix("torch.")
     build_index(model, make_tokenizer(), make_examples(1), folder, feature_dtype=name)
@@ -50,6 +53,9 @@ def large(folder: Path, n: int, width: int, dtype: torch.dtype = torch.float32, 
         tensors = {"gradients": torch.randn(count, width, generator=torch.Generator().manual_seed(start)).to(dtype)}
         if dtype == torch.float16:
             tensors["gradients.exponents"] = torch.full((count, 1), start % 3, dtype=torch.int8)
+        if states:
+            draw = torch.Generator().manual_seed(n + start)
+            tensors["representation.last-prompt@-1"] = torch.randn(count, states, generator=draw) + 1
         path = folder / "shards" / f"{start:09d}.safetensors"
         save_file(tensors, str(path))
         records.append(
@@ -98,6 +104,25 @@ def test_what_was_read_does_not_stay(tmp_path: Path, dtype: torch.dtype) -> None
     for _ in all_blocks(run, 4):
         pass
     assert peak() - before < memory + ALLOCATOR
+
+
+@linux
+@pytest.mark.parametrize("centred", ["true", "false"])
+def test_hidden_states_that_were_read_do_not_stay(tmp_path: Path, centred: str) -> None:
+    """100 MB of them in ten shards: two of these at most, and the pieces in float64."""
+    n, states = (100 << 20) // 4096, 1024
+    index, m = large(tmp_path / "index", n, 8, shards=10, states=states), 3
+    hidden = {"last-prompt@-1": torch.randn(m, states, generator=torch.Generator().manual_seed(8)) + 1}
+    method, features = make(f"repsim:centred={centred}"), Features(asked(m, 8).gradients, torch.zeros(m), hidden)
+    make("gradsim").matrix(Problem(index, tiny_queries(m), features))  # libraries, checksums
+    before = peak(again=True)
+    found = method.matrix(Problem(index, tiny_queries(m), features))
+    assert peak() - before < (20 << 20) + 4 * PIECE + ALLOCATOR
+    train = index._reader.tensor("representation.last-prompt@-1").double()
+    middle = train.mean(0) if centred == "true" else 0.0
+    query = hidden["last-prompt@-1"].double() - middle
+    wanted = torch.nn.functional.normalize(query, dim=1) @ torch.nn.functional.normalize(train - middle, dim=1).T
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("columns", [slice(0, 64), slice(8, 24)])

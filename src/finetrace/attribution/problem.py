@@ -255,10 +255,11 @@ class Problem:
             self._bases[labels] = kronecker_factors(self.index, labels)
         return self._bases[labels]
 
-    def representations(self, wanted: Representation) -> tuple[Tensor, Tensor]:
-        """(n, d) of the training examples and (m, d) of the queries."""
-        train = self.index.representation(wanted)
-        return train, self.features.representations[wanted.resolve(self.index.manifest.model.layers).name]
+    def representations(self, wanted: Representation) -> tuple[Callable[[], Iterator[Tensor]], Tensor]:
+        """(rows, d) hidden states of the training examples, read shard by shard when called, and (m, d) of the queries."""
+        self.index.stored_representation(wanted)  # refuses what is not held
+        query = self.features.representations[wanted.resolve(self.index.manifest.model.layers).name]
+        return lambda: self.index.stored_representation(wanted), query
 
     def _of(self, block: Block) -> Products:
         query = self.features.gradients[:, block.columns]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,19 +15,29 @@ from finetrace.attribution.method import Method, Need, register
 from finetrace.attribution.problem import Problem
 from finetrace.collection.representations import Pooling, Representation
 
-ROWS = 4096  # of hidden states that are in float64 at a time
+PIECE = 4 << 20  # bytes of hidden states that are in float64 at a time
 
 
-def cosines(query: Tensor, train: Tensor, *, centred: bool) -> NDArray[np.float64]:
-    """(m, n) cosines of (m, d) with (n, d), with `centred` after the mean of `train` was taken off both."""
-    parts = train.split(ROWS)
-    middle = sum(part.double().sum(0) for part in parts) / len(train) if centred else 0.0
+def cosines(query: Tensor, train: Callable[[], Iterable[Tensor]], n: int, *, centred: bool) -> NDArray[np.float64]:
+    """(m, n) cosines of (m, d) with (n, d), with `centred` after the mean of the n rows was taken off both.
+
+    `train` gives the rows in parts, from the first to the last, as often as it is called; none is kept.
+    """
+
+    def pieces() -> Iterator[Tensor]:
+        for part in train():
+            yield from (piece.double() for piece in part.split(max(1, PIECE // (8 * query.shape[1]))))
+
+    middle = sum(piece.sum(0) for piece in pieces()) / n if centred else 0.0
 
     def directions(states: Tensor) -> Tensor:
-        return torch.nn.functional.normalize(states.double() - middle, dim=1)
+        return torch.nn.functional.normalize(states - middle, dim=1)
 
-    rows = directions(query)
-    return torch.cat([rows @ directions(part).T for part in parts], dim=1).clamp(-1, 1).numpy()
+    rows, scores, start = directions(query.double()), torch.empty(len(query), n, dtype=torch.float64), 0
+    for piece in pieces():
+        scores[:, start : start + len(piece)] = rows @ directions(piece).T
+        start += len(piece)
+    return scores.clamp_(-1, 1).numpy()
 
 
 @register("repsim")
@@ -48,7 +59,7 @@ class RepSim(Method):
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) cosines."""
         train, query = problem.representations(Representation(self.layer, self.pooling))
-        return cosines(query, train, centred=self.centred)
+        return cosines(query, train, problem.n, centred=self.centred)
 
     @property
     def unit(self) -> str:

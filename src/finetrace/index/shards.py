@@ -142,11 +142,13 @@ class ShardReader:
 
     def tensor(self, name: str) -> Tensor:
         """A tensor that has one row an example, from all shards."""
-        parts = []
+        return torch.cat(list(self.tensors(name)))
+
+    def tensors(self, name: str) -> Iterator[Tensor]:
+        """A tensor that has one row an example, a shard at a time, mapped while it is looked at."""
         for shard in self.shards:
             with self._open(shard) as file:
-                parts.append(file.get_tensor(name))
-        return torch.cat(parts)
+                yield file.get_tensor(name)
 
     def checked(self, shard: ShardRecord) -> Path:
         """The shard's file, its checksum compared with the manifest's the first time it is asked for."""

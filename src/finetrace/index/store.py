@@ -107,13 +107,17 @@ class Index:
 
     def representation(self, wanted: Representation) -> Tensor:
         """(n, d) hidden states of one layer and pooling."""
+        return torch.cat(list(self.stored_representation(wanted)))
+
+    def stored_representation(self, wanted: Representation) -> Iterator[Tensor]:
+        """(rows, d) hidden states of one layer and pooling, a shard at a time, mapped while they are looked at."""
         name = wanted.resolve(self.manifest.model.layers).name
         if not self.has_representation(wanted):
             raise FinetraceError(
                 f"{self.folder}: the index does not hold the representation {name}; it holds "
                 f"{', '.join(self.manifest.representations)}. Build it with --representations {name}."
             )
-        return self._reader.tensor(f"representation.{name}")
+        return self._reader.tensors(f"representation.{name}")
 
     def model(
         self,
