@@ -15,7 +15,7 @@ from finetrace.api import build_index
 from finetrace.attribution import Problem, make
 from finetrace.attribution.keeping import Keeping
 from finetrace.attribution.memory import SCORE, plan, tile
-from finetrace.attribution.ranked import rank
+from finetrace.attribution.ranked import beside, fits, rank
 from finetrace.attribution.similarity import PIECE
 from finetrace.attribution.streaming import all_blocks
 from finetrace.collection import Features
@@ -216,6 +216,21 @@ def test_a_solver_that_the_memory_does_not_hold_is_refused(tmp_path: Path, spec:
     wanted = make("exact").matrix(Problem(index, tiny_queries(3), features, memory=1 << 30))
     assert next(iter(problem.computed.values()))["solver"] in ("cg", "nystroem")
     np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_matrices_that_are_held_count_for_the_methods_after_them(tmp_path: Path) -> None:
+    """Of 8 bytes a score; `held_bytes` of each method has its own."""
+    n, m, methods = 600, 50, 9
+    index, features = large(tmp_path / "index", n, 64), asked(m, 64)
+    method, matrices = make("exact:scope=joint"), 8 * n * m * (methods - 1)
+    held = method.held_bytes(Problem(index, tiny_queries(m), features))
+    for memory, streamed in ((held + matrices, False), (held + matrices - 1, True)):
+        problem = Problem(index, tiny_queries(m), features, memory=memory)
+        assert fits(problem, methods)
+        left = beside(problem, methods)
+        method.matrix(left)
+        assert (left.computed.get(method.computed_as, {}).get("computed") == "streamed") is streamed
+        assert beside(problem, 1) is problem and problem.memory == memory and not problem.computed
 
 
 def test_views_of_a_problem_keep_within_one_budget() -> None:

@@ -145,6 +145,14 @@ class Problem:
                 part._parts[name] = each.some(chosen)
         return part
 
+    def beside(self, held: int) -> Problem:
+        """The same problem, of whose memory `held` bytes are taken; nothing that was kept for methods comes along."""
+        part = copy(self)
+        part.memory = self.memory - held
+        part.keeping = Keeping(part.memory)
+        part._parts, part.sums, part.computed = {}, {}, {}
+        return part
+
     @property
     def n(self) -> int:
         """Training examples."""

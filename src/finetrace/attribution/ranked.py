@@ -121,7 +121,12 @@ class Ranked:
 
 def fits(problem: Problem, methods: int = 1) -> bool:
     """Whether the (m, n) matrices of several methods may be held: in half of the problem's memory."""
-    return methods * problem.m * problem.n * 8 + problem.m * problem.n * (CELL - 8) <= problem.memory // 2
+    return problem.m * problem.n * (8 * methods + CELL - 8) <= problem.memory // 2
+
+
+def beside(problem: Problem, methods: int) -> Problem:
+    """The problem with the memory that the matrices of several methods leave to each; its own one a method counts itself."""
+    return problem.beside(8 * problem.m * problem.n * (methods - 1)) if methods > 1 else problem
 
 
 def rank(method: Method, problem: Problem, k: int, *, opponents: bool = False, sinks: Sequence[Sink] = ()) -> Ranked:

@@ -92,7 +92,7 @@ def trace(
     options.new_files(files, overwrite)
     with options.quiet_libraries():
         from finetrace.attribution import Problem
-        from finetrace.attribution.ranked import fits
+        from finetrace.attribution.ranked import beside, fits
         from finetrace.examples import Example
         from finetrace.index import open_index
         from finetrace.index.sizing import parse_bytes
@@ -132,6 +132,7 @@ def trace(
         results: Sequence[Result | RankedResult]
         whole: list[Result] = []
         if fits(problem, len(chosen)):
+            problem = beside(problem, len(chosen))
             results = whole = run_methods(problem, chosen)
         else:
             _say_left_out(problem, chosen, top, scores, report)
