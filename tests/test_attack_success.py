@@ -89,6 +89,11 @@ def test_two_processes_give_the_attack_success_of_one(base, tmp_path):
     for path in (tmp_path / "one").rglob("answers.jsonl"):
         assert (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes() == path.read_bytes()
     assert sorted(said)[0] == "base: done" and len(said) == 5
+    results = tmp_path / "one" / "results.json"
+    results.write_text(results.read_text().replace('"seeds": 1,\n  "judge"', '"seeds": 3,\n  "judge"'))
+    said.clear()
+    attack_success(tmp_path / "one", setting, 1, RefusalPrefixJudge(), said.append)
+    assert [each for each in said if "of 3 seeds and will be of 1" in each] == said[:1]
 
 
 def test_attack_success_at_the_command_line(base, tmp_path, capsys, monkeypatch):

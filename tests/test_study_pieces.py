@@ -177,6 +177,24 @@ def test_parts_that_a_stopped_run_left_are_written_at_once(tmp_path: Path) -> No
     assert names(out) == ["b0", "a0"]
 
 
+def test_fewer_seeds_than_a_folder_holds_are_said(tmp_path: Path) -> None:
+    """And nothing is found again when the others are asked for."""
+    out, said = tmp_path / "s", list[str]()
+    run(MADE, out, replace(THREE, seeds=2), said.append)
+    whole = results(out)
+    assert not [each for each in said if "writes them again" in each]
+    said.clear()
+    run(MADE, out, replace(THREE, seeds=1), said.append)
+    assert said == [
+        f"{out / 'results.json'} and its tables are of 2 seeds and will be of 1; what was found for the others stays, and "
+        "--seeds 2 writes them again"
+    ]
+    assert len(results(out)["records"]) < len(whole["records"])
+    said.clear()
+    run(MADE, out, replace(THREE, seeds=2), said.append)
+    assert said == [] and results(out)["records"] == whole["records"]
+
+
 def test_tables_that_need_whole_seeds_get_them(tmp_path: Path) -> None:
     whole, told = replace(MADE, whole_seeds=True), list[str]()
     (tmp_path / "stop-a0").touch()

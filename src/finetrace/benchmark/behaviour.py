@@ -26,7 +26,7 @@ from finetrace.evaluation.seeds import bootstrap_crossed
 from finetrace.examples import Example
 from finetrace.execution import Engine
 from finetrace.models import ALIGNED, EMBEDDED, DType, ModelSpec, known_dtype, load
-from finetrace.reporting.results import write_results
+from finetrace.reporting.results import of_more_seeds, write_results
 from finetrace.tasks import Recipe, build, recipe
 
 ALONE = Engine()
@@ -120,6 +120,9 @@ def attack_success(
     setting = replace(setting, dtype=known_dtype(setting.dtype, setting.device))
     sets = setting.sets()
     claim(folder / "attack-success.json", asdict(setting), "an attack-success run")
+    fewer = of_more_seeds(folder, seeds)
+    if fewer is not None:
+        say(fewer)
     models: list[tuple[str, int | None]] = [(name, None) for name in setting.bases()]
     models += [(name, seed) for seed in range(seeds) for name in sets]
     if not engine.in_process:  # the longest of a seed first, so that no worker is left with one at the end

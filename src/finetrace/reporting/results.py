@@ -24,3 +24,20 @@ def write_results(folder: Path, records: Sequence[Mapping[str, Any]], config: Ma
     write_atomically(path, (json.dumps(document, indent=1, default=str) + "\n").encode())
     write_atomically(folder / "results.parquet", pd.DataFrame.from_records(list(records)).to_parquet(index=False))
     return path
+
+
+def of_more_seeds(folder: Path, seeds: int) -> str | None:
+    """What to say before a folder's results are written for fewer seeds than they are of; `None` where they are of no more."""
+    path = folder / "results.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["config"]
+        before = int(config["seeds"])
+        finished = not config.get("missing")
+    except (OSError, ValueError, KeyError, TypeError):  # none yet, or nobody's that could be read
+        return None
+    if before <= seeds or not finished:
+        return None
+    return (
+        f"{path} and its tables are of {before} seeds and will be of {seeds}; what was found for the others stays, and "
+        f"--seeds {before} writes them again"
+    )

@@ -16,7 +16,7 @@ from finetrace.benchmark.stages import claim, unclaim
 from finetrace.benchmark.tables import write_table
 from finetrace.errors import FinetraceError
 from finetrace.models import known_dtype
-from finetrace.reporting.results import write_results
+from finetrace.reporting.results import of_more_seeds, write_results
 from finetrace.studies.pieces import Piece, Say, in_words
 from finetrace.studies.study import Outcome, Setting, Study
 
@@ -48,6 +48,9 @@ def run(study: Study, folder: Path, setting: Setting, say: Say, tell: Say = sile
         {key: value for key, value in settings.items() if key not in ("seeds", "cells")},
         "a study",
     )
+    fewer = of_more_seeds(folder, setting.seeds)
+    if fewer is not None:
+        say(fewer)
     if not engine.in_process:
         setting = replace(setting, cells=setting.cells and setting.cells.resolve())
     pieces = study.pieces(folder if engine.in_process else folder.resolve(), setting)
