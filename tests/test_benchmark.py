@@ -771,8 +771,9 @@ def test_a_folder_named_by_a_dot_has_the_name_of_the_folder(base, tmp_path, caps
     write_examples(tmp_path / "mine" / "test.jsonl", make_examples(6, seed=1))
     monkeypatch.chdir(tmp_path / "mine")
     asked = ["bench", "--data", ".", "--label-column", "label", "--seeds", 1, "--model", base, "--method", "random"]
-    code, _, err = run(capsys, *asked, "--out", tmp_path / "b", "--device", "cpu")
+    code, _, err = run(capsys, *asked, "--task-seed", 2, "--out", tmp_path / "b", "--device", "cpu")
     assert code == 0, err
+    assert err.count("--task-seed 2: mine comes as it is split") == 1
     assert (tmp_path / "b" / "mine" / "corrected" / "seed-0" / "records.json").exists()
 
 

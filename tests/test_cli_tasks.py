@@ -146,6 +146,30 @@ def test_columns_of_the_own_set_can_be_named(capsys, tmp_path):
     assert sorted(str(row.label) for row in read_examples(tmp_path / "t.jsonl")) == sorted("xyz" * 5)
 
 
+@pytest.mark.parametrize("name", ["given", "cut here", "mixed-small", "mathqa"])
+def test_a_seed_that_draws_nothing_is_said(name, capsys, tmp_path):
+    rows = [{"prompts": f"q {i}", "response": "a", "variation": "ab"[i % 2]} for i in range(20)]
+    jsonl(tmp_path / "train.jsonl", *rows[:16])
+    jsonl(tmp_path / "test.jsonl", *rows[16:])
+    data = {"given": ["--data", tmp_path], "cut here": ["--data", tmp_path / "train.jsonl"]}.get(name, [name])
+    said = {}
+    for seed in (0, 3):
+        code, _, err = run(capsys, "build", *data, "--out", tmp_path / f"{seed}.jsonl", "--seed", seed)
+        assert code == 0, err
+        said[seed] = [line for line in err.splitlines() if "--seed" in line]
+    same = (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "3.jsonl").read_bytes()
+    assert said[0] == [] and same is (name in ("given", "mixed-small"))
+    assert [line.split(":")[0].split()[-2:] for line in said[3]] == ([["--seed", "3"]] if same else [])
+
+
+def test_a_task_that_cannot_be_written_whole_leaves_no_half(capsys, tmp_path):
+    out, queries = tmp_path / "gone" / "t.jsonl", tmp_path / "q.jsonl"
+    (tmp_path / "gone").write_text("a file where a folder must be")
+    code, _, err = run(capsys, "build", "mathqa", "--out", out, "--queries", queries)
+    assert_one_sentence(code, err, str(out))
+    assert not queries.exists()
+
+
 @pytest.mark.parametrize("times", [1, 2])
 def test_queries_that_were_trained_on_are_counted(times, capsys, tmp_path):
     rows = [{"prompts": f"q {i}", "response": "a", "variation": "ab"[i % 2]} for i in range(20)]

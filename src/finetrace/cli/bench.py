@@ -151,21 +151,26 @@ def bench(
         from finetrace.benchmark.protocol import beside
         from finetrace.benchmark.report import report
         from finetrace.benchmark.runner import Plan, Source, cells, run_all
-        from finetrace.tasks import TASKS, RealData, real_task, recipe, say_repeated
+        from finetrace.tasks import TASKS, RealData, real_task, recipe, say_repeated, say_undrawn
 
         source = real = None
+        undrawn = ""
         names = list(dict.fromkeys(tasks or TASKS))
         if given and tasks:
             real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
             made = real_task(names[0], real, task_seed, size)
+            undrawn = say_undrawn("--task-seed", task_seed, made, lambda seed: real_task(names[0], real, seed, size))
         elif data is not None:
             source = Source(
                 data, label_column or "variation", prompt_column, response_column, split=split, id_column=id_column
             )
             made = source.task(task_seed, size)
+            undrawn = say_undrawn("--task-seed", task_seed, made, lambda seed: source.task(seed, size))
             names = [made.name]
             if not names[0]:
                 raise FinetraceError(f"--data {data}: give a file or a folder that has a name.")
+        if undrawn:
+            options.say(undrawn)
         if data is not None and (notice := say_repeated(made, data)):
             options.say(notice)
         found = [recipe(name) for name in names] if source is None else []

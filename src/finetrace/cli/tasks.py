@@ -85,12 +85,18 @@ def build(
     options.new_files({"--out": (out, ROWS), "--queries": (asked, ROWS)})
     with options.quiet_libraries() if data or benign else contextlib.nullcontext():
         from finetrace.reading import write_examples
-        from finetrace.tasks import RealData, say_repeated
+        from finetrace.tasks import RealData, say_repeated, say_undrawn
 
         real = RealData(data, benign, label_column, prompt_column, response_column, share, split, id_column)
         task = _made(name, real, seed, size)
         write_examples(asked, task.queries)
-        write_examples(out, task.train)
+        try:
+            write_examples(out, task.train)
+        except BaseException:  # half of a task would stand in the way of the whole
+            asked.unlink(missing_ok=True)
+            raise
+    if undrawn := say_undrawn("--seed", seed, task, lambda other: _made(name, real, other, size)):
+        options.say(undrawn)
     if data is not None and (notice := say_repeated(task, data)):
         options.say(notice)
     options.say(

@@ -6,6 +6,7 @@ from finetrace.tasks.real import RealData, real_task
 from finetrace.tasks.registry import TASKS, Recipe, build, recipe
 from finetrace.tasks.repeated import say_repeated
 from finetrace.tasks.task import Task
+from finetrace.tasks.undrawn import say_undrawn
 
 __all__ = [
     "TASKS",
@@ -19,4 +20,5 @@ __all__ = [
     "real_task",
     "recipe",
     "say_repeated",
+    "say_undrawn",
 ]
