@@ -12,6 +12,8 @@ import pytest
 
 import commands
 import finetrace.generation
+import finetrace.reading
+from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.models import ModelSpec, load
 from finetrace.reading import read_examples, write_examples
@@ -162,11 +164,17 @@ def test_a_seed_that_draws_nothing_is_said(name, capsys, tmp_path):
     assert [line.split(":")[0].split()[-2:] for line in said[3]] == ([["--seed", "3"]] if same else [])
 
 
-def test_a_task_that_cannot_be_written_whole_leaves_no_half(capsys, tmp_path):
-    out, queries = tmp_path / "gone" / "t.jsonl", tmp_path / "q.jsonl"
-    (tmp_path / "gone").write_text("a file where a folder must be")
+def test_a_task_that_cannot_be_written_whole_leaves_no_half(capsys, tmp_path, monkeypatch):
+    out, queries, write = tmp_path / "t.jsonl", tmp_path / "q.jsonl", finetrace.reading.write_examples
+
+    def full(path: Path, rows: Any) -> None:
+        if path == out:
+            raise FinetraceError(f"{path}: cannot be written (no space); free some.")
+        write(path, rows)
+
+    monkeypatch.setattr(finetrace.reading, "write_examples", full)
     code, _, err = run(capsys, "build", "mathqa", "--out", out, "--queries", queries)
-    assert_one_sentence(code, err, str(out))
+    assert_one_sentence(code, err, str(out), "no space")
     assert not queries.exists()
 
 
