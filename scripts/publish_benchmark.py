@@ -19,6 +19,7 @@ MEANS = (
     "Accuracy % / coverage %, mean over seeds and queries; the tables below have intervals over both, which three seeds",
     "or fewer make rough.",
 )
+BUSY = "times are left out, since the machine had other work"
 ALONE = (
     "Accuracy % / coverage % of one seed, mean over queries; the tables below have intervals over queries, which say nothing",
     "of another fine-tuning.",
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--title", required=True)
     parser.add_argument("--about", required=True, help="what the page is for: sentences before the command")
     parser.add_argument("--command", required=True, help="the command that made the folder")
+    parser.add_argument("--untimed", action="store_true", help="leave times out, since the machine had other work")
     args = parser.parse_args()
     records = json.loads((args.folder / "results.json").read_text())["records"]
     seconds: dict[tuple[str, str], list[str]] = {}
@@ -59,14 +61,15 @@ def main() -> None:
             title = f"Paired differences, {protocol} protocol: method minus RepSim, its middle layer, and the default"
             lines += [f'??? note "{title}"', "", *(f"    {line}" for line in table), ""]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
+        table = _table(args.folder, f"{task}-{protocol}")
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))
-        times = _spent(seconds.get((task, protocol), []))
+        times = BUSY if args.untimed else _spent(seconds.get((task, protocol), []))
         lines += [
             f"## {task}, {protocol}",
             "",
             f"{first['n_train']} rows, {first['n_queries']} queries, {_seeds(first['seeds'])}; {times}.",
             "",
-            _table(args.folder, f"{task}-{protocol}"),
+            _without_times(table) if args.untimed else table,
         ]
         for kind in ("heat", "example"):
             figure = args.folder / "figures" / f"{kind}-{task}-{protocol}.png"
@@ -90,6 +93,13 @@ def _spent(times: list[str]) -> str:
     if set(times) == {"resumed"}:
         return "resumed, so no time is known"
     return f"{', '.join(times)}, everything included"
+
+
+def _without_times(table: str) -> str:
+    """A method's table without its last column, seconds."""
+    return "".join(
+        f"{line.rsplit('|', 2)[0]}|\n" if line.startswith("|") else f"{line}\n" for line in table.splitlines()
+    )
 
 
 def _table(folder: Path, name: str) -> str:

@@ -26,6 +26,7 @@ SCRIPTS = Path(__file__).parent.parent / "scripts"
         ([False, False], "2 seeds; 12 s, 12 s, everything included."),
         ([True, False], "2 seeds; resumed, 12 s, everything included."),
         ([True, True], "2 seeds; resumed, so no time is known."),
+        (None, "2 seeds; times are left out, since the machine had other work."),
     ],
 )
 def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words, base, model):
@@ -35,11 +36,13 @@ def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words, b
     (tmp_path / "docs").mkdir()
     folder = tmp_path / "bench"
     (folder / "tables").mkdir(parents=True)
-    for name in ("summary-corrected", "emotion-corrected"):
-        (folder / "tables" / f"{name}.md").write_text("| method |\n")
+    (folder / "tables" / "summary-corrected.md").write_text("| method |\n")
+    (folder / "tables" / "emotion-corrected.md").write_text(
+        "| method | hub \\| | sec |\n|---|---|---|\n| a | b | 0.12 |\n"
+    )
     record = {"task": "emotion", "protocol": "corrected", "seeds": 2, "n_train": 15, "n_queries": "5"}
     (folder / "results.json").write_text(json.dumps({"records": [record]}))
-    for seed, again in enumerate(resumed):
+    for seed, again in enumerate(resumed or [False, False]):
         cell = folder / "emotion" / "corrected" / f"seed-{seed}"
         cell.mkdir(parents=True)
         config = {"task": "emotion", "protocol": "corrected"}
@@ -48,9 +51,12 @@ def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words, b
         )
     options = ["--title", "A page", "--about", "What it shows.", "--command", "finetrace bench emotion"]
     asked = ["publish_benchmark.py", str(folder), "page", *options]
-    monkeypatch.setattr(sys, "argv", asked)
+    monkeypatch.setattr(sys, "argv", [*asked, *(["--untimed"] if resumed is None else [])])
     script.main()
     lines = (tmp_path / "docs" / "page.md").read_text().splitlines()
     assert lines[:6] == ["# A page", "", "What it shows.", "", "```bash", "finetrace bench emotion"]
     assert f"Every number is of {model}." in lines
     assert f"15 rows, 5 queries, {words}" in lines
+    timed = resumed is not None
+    assert ("| method | hub \\| | sec |" in lines) is timed and ("| a | b | 0.12 |" in lines) is timed
+    assert ("| method | hub \\| |" in lines and "|---|---|" in lines and "| a | b |" in lines) is not timed
