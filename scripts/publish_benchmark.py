@@ -67,7 +67,7 @@ def main() -> None:
         lines += [
             f"## {task}, {protocol}",
             "",
-            f"{first['n_train']} rows, {first['n_queries']} queries, {_seeds(first['seeds'])}; {times}.",
+            f"{first['n_train']} rows, {_queries(first['n_queries'])}, {_seeds(first['seeds'])}; {times}.",
             "",
             _without_times(table) if args.untimed else table,
         ]
@@ -82,6 +82,11 @@ def main() -> None:
         shutil.copy(figure, DOCS / args.page / figure.name)
         lines += [f"![{figure.stem}]({args.page}/{figure.name})", ""]
     (DOCS / f"{args.page}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _queries(count: int | str) -> str:
+    """`count` may be a range."""
+    return f"{count} {'query' if str(count) == '1' else 'queries'}"
 
 
 def _seeds(count: int) -> str:

@@ -60,3 +60,11 @@ def test_the_page_says_how_long_it_took(tmp_path, monkeypatch, resumed, words, b
     timed = resumed is not None
     assert ("| method | hub \\| | sec |" in lines) is timed and ("| a | b | 0.12 |" in lines) is timed
     assert ("| method | hub \\| |" in lines and "|---|---|" in lines and "| a | b |" in lines) is not timed
+
+
+@pytest.mark.parametrize(
+    ("count", "words"), [(1, "1 query"), ("1", "1 query"), (15, "15 queries"), ("7 to 10", "7 to 10 queries")]
+)
+def test_queries_are_counted_in_words(monkeypatch, count, words):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    assert import_module("publish_benchmark")._queries(count) == words
