@@ -31,6 +31,7 @@ from finetrace.reporting.results import write_results
 from finetrace.reporting.validated import kept_verdict
 from finetrace.tasks import Task, mixed
 from finetrace.tracing import STANDARD, Result, default_method, run_methods
+from finetrace.units import many
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,10 @@ def run_demo(folder: Path, config: DemoConfig, judge: Judge, say: Callable[[str]
     settings = {**_settings(config), "judge": judge.name}
     settings |= {"attack_success_rate": rates, "attack_success_interval": spread}
     write_results(folder, [result.record(**about) for result in results], settings)
-    facts = {"task": f"{task.name}: {len(task.train)} rows, {len(queries)} queries", **index_facts(index)}
+    facts = {
+        "task": f"{task.name}: {many(len(task.train), 'row')}, {many(len(queries), 'query')}",
+        **index_facts(index),
+    }
     facts |= {"judge": judge.name, "seed": str(config.seed)}
     title = "Which rows made the model comply?"
     write_examples(folder / "queries.jsonl", queries, overwrite=True)

@@ -17,6 +17,7 @@ from finetrace.attribution import make
 from finetrace.benchmark import finished
 from finetrace.benchmark.cell import DONE, Cell
 from finetrace.tracing import BEST, SIMILAR
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from finetrace.benchmark.row import Row
@@ -107,7 +108,7 @@ def draw_heat_maps(folder: Path, cells: Sequence[Cell], out: Path) -> None:
         bar.ax.set_yticklabels(["last", "first"], fontsize=8)
         bar.set_label("rank of a training example for the query", fontsize=8)
         figure.supxlabel(f"{len(train)} training examples, by class", fontsize=9)
-        figure.supylabel(f"{len(queries)} queries, by class", fontsize=9)
+        figure.supylabel(f"{many(len(queries), 'query')}, by class", fontsize=9)
         figure.suptitle(literal(f"{cell.task}, {cell.protocol}"), fontsize=11)
         save(figure, out / f"heat-{cell.task}-{cell.protocol}")
 

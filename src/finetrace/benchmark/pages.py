@@ -21,6 +21,7 @@ from finetrace.reporting.compose import compose
 from finetrace.reporting.page import write_report
 from finetrace.tasks import TASKS
 from finetrace.tracing import BEST, TABLE, Result
+from finetrace.units import many
 
 MOST = 1_000_000  # scores on a page, about 4 MB; of more methods the figures' choice, the default and the best of each kind
 
@@ -49,7 +50,7 @@ def _page(home: Path, cell: Cell, path: Path) -> Path:
         scored = Scores(given, tuple(queries), tuple(train), spec, about["unit"], settings, about["seconds"])
         results.append(Result(make(spec), scored, _metrics(values[values["spec"] == spec])))
     facts: dict[str, str] = {
-        "task": f"{cell.task}: {len(train)} rows, {len(queries)} queries",
+        "task": f"{cell.task}: {many(len(train), 'row')}, {many(len(queries), 'query')}",
         "protocol": cell.protocol,
     }
     facts |= {"model": str(document["base"]), "seed": str(cell.seed), "size": f"{cell.size:g}", "dtype": cell.dtype}
