@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -40,6 +41,8 @@ class GradientRecorder:
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
         self._training: list[nn.Module] = []
+        self._called: set[int] = set()  # modules that a pass called
+        self._checked = False
 
     def __enter__(self) -> GradientRecorder:
         self._training = [module for module in self.model.modules() if module.training]
@@ -102,6 +105,17 @@ class GradientRecorder:
             with wide(inputs.device):
                 self.factors.see_inputs(layer, inputs, self._batch)
 
+    def check(self, refuse: Callable[[Sequence[Tracked]], None]) -> None:
+        """After the first pass: `refuse` may look at the layers that it did not call, in passes that are not heard."""
+        silent = [layer for layer in self.tracking.layers if id(layer.module) not in self._called]
+        if silent and not self._checked:
+            batch, self._batch = self._batch, None
+            try:
+                refuse(silent)
+            finally:
+                self._batch = batch
+        self._checked = True
+
     @property
     def hears(self) -> bool:
         """Whether the backward pass that is under way belongs in factors."""
@@ -114,8 +128,11 @@ class GradientRecorder:
 
     def _watch(self, layer: Tracked) -> Any:
         def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self._called.add(id(module))
+            if self._batch is None:
+                return
             inputs = args[0].detach()
-            if not layer.is_head and self._batch is not None:
+            if not layer.is_head:
                 inputs = _by_example(inputs, self._batch)
             inputs = self.projected(layer, inputs)
             self.see(layer, inputs)

@@ -1,0 +1,54 @@
+"""Layers that a pass does not call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetrace.collection import Collector, track
+from finetrace.errors import FinetraceError
+from tiny import make_encoded, make_llama, names, one_at_a_time, relative_error
+
+LENGTHS = [7, 5, 9]
+
+
+class _Half(nn.Module):
+    """x + W x, with W read off a layer that is never called, or a layer that nobody reads."""
+
+    def __init__(self, width: int, *, reads: bool) -> None:
+        super().__init__()
+        self.inner, self.reads = nn.Linear(width, width, bias=False), reads
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.inner.weight.T if self.reads else torch.zeros_like(x)
+
+
+def _with_perceptron(**options: Any) -> nn.Module:
+    model = make_llama()
+    model.model.layers[1].mlp = _Half(16, **options).double()
+    return model.eval()
+
+
+def test_a_layer_whose_weight_is_read_without_calling_it_is_refused() -> None:
+    """Its gradient had been a row of zeros."""
+    model = _with_perceptron(reads=True)
+    items = make_encoded(LENGTHS)
+    with pytest.raises(FinetraceError, match=r"model\.layers\.1\.mlp\.inner: the model reads this layer's weight"):
+        Collector(model, track(model, r"layers\.1\.mlp\.inner|q_proj")).collect(items, names(items))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_layer_that_nothing_uses_has_gradient_zero() -> None:
+    model = _with_perceptron(reads=False)
+    items = make_encoded(LENGTHS)
+    tracking = track(model, r"layers\.1\.mlp\.inner|q_proj")
+    found = Collector(model, tracking).collect(items, names(items)).gradients
+    idle = next(block for block in tracking.blocks if "inner" in block.name)
+    assert not found[:, idle.columns].any()
+    weights = [layer.module.weight for layer in tracking.layers if layer.weight is not idle]
+    expected, _ = one_at_a_time(model, items, weights)
+    others = torch.cat([found[:, block.columns] for block in tracking.blocks if block is not idle], dim=1)
+    assert relative_error(others, expected) < 1e-10
