@@ -1,4 +1,4 @@
-"""Layers that a pass does not call."""
+"""Layers that a pass does not call, calls without a graph, or that return more than a product."""
 
 from __future__ import annotations
 
@@ -52,3 +52,50 @@ def test_a_layer_that_nothing_uses_has_gradient_zero() -> None:
     expected, _ = one_at_a_time(model, items, weights)
     others = torch.cat([found[:, block.columns] for block in tracking.blocks if block is not idle], dim=1)
     assert relative_error(others, expected) < 1e-10
+
+
+class _Twice(nn.Module):
+    """W (W x), the inner product without a graph."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            before = self.inner(x)
+        return self.inner(before + x)
+
+
+def test_a_call_without_a_graph_adds_nothing() -> None:
+    """As in models that train the last of their rounds alone; it had ended in a traceback of torch's."""
+    model = make_llama()
+    model.model.layers[1].mlp = _Twice(16).double()
+    items = make_encoded(LENGTHS)
+    tracking = track(model.eval(), r"layers\.1\.mlp\.inner|q_proj")
+    found = Collector(model, tracking).collect(items, names(items)).gradients
+    weights = [weight for layer in tracking.layers for weight in layer.module.parameters()]
+    assert relative_error(found, one_at_a_time(model, items, weights)[0]) < 1e-10
+
+
+class _Router(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        product = super().forward(x)
+        return product, product.argmax(-1)
+
+
+class _Routed(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.router = _Router(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.router(x)[0]
+
+
+def test_a_layer_that_returns_more_than_its_product_is_refused() -> None:
+    model = make_llama()
+    model.model.layers[1].mlp = _Routed(16).double()
+    items = make_encoded(LENGTHS)
+    with pytest.raises(FinetraceError, match=r"router\.weight: this layer returns more than its product"):
+        Collector(model, track(model.eval(), "router")).collect(items, names(items))

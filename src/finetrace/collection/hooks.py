@@ -127,10 +127,15 @@ class GradientRecorder:
             self.factors.see_deltas(layer, delta, self._batch)
 
     def _watch(self, layer: Tracked) -> Any:
-        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             self._called.add(id(module))
-            if self._batch is None:
+            if self._batch is None or not torch.is_grad_enabled():  # no gradient flows through a call without a graph
                 return
+            if not isinstance(output, Tensor):
+                raise FinetraceError(
+                    f"{layer.weight.name}: this layer returns more than its product (routers of experts do), so its gradient "
+                    "cannot be seen; name other layers with --modules."
+                )
             inputs = args[0].detach()
             if not layer.is_head:
                 inputs = _by_example(inputs, self._batch)
