@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from finetrace.collection import Collector, Features, Representation, track
+from finetrace.collection.hooks import _summed
 from finetrace.collection.representations import FINAL, POOLINGS
 from finetrace.encoding import Encoded, Encoder
 from finetrace.errors import FinetraceError
@@ -606,6 +607,16 @@ def test_frozen_layers_are_looked_through_only_where_they_are_spared(monkeypatch
     for wanted, times in ((FINAL, 1), ((), 2), ((Representation(-2, "mean-response"),), 2)):
         collect(model, items, wanted=wanted)
         assert len(asked) == times
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_has_a_gradient_however_long_a_row_is(dtype: torch.dtype) -> None:
+    """Terms that point anywhere sum to the root of their number; a bound that grows with the number reached it in bfloat16."""
+    for tokens in (1, 3, 40_000):
+        delta = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found = _summed(delta, 1, dtype)
+        assert torch.equal(found, delta.sum(1))
+        assert not _summed(delta - found[:, None] / tokens, 1, dtype).any()
 
 
 def test_a_gradient_that_is_rounding_is_none(tokenizer: Any) -> None:

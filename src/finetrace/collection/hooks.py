@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Block, Tracked, Tracking
-from finetrace.collection.precision import HALF, wide
+from finetrace.collection.precision import wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
-ROUNDING = 100  # units of precision of the terms' sizes below which a sum is none
-ROUNDING_IN_HALF = 2  # in half precision, where a hundred units would be most of a real sum
+# units of precision of the terms below which a sum is none; in half precision so many would be most of a real sum
+ROUNDING = 1000
+ROUNDING_IN_HALF = {torch.float16: 40, torch.bfloat16: 12}
 
 
 class GradientRecorder:
@@ -200,11 +201,12 @@ def _summed(delta: Tensor, tokens: int, computed: torch.dtype) -> Tensor:
 
     A softmax does not see a key's bias where no position turns keys. Its gradient is 0, and what rounding makes of it would be
     scaled up to the size of others by damping and norms that go block by block. The rounding is that of the dtype in which
-    `delta` was `computed`.
+    `delta` was `computed`, and is held against the root of the terms' summed squares: both it and a real sum of terms that
+    point anywhere grow with the root of their number.
     """
     found = delta.sum(tokens)
-    size = torch.linalg.vector_norm(delta, dim=-1).sum(tokens)
-    units = ROUNDING_IN_HALF if computed in HALF else ROUNDING
+    size = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, dim=-1), dim=tokens)
+    units = ROUNDING_IN_HALF.get(computed, ROUNDING)
     real = torch.linalg.vector_norm(found, dim=-1) > units * torch.finfo(computed).eps * size
     return found * real.unsqueeze(-1)
 
