@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import (
+    BertConfig,
+    BertLMHeadModel,
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
@@ -318,6 +320,20 @@ def test_a_tied_head_is_refused(llama_tied: Any) -> None:
         track(llama_tied, ["lm_head"])
     with pytest.raises(FinetraceError, match=r"lm_head.*shares its weight with the input embedding"):
         track(with_lora(make_llama(tied=True), ["lm_head"]), [r"lm_head\.base_layer"])
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """Its rows' losses had hung on the padding of their batches."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes)).double().eval()
+    with pytest.raises(FinetraceError, match="is_decoder=False.*no causal language model"):
+        track(model, ["query"])
+    assert track(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, is_decoder=True, **sizes)), ["query"]).blocks
+    other = make_llama(is_decoder=False)  # as some write it who mean no encoder and decoder
+    assert track(other, ["q_proj"]).blocks
+    other.config.is_causal = False
+    with pytest.raises(FinetraceError, match="is_causal=False"):
+        track(other, ["q_proj"])
 
 
 def test_what_cannot_be_tracked_is_said(llama: Any) -> None:

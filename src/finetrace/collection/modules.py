@@ -101,10 +101,11 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
         projection: What is done to gradients that it makes smaller.
 
     Raises:
-        FinetraceError: Nothing fits, or a layer cannot be tracked exactly.
+        FinetraceError: Nothing fits, a layer cannot be tracked exactly, or the model is not a causal one.
     """
     if isinstance(modules, str):
         modules = (modules,)
+    _refuse_looking_ahead(model)
     head = set(model.get_output_embeddings().modules())  # type: ignore[operator]
     chosen = lora_layers(model) if modules is None else named_layers(model, modules)
     tracked: list[Tracked] = []
@@ -135,6 +136,17 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
     for each in flat.values():
         each.keep_bytes = KEPT // len(flat)
     return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked), all_sides, flat)
+
+
+def _refuse_looking_ahead(model: nn.Module) -> None:
+    """Where tokens see what follows them, they see their own targets and the padding of the batch."""
+    config = getattr(model, "config", None)
+    declared = {"is_causal": True, "is_decoder": hasattr(type(config), "is_decoder")}  # what others say of it is not read
+    for name in (name for name, read in declared.items() if read and getattr(config, name, True) is False):
+        raise FinetraceError(
+            f"{name}=False in the model's configuration: its tokens see those that follow them, so it is no causal language "
+            f"model, and its losses would hang on the batch; load it with {name}=True."
+        )
 
 
 def _refuse_tied(name: str, module: nn.Module, model: nn.Module, tracked: Sequence[Tracked]) -> None:
