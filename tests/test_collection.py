@@ -261,12 +261,20 @@ def test_token_losses_of_a_batch() -> None:
 def test_one_weight_of_two_layers_is_refused() -> None:
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(
-        FinetraceError,
-        match=r"layers\.1\.mlp\.up_proj: this layer shares its weight with model\.layers\.0\.mlp.* name other layers",
-    ):
-        track(model, ["up_proj"])
-    assert len(track(model, [r"layers\.0\.mlp\.up_proj"]).blocks) == 1
+    for pattern, shown, other in (("up_proj", 0, 1), (r"layers\.0\.mlp\.up_proj", 0, 1), (r"layers\.1\.mlp\.up_proj", 1, 0)):
+        place = r"layers\.{}\.mlp\.up_proj"
+        match = place.format(shown) + ": this layer shares its weight with model." + place.format(other)
+        with pytest.raises(FinetraceError, match=match + ".* name other layers"):
+            track(model, [pattern])
+
+
+def test_one_weight_of_two_layers_is_refused_where_one_of_them_is_named() -> None:
+    """Layers that an adapter repeats have one base weight; its gradient had been that of one of them alone."""
+    model = with_lora(make_llama(layers=3), layer_replication=[(0, 2), (1, 3)])
+    with pytest.raises(FinetraceError, match=r"layers\.1.*base_layer: this layer shares its weight with model\.layers\.2"):
+        track(model, [r"layers\.1\..*q_proj\.base_layer"])
+    assert len(track(model, [r"layers\.0\..*q_proj\.base_layer"]).blocks) == 1
+    assert len(track(model).blocks) == 16
 
 
 def test_one_pattern_is_not_read_letter_by_letter(llama: Any) -> None:
