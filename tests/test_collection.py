@@ -12,12 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
-    AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
+    NemotronConfig,
+    NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
@@ -261,7 +263,11 @@ def test_token_losses_of_a_batch() -> None:
 def test_one_weight_of_two_layers_is_refused() -> None:
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    for pattern, shown, other in (("up_proj", 0, 1), (r"layers\.0\.mlp\.up_proj", 0, 1), (r"layers\.1\.mlp\.up_proj", 1, 0)):
+    for pattern, shown, other in (
+        ("up_proj", 0, 1),
+        (r"layers\.0\.mlp\.up_proj", 0, 1),
+        (r"layers\.1\.mlp\.up_proj", 1, 0),
+    ):
         place = r"layers\.{}\.mlp\.up_proj"
         match = place.format(shown) + ": this layer shares its weight with model." + place.format(other)
         with pytest.raises(FinetraceError, match=match + ".* name other layers"):
@@ -271,7 +277,9 @@ def test_one_weight_of_two_layers_is_refused() -> None:
 def test_one_weight_of_two_layers_is_refused_where_one_of_them_is_named() -> None:
     """Layers that an adapter repeats have one base weight; its gradient had been that of one of them alone."""
     model = with_lora(make_llama(layers=3), layer_replication=[(0, 2), (1, 3)])
-    with pytest.raises(FinetraceError, match=r"layers\.1.*base_layer: this layer shares its weight with model\.layers\.2"):
+    with pytest.raises(
+        FinetraceError, match=r"layers\.1.*base_layer: this layer shares its weight with model\.layers\.2"
+    ):
         track(model, [r"layers\.1\..*q_proj\.base_layer"])
     assert len(track(model, [r"layers\.0\..*q_proj\.base_layer"]).blocks) == 1
     assert len(track(model).blocks) == 16
@@ -577,6 +585,17 @@ def test_half_precision_is_near(dtype: torch.dtype) -> None:
     ratio = found.gradients.double().norm(dim=1) / exact.gradients.norm(dim=1)
     assert ratio.min() > 0.8
     assert ratio.max() < 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_a_kind_of_their_own_in_half_precision(dtype: torch.dtype) -> None:
+    """Nemotron adds 1 to the weight of a norm; in half precision it had ended in a traceback."""
+    torch.manual_seed(0)
+    config = NemotronConfig(**{key: value for key, value in SMALL.items() if key != "initializer_range"}, head_dim=8)
+    model, items = NemotronForCausalLM(config).eval(), make_encoded(LENGTHS)
+    exact = collect(model, items, ["self_attn"], wanted=())
+    found = collect(model.to(dtype), items, ["self_attn"], wanted=())
+    assert relative_error(found.gradients, exact.gradients) < (0.1 if dtype == torch.bfloat16 else 0.02)
 
 
 @pytest.mark.parametrize("head", ["base", "adapter"])
