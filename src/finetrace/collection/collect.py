@@ -20,7 +20,7 @@ from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
 from finetrace.collection.representations import FINAL, Representation, pool
-from finetrace.collection.uncalled import refuse_read
+from finetrace.collection.unseen import refuse_read
 from finetrace.cross_entropy import cross_entropy
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError

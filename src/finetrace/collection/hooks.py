@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Block, Tracked, Tracking
 from finetrace.collection.precision import wide
+from finetrace.collection.unseen import refuse_other_products
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
@@ -132,11 +133,8 @@ class GradientRecorder:
             self._called.add(id(module))
             if self._batch is None or not torch.is_grad_enabled():  # no gradient flows through a call without a graph
                 return
-            if not isinstance(output, Tensor):
-                raise FinetraceError(
-                    f"{layer.weight.name}: this layer returns more than its product (routers of experts do), so its gradient "
-                    "cannot be seen; name other layers with --modules."
-                )
+            if not self._checked:
+                refuse_other_products(layer, args[0], output)
             inputs = args[0].detach()
             if not layer.is_head:
                 inputs = _by_example(inputs, self._batch)

@@ -1,4 +1,4 @@
-"""Layers that a pass does not call, calls without a graph, or that return more than a product."""
+"""Layers whose gradient no hook sees, and layers that are called without a graph."""
 
 from __future__ import annotations
 
@@ -99,3 +99,35 @@ def test_a_layer_that_returns_more_than_its_product_is_refused() -> None:
     items = make_encoded(LENGTHS)
     with pytest.raises(FinetraceError, match=r"router\.weight: this layer returns more than its product"):
         Collector(model, track(model.eval(), "router")).collect(items, names(items))
+
+
+class _Ternary(nn.Linear):
+    """As BitNet's: it multiplies by what its weight is rounded to."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.weight.detach().abs().mean()
+        rounded = (self.weight.detach() / scale).round().clamp(-1, 1) * scale
+        return nn.functional.linear(
+            nn.functional.rms_norm(x, x.shape[-1:]), self.weight + (rounded - self.weight).detach()
+        )
+
+
+class _Plain(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight.T
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_that_does_not_multiply_by_its_weight_is_refused(dtype: torch.dtype) -> None:
+    """Its gradient had been that of a linear layer on the same inputs."""
+    items = make_encoded(LENGTHS)
+    for kind in (_Ternary, _Plain):
+        model = make_llama()
+        model.model.layers[1].self_attn.q_proj = kind(16, 16, bias=False)
+        model = model.to(dtype).eval()
+        collector = Collector(model, track(model, r"layers\.1\..*q_proj"))
+        if kind is _Ternary:
+            with pytest.raises(FinetraceError, match=r"q_proj\.weight: this layer makes something else of its inputs"):
+                collector.collect(items, names(items))
+        else:
+            assert collector.collect(items, names(items)).gradients.norm(dim=1).min() > 0
