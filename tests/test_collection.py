@@ -13,15 +13,20 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
     CohereConfig,
     Gemma2Config,
     GraniteConfig,
+    NemotronConfig,
+    NemotronForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     Phi3Config,
 )
 
 from finetrace.collection import Collector, Features, Representation, track
+from finetrace.collection.hooks import _summed
 from finetrace.collection.representations import FINAL, POOLINGS
 from finetrace.encoding import Encoded, Encoder
 from finetrace.errors import FinetraceError
@@ -258,12 +263,26 @@ def test_token_losses_of_a_batch() -> None:
 def test_one_weight_of_two_layers_is_refused() -> None:
     model = make_llama()
     model.model.layers[1].mlp.up_proj.weight = model.model.layers[0].mlp.up_proj.weight
-    with pytest.raises(
-        FinetraceError,
-        match=r"layers\.1\.mlp\.up_proj: this layer shares its weight with model\.layers\.0\.mlp.* name other layers",
+    for pattern, shown, other in (
+        ("up_proj", 0, 1),
+        (r"layers\.0\.mlp\.up_proj", 0, 1),
+        (r"layers\.1\.mlp\.up_proj", 1, 0),
     ):
-        track(model, ["up_proj"])
-    assert len(track(model, [r"layers\.0\.mlp\.up_proj"]).blocks) == 1
+        place = r"layers\.{}\.mlp\.up_proj"
+        match = place.format(shown) + ": this layer shares its weight with model." + place.format(other)
+        with pytest.raises(FinetraceError, match=match + ".* name other layers"):
+            track(model, [pattern])
+
+
+def test_one_weight_of_two_layers_is_refused_where_one_of_them_is_named() -> None:
+    """Layers that an adapter repeats have one base weight; its gradient had been that of one of them alone."""
+    model = with_lora(make_llama(layers=3), layer_replication=[(0, 2), (1, 3)])
+    with pytest.raises(
+        FinetraceError, match=r"layers\.1.*base_layer: this layer shares its weight with model\.layers\.2"
+    ):
+        track(model, [r"layers\.1\..*q_proj\.base_layer"])
+    assert len(track(model, [r"layers\.0\..*q_proj\.base_layer"]).blocks) == 1
+    assert len(track(model).blocks) == 16
 
 
 def test_one_pattern_is_not_read_letter_by_letter(llama: Any) -> None:
@@ -317,6 +336,20 @@ def test_a_tied_head_is_refused(llama_tied: Any) -> None:
         track(llama_tied, ["lm_head"])
     with pytest.raises(FinetraceError, match=r"lm_head.*shares its weight with the input embedding"):
         track(with_lora(make_llama(tied=True), ["lm_head"]), [r"lm_head\.base_layer"])
+
+
+def test_a_model_that_looks_ahead_is_refused() -> None:
+    """Its rows' losses had hung on the padding of their batches."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model = BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, **sizes)).double().eval()
+    with pytest.raises(FinetraceError, match="is_decoder=False.*no causal language model"):
+        track(model, ["query"])
+    assert track(BertLMHeadModel(BertConfig(vocab_size=VOCABULARY, is_decoder=True, **sizes)), ["query"]).blocks
+    other = make_llama(is_decoder=False)  # as some write it who mean no encoder and decoder
+    assert track(other, ["q_proj"]).blocks
+    other.config.is_causal = False
+    with pytest.raises(FinetraceError, match="is_causal=False"):
+        track(other, ["q_proj"])
 
 
 def test_what_cannot_be_tracked_is_said(llama: Any) -> None:
@@ -554,6 +587,17 @@ def test_half_precision_is_near(dtype: torch.dtype) -> None:
     assert ratio.max() < 1.25
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norms_of_a_kind_of_their_own_in_half_precision(dtype: torch.dtype) -> None:
+    """Nemotron adds 1 to the weight of a norm; in half precision it had ended in a traceback."""
+    torch.manual_seed(0)
+    config = NemotronConfig(**{key: value for key, value in SMALL.items() if key != "initializer_range"}, head_dim=8)
+    model, items = NemotronForCausalLM(config).eval(), make_encoded(LENGTHS)
+    exact = collect(model, items, ["self_attn"], wanted=())
+    found = collect(model.to(dtype), items, ["self_attn"], wanted=())
+    assert relative_error(found.gradients, exact.gradients) < (0.1 if dtype == torch.bfloat16 else 0.02)
+
+
 @pytest.mark.parametrize("head", ["base", "adapter"])
 def test_embedded_model_in_float32(embedded: Any, head: str) -> None:
     """On the real model too: batched gradients are those of one example at a time."""
@@ -606,6 +650,16 @@ def test_frozen_layers_are_looked_through_only_where_they_are_spared(monkeypatch
     for wanted, times in ((FINAL, 1), ((), 2), ((Representation(-2, "mean-response"),), 2)):
         collect(model, items, wanted=wanted)
         assert len(asked) == times
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_bias_has_a_gradient_however_long_a_row_is(dtype: torch.dtype) -> None:
+    """Terms that point anywhere sum to the root of their number; a bound that grows with the number reached it in bfloat16."""
+    for tokens in (1, 3, 40_000):
+        delta = torch.randn(2, tokens, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        found = _summed(delta, 1, dtype)
+        assert torch.equal(found, delta.sum(1))
+        assert not _summed(delta - found[:, None] / tokens, 1, dtype).any()
 
 
 def test_a_gradient_that_is_rounding_is_none(tokenizer: Any) -> None:

@@ -20,6 +20,7 @@ from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
 from finetrace.collection.representations import FINAL, Representation, pool
+from finetrace.collection.unseen import refuse_read
 from finetrace.cross_entropy import cross_entropy
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
@@ -223,6 +224,7 @@ class Collector:
                 recorder.listening = True
                 drawn = cross_entropy(logits, sampled_targets(logits, batch, ids))
                 (sampled_loss(drawn, batch) * recorder.scale).backward()
+        recorder.check(lambda layers: refuse_read(self.model, layers, batch, narrowing))
         return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -10,12 +11,14 @@ from torch import Tensor, nn
 
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Block, Tracked, Tracking
-from finetrace.collection.precision import HALF, wide
+from finetrace.collection.precision import wide
+from finetrace.collection.unseen import refuse_other_products
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
-ROUNDING = 100  # units of precision of the terms' sizes below which a sum is none
-ROUNDING_IN_HALF = 2  # in half precision, where a hundred units would be most of a real sum
+# units of precision of the terms below which a sum is none; in half precision so many would be most of a real sum
+ROUNDING = 1000
+ROUNDING_IN_HALF = {torch.float16: 40, torch.bfloat16: 12}
 
 
 class GradientRecorder:
@@ -40,6 +43,8 @@ class GradientRecorder:
         self._handles: list[Any] = []
         self._frozen: list[nn.Parameter] = []
         self._training: list[nn.Module] = []
+        self._called: set[int] = set()  # modules that a pass called
+        self._checked = False
 
     def __enter__(self) -> GradientRecorder:
         self._training = [module for module in self.model.modules() if module.training]
@@ -102,6 +107,17 @@ class GradientRecorder:
             with wide(inputs.device):
                 self.factors.see_inputs(layer, inputs, self._batch)
 
+    def check(self, refuse: Callable[[Sequence[Tracked]], None]) -> None:
+        """After the first pass: `refuse` may look at the layers that it did not call, in passes that are not heard."""
+        silent = [layer for layer in self.tracking.layers if id(layer.module) not in self._called]
+        if silent and not self._checked:
+            batch, self._batch = self._batch, None
+            try:
+                refuse(silent)
+            finally:
+                self._batch = batch
+        self._checked = True
+
     @property
     def hears(self) -> bool:
         """Whether the backward pass that is under way belongs in factors."""
@@ -113,9 +129,14 @@ class GradientRecorder:
             self.factors.see_deltas(layer, delta, self._batch)
 
     def _watch(self, layer: Tracked) -> Any:
-        def forward(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        def forward(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._called.add(id(module))
+            if self._batch is None or not torch.is_grad_enabled():  # no gradient flows through a call without a graph
+                return
+            if not self._checked:
+                refuse_other_products(layer, args[0], output)
             inputs = args[0].detach()
-            if not layer.is_head and self._batch is not None:
+            if not layer.is_head:
                 inputs = _by_example(inputs, self._batch)
             inputs = self.projected(layer, inputs)
             self.see(layer, inputs)
@@ -178,11 +199,12 @@ def _summed(delta: Tensor, tokens: int, computed: torch.dtype) -> Tensor:
 
     A softmax does not see a key's bias where no position turns keys. Its gradient is 0, and what rounding makes of it would be
     scaled up to the size of others by damping and norms that go block by block. The rounding is that of the dtype in which
-    `delta` was `computed`.
+    `delta` was `computed`, and is held against the root of the terms' summed squares: both it and a real sum of terms that
+    point anywhere grow with the root of their number.
     """
     found = delta.sum(tokens)
-    size = torch.linalg.vector_norm(delta, dim=-1).sum(tokens)
-    units = ROUNDING_IN_HALF if computed in HALF else ROUNDING
+    size = torch.linalg.vector_norm(torch.linalg.vector_norm(delta, dim=-1), dim=tokens)
+    units = ROUNDING_IN_HALF.get(computed, ROUNDING)
     real = torch.linalg.vector_norm(found, dim=-1) > units * torch.finfo(computed).eps * size
     return found * real.unsqueeze(-1)
 

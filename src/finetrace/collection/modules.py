@@ -101,11 +101,13 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
         projection: What is done to gradients that it makes smaller.
 
     Raises:
-        FinetraceError: Nothing fits, or a layer cannot be tracked exactly.
+        FinetraceError: Nothing fits, a layer cannot be tracked exactly, or the model is not a causal one.
     """
     if isinstance(modules, str):
         modules = (modules,)
+    _refuse_looking_ahead(model)
     head = set(model.get_output_embeddings().modules())  # type: ignore[operator]
+    owners = _owners(model)
     chosen = lora_layers(model) if modules is None else named_layers(model, modules)
     tracked: list[Tracked] = []
     blocks: list[Block] = []
@@ -122,7 +124,7 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
         return blocks[-1]
 
     for name, module in chosen:
-        _refuse_tied(name, module, model, tracked)
+        _refuse_tied(name, module, model, owners)
         weight, bias, transposed = _shapes(name, module)
         outputs, inputs = reversed(weight) if transposed else weight
         sides = projection.sides(f"{name}.weight", outputs, inputs)
@@ -137,18 +139,42 @@ def track(model: nn.Module, modules: Sequence[str] | None = None, projection: Pr
     return Tracking(tuple(tracked), tuple(blocks), _untracked(model, tracked), all_sides, flat)
 
 
-def _refuse_tied(name: str, module: nn.Module, model: nn.Module, tracked: Sequence[Tracked]) -> None:
+def _refuse_looking_ahead(model: nn.Module) -> None:
+    """Where tokens see what follows them, they see their own targets and the padding of the batch."""
+    config = getattr(model, "config", None)
+    declared = {
+        "is_causal": True,
+        "is_decoder": hasattr(type(config), "is_decoder"),
+    }  # what others say of it is not read
+    for name in (name for name, read in declared.items() if read and getattr(config, name, True) is False):
+        raise FinetraceError(
+            f"{name}=False in the model's configuration: its tokens see those that follow them, so it is no causal language "
+            f"model, and its losses would hang on the batch; load it with {name}=True."
+        )
+
+
+def _refuse_tied(name: str, module: nn.Module, model: nn.Module, owners: Mapping[int, Sequence[str]]) -> None:
+    """`owners`: the modules that hold a parameter, tracked or not."""
     if module.weight is model.get_input_embeddings().weight:  # type: ignore[operator]
         raise FinetraceError(
             f"{name}: this layer shares its weight with the input embedding, so its gradient is not that of a linear "
             "layer alone; leave it out of --modules."
         )
-    other = next((each for each in tracked if each.module.weight is module.weight), None)
-    if other is not None:
+    others = [each for each in owners.get(id(module.weight), ()) if model.get_submodule(each) is not module]
+    if others:
         raise FinetraceError(
-            f"{name}: this layer shares its weight with {other.weight.name.removesuffix('.weight')}, so its gradient is the "
+            f"{name}: this layer shares its weight with {others[0].removeprefix('base_model.model.')}, so its gradient is the "
             "sum of both, which is not kept; name other layers with --modules."
         )
+
+
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of the modules that hold each parameter."""
+    found: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            found.setdefault(id(parameter), []).append(name)
+    return found
 
 
 def _shapes(name: str, module: nn.Module) -> tuple[tuple[int, ...], tuple[int, ...] | None, Literal[True, False]]:
