@@ -377,3 +377,7 @@ def test_the_rate_is_that_of_the_queries_for_which_rows_were_removed(
     assert said.startswith(
         f"The judge counts 100% of the answers after training on all rows, {left:.0%} without the top"
     )
+    asked = f"Rows were removed for {len(group.queries)} of 3 answers alone, those of 1 of 2 classes, the first that come"
+    assert found.verdict.index(f"{asked}; --groups takes more.") < found.verdict.index(said)
+    every = validate(index, queries, replace(plan, groups=2), FinetuneConfig(), tmp_path)
+    assert not any("--groups" in line for line in every.verdict)

@@ -132,6 +132,7 @@ def validate(
         rates=found.rates,
         before=found.rate,
         extent=extent,
+        asked=_asked([query.label for query in queries], config.groups) if found.drops else "",
     )
     return Validated(records, said, found.lds, found.loo, found.drops, found.rates, patches, found.losses)
 
@@ -206,6 +207,18 @@ def _retrained(
         )  # not those of classes beyond --groups
         found.rate = -float(silent[:, asked_about].mean())
     return found
+
+
+def _asked(labels: Sequence[str | None], most: int) -> str:
+    """Of which answers removals are, in a sentence; nothing where they are of all."""
+    every, chosen = groups(labels), groups(labels, most)
+    if len(chosen) == len(every):
+        return ""
+    count = sum(len(group.queries) for group in chosen)
+    return (
+        f"Rows were removed for {count} of {many(len(labels), 'answer')} alone, those of {len(chosen)} of {len(every)} "
+        "classes, the first that come; --groups takes more."
+    )
 
 
 def _labels_alone(problem: Problem) -> dict[str, NDArray[np.float64]]:
