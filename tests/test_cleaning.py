@@ -204,6 +204,13 @@ def test_retraining_shows_the_answers_before_and_after(
     assert len(trained) <= 5  # the two random draws may be of rows that are there
     for name in ("kept.csv", "removed.jsonl"):
         (tmp_path / name).unlink()
+    results = tmp_path / "again" / "results.json"
+    results.write_text(json.dumps({"config": {"seeds": 2}}))
+    code, _, err = run(capsys, *command(place, tmp_path, *more))
+    assert code == 0, err
+    assert "results.json and its tables are of 2 seeds and will be of 1" in err
+    for name in ("kept.csv", "removed.jsonl"):
+        (tmp_path / name).unlink()
     write_examples(tmp_path / "bad.jsonl", make_examples(3, seed=6))
     code, _, err = run(capsys, *command(place, tmp_path, *more, "--bad", tmp_path / "bad.jsonl"))
     assert code == 2

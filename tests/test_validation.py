@@ -28,7 +28,7 @@ from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
 from finetrace.tracing import BEST_AT_END, BEST_WITHOUT_FACTORS
 from finetrace.validation.plan import METHODS as METHODS_OF_ALL
-from finetrace.validation.plan import QUICK, USUAL, Validation, basis, usual
+from finetrace.validation.plan import QUICK, USUAL, Validation, basis, replaced, usual
 from finetrace.validation.run import validate
 from tiny import make_examples
 
@@ -153,6 +153,21 @@ def test_a_scoring_that_fails_leaves_no_claim(place: Path, tmp_path: Path, capsy
     assert code == 2
     assert "scoring 12 rows for 3 queries by 1 method\n" in err
     assert not list((tmp_path / "v").iterdir())
+
+
+def test_it_is_said_before_results_of_more_are_replaced(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    _instead_of_training(monkeypatch, lambda about, rows: (np.arange(3.0) + sum(rows), ("No.",) * 3))
+    whole = ("--measure", "lds", "--measure", "tail-patch", "--subsets", 4, "--seeds", 2, "--method", "random")
+    less = ("--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random")
+    said = "holds 2 seeds, 4 subsets, tail-patch and will hold 1 seed, 3 subsets, no tail-patch; all retrainings stay"
+    for more, wanted in ((less, False), (whole, False), (whole, False), (less, True)):
+        code, _, err = run(capsys, *command(place, tmp_path / "v", *more))
+        assert (code, said in err, "will hold" in err) == (0, wanted, wanted), err
+    (tmp_path / "results.json").write_text(json.dumps({"config": {"measures": ["loo"], "seeds": 3, "subsets": 30}}))
+    assert replaced(tmp_path, Validation(measures=("loo",), seeds=3, subsets=3)) is None  # no measure of subsets
+    assert "holds loo and will hold no loo" in (replaced(tmp_path, Validation(seeds=1)) or "")
 
 
 def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
@@ -377,7 +392,9 @@ def test_the_rate_is_that_of_the_queries_for_which_rows_were_removed(
     assert said.startswith(
         f"The judge counts 100% of the answers after training on all rows, {left:.0%} without the top"
     )
-    asked = f"Rows were removed for {len(group.queries)} of 3 answers alone, those of 1 of 2 classes, the first that come"
+    asked = (
+        f"Rows were removed for {len(group.queries)} of 3 answers alone, those of 1 of 2 classes, the first that come"
+    )
     assert found.verdict.index(f"{asked}; --groups takes more.") < found.verdict.index(said)
     every = validate(index, queries, replace(plan, groups=2), FinetuneConfig(), tmp_path)
     assert not any("--groups" in line for line in every.verdict)

@@ -108,7 +108,7 @@ def clean(
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
         from finetrace.reading import Columns, read_examples
-        from finetrace.reporting.results import write_results
+        from finetrace.reporting.results import of_more_seeds, write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
@@ -123,14 +123,8 @@ def clean(
         if retrain:
             refuse_retraining(device_map)
         else:
-            of_retraining: dict[str, object] = {
-                "--config": config,
-                "--adapter": adapter,
-                "--seeds": seeds,
-                "--draws": draws,
-                "--out": out,
-            }
-            of_retraining |= {"--workers": workers, "--engine": engine}
+            of_retraining: dict[str, object] = {"--config": config, "--adapter": adapter, "--seeds": seeds}
+            of_retraining |= {"--draws": draws, "--out": out, "--workers": workers, "--engine": engine}
             if idle := [name for name, value in of_retraining.items() if value is not None]:
                 raise FinetraceError(f"{' '.join(idle)}: only --retrain heeds it; add --retrain, or leave it out.")
         if split is not None and data is None:
@@ -158,6 +152,8 @@ def clean(
             told |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
             told |= {"bad": [each.id for each in asked], "texts": of_examples(asked)}
             claim(out / "cleaning.json", told, "a cleaning")  # other methods and cuts may join
+            if (fewer := of_more_seeds(out, seeds)) is not None:
+                options.say(fewer)
         try:
             opened.model(None, device, trust_remote_code, device_map)
             answers = _bad(opened, asked, judged_by, max_new_tokens)

@@ -93,7 +93,7 @@ def validate(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import NAME, keep_verdict
-        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, usual
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, replaced, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
@@ -141,6 +141,8 @@ def validate(
 
         def begin() -> None:
             claim(claimed, about, "a validation")  # methods may join: what was retrained is found again
+            if (less := replaced(out, plan)) is not None:
+                options.say(less)
 
         try:
             found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine, begin)
