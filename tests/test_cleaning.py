@@ -244,6 +244,7 @@ def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
         (("--expected", -1), ("--expected -1: give a number of rows above 0",)),
         (("--top", 2, "--expected", 3), ("--expected: --top or --share says how many rows go",)),
         (("--share", 0.5, "--expected", 3), ("--expected: --top or --share says how many rows go",)),
+        (("--top", 2, "--retrain", "--config", "c", "--adapter", "a"), ("--adapter a: --config says",)),
         (("--top", 2, "--judge", "org/judge"), ("--judge: ", "bad.jsonl holds all answers", "add --retrain")),
         (("--top", 2, "--judge", "refusal-prefix"), ("--judge: ", "holds all answers")),
         (("--top", 2, "--max-new-tokens", 7), ("--max-new-tokens: ", "holds all answers")),

@@ -120,10 +120,9 @@ def validate(
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         heeded = {"--subsets": (subsets, "lds"), "--share": (share, "lds"), "--left-out": (left_out, "loo")}
         _refuse_idle(heeded | {"--remove": (remove, "drop"), "--groups": (groups, "drop")}, plan.measures)
-        if seeds is not None and not retrained:
-            raise FinetraceError(
-                f"--seeds {seeds}: {' and '.join(plan.measures)} retrains nothing; add a measure that does, or leave it out."
-            )
+        if not retrained:
+            idle = {"--seeds": seeds, "--workers": workers, "--engine": engine}
+            options.refuse_given(idle, f"{' and '.join(plan.measures)} retrains nothing; add a measure that does")
         judged_by = make_judge(judge, judge_label)
         if judge is not None and "drop" not in plan.measures:
             raise FinetraceError(
@@ -187,6 +186,8 @@ def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, re
     from finetrace.index_encoding import as_indexed, with_template
     from finetrace.lora_variants import refuse_variant
 
+    if config is not None and adapter is not None:
+        raise FinetraceError(f"--adapter {adapter}: --config says how it was fine-tuned; leave one of them out.")
     if retrained and index.manifest.model.adapter is not None:
         refuse_variant(inside(index.folder, index.manifest.model.adapter))
     if retrained and adapter is not None:
