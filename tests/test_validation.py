@@ -173,6 +173,14 @@ def test_it_is_said_before_results_of_more_are_replaced(
     assert "holds loo and will hold no loo" in (replaced(tmp_path, Validation(seeds=1)) or "")
 
 
+def test_a_folder_in_brackets_is_named_whole(place: Path, tmp_path: Path, capsys: Any) -> None:
+    code, printed, err = run(
+        capsys, *command(place, tmp_path / "v[a]", "--measure", "tail-patch", "--method", "random")
+    )
+    assert code == 0, err
+    assert "".join(printed.split()).count("/v[a]") == 2  # the results, and the tables
+
+
 def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
     quick = ("--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random")
     assert run(capsys, *command(place, tmp_path / "v", *quick))[0] == 0

@@ -157,7 +157,7 @@ def validate(
     for sentence in found.verdict:
         console.print(f"- {printable(sentence)}", markup=False, highlight=False)
     print_validation(found.records, console)
-    console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False)
+    console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False, markup=False)
     shown = (
         f"report pages of {index} now show this verdict"
         if stronger is None
