@@ -88,6 +88,8 @@ def verdict(
     lines += _rates(rates, before, names)
     if losses is not None and (compared := said_of(*losses)) is not None:
         lines.append(compared)
+    if drops and not lines:
+        return ["Rows were removed at random and by class alone; nothing says what a method's rows would do."]
     return lines or ["Tail patches alone were measured; they say nothing of removing rows."]
 
 
