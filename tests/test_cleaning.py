@@ -233,6 +233,18 @@ def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
     assert list((tmp_path / "r").iterdir()) == []
 
 
+def test_an_index_of_a_model_without_an_adapter_is_not_retrained(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its model has learnt the rows already: adapters trained on top of it say nothing of training without them."""
+    model = ("--model", place / "base")
+    assert run(capsys, "index", place / "train.csv", "--out", tmp_path / "idx", *model)[0] == 0
+    config = ("--config", place / "adapter" / "finetune.yaml")
+    again = ("--index", tmp_path / "idx", "--top", 2, "--retrain", "--out", tmp_path / "r")
+    for told in (config, ()):
+        code, _, err = run(capsys, *command(place, tmp_path, *again, *told))
+        assert (code, "retraining needs a LoRA fine-tuning" in err) == (2, True), err
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

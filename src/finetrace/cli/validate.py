@@ -179,17 +179,19 @@ def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str
 def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, retrained: bool = True) -> FinetuneConfig:
     """How the index's adapter was fine-tuned: as told, or as found beside it.
 
-    Where it is to be `retrained`, an adapter of another kind than plain LoRA is refused.
+    Where it is to be `retrained`, a model without an adapter, or with one of another kind than plain LoRA, is refused.
     """
     from finetrace.finetune_config import SAVED, configure, found_config
     from finetrace.index.manifest import inside
     from finetrace.index_encoding import as_indexed, with_template
     from finetrace.lora_variants import refuse_variant
+    from finetrace.validation.plan import refuse_unadapted
 
     if config is not None and adapter is not None:
         raise FinetraceError(f"--adapter {adapter}: --config says how it was fine-tuned; leave one of them out.")
-    if retrained and index.manifest.model.adapter is not None:
-        refuse_variant(inside(index.folder, index.manifest.model.adapter))
+    if retrained:
+        refuse_unadapted(index)
+        refuse_variant(inside(index.folder, str(index.manifest.model.adapter)))
     if retrained and adapter is not None:
         refuse_variant(adapter)
 

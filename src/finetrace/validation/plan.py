@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from finetrace.errors import FinetraceError
 from finetrace.index.store import Index
 from finetrace.tracing import BEST, SIMILAR, UNASKED, default_method, has_similar, unasked_method
 from finetrace.units import many
@@ -103,6 +104,18 @@ def basis(plan: Validation, rows: int) -> str:
         "loo": plan.left_out < min(least.left_out, rows),
     }
     return FEW if plan.seeds < least.seeds or any(few.get(name, False) for name in plan.measures) else VALIDATED
+
+
+def refuse_unadapted(index: Index) -> None:
+    """Stop where an index is of a model that has no adapter: what it has learnt cannot be taken back by training again.
+
+    Raises:
+        FinetraceError: It is.
+    """
+    if index.manifest.model.adapter is None:
+        raise FinetraceError(
+            f"{index.folder}: retraining needs a LoRA fine-tuning, and this index is of a model without one."
+        )
 
 
 def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from finetrace.index.store import Index
 from finetrace.models import DType, ModelSpec
 from finetrace.tracing import prepare
 from finetrace.units import many
-from finetrace.validation.plan import MEASURES, RETRAINED, Validation
+from finetrace.validation.plan import MEASURES, RETRAINED, Validation, refuse_unadapted
 from finetrace.validation.verdict import verdict
 
 
@@ -87,10 +87,7 @@ def validate(
     unknown = [each for each in config.measures if each not in MEASURES]
     if unknown or not config.measures:
         raise FinetraceError(f"--measure {' '.join(unknown)}: not known; use {', '.join(MEASURES)}.")
-    if index.manifest.model.adapter is None:
-        raise FinetraceError(
-            f"{index.folder}: retraining needs a LoRA fine-tuning, and this index is of a model without one."
-        )
+    refuse_unadapted(index)
     if "lds" in config.measures:
         draw_subsets(len(index), 1, config.share)
     if "loo" in config.measures and len(index) < 3:
