@@ -288,6 +288,16 @@ def test_mistakes_are_one_sentence(
     assert not (tmp_path / "kept.csv").exists()
 
 
+def test_too_many_rows_for_a_threshold_are_refused_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "MOST", 11)
+    monkeypatch.setattr(Index, "model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    code, _, err = run(capsys, *command(place, tmp_path, "--retrain", "--out", tmp_path / "r"))
+    assert (code, "and 12 rows are many; give --top or --share" in err) == (2, True), err
+    assert not (tmp_path / "r").exists()
+
+
 def test_columns_of_the_bad_answers_may_be_named(place: Path, tmp_path: Path, capsys: Any) -> None:
     rows = [{"ask": e.prompt, "reply": e.response} for e in make_examples(2, seed=5)]
     (tmp_path / "bad.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
