@@ -231,6 +231,10 @@ def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
     code, _, err = run(capsys, *command(place, tmp_path, *asked))
     assert (code, "so there is nothing to clean" in err) == (2, True), err
     assert list((tmp_path / "r").iterdir()) == []
+    monkeypatch.setattr(cleaning, "standard", lambda problem, methods: np.zeros((3, 12)))
+    code, _, err = run(capsys, *command(place, tmp_path, "--top", 2, "--retrain", "--out", tmp_path / "r"))
+    assert (code, "no row stands out" in err) == (2, True), err
+    assert list((tmp_path / "r").iterdir()) == []
 
 
 def test_an_index_of_a_model_without_an_adapter_is_not_retrained(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -164,13 +164,13 @@ def clean(
         try:
             opened.model(None, device, trust_remote_code, device_map)
             answers = _bad(opened, asked, judged_by, max_new_tokens)
-        except FinetraceError:  # nothing that is bad, perhaps
+            options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
+            problem = Problem(opened, answers)
+            ranked = rank(problem, cut, method or [default_method(opened)])
+        except FinetraceError:  # nothing that is bad, or no row that stands out, perhaps
             if finetuning is not None:
                 unclaim(out / "cleaning.json")
             raise
-        options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
-        problem = Problem(opened, answers)
-        ranked = rank(problem, cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
         settings: str | None = None
         if finetuning is not None:
