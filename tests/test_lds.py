@@ -145,6 +145,30 @@ def test_a_few_subsets_do_not_make_a_guess_sure() -> None:
     assert sure <= 6
 
 
+def test_three_subsets_ordered_right_are_no_proof() -> None:
+    """A guess orders three of them right once in six times, whatever their resamples say."""
+    rng, members, sure = np.random.default_rng(5), draw_subsets(20, 3, 0.5), 0
+    for _ in range(60):
+        losses = rng.normal(size=(1, 3, 1)) + 0.01 * rng.normal(size=(2, 3, 4))  # of queries that are alike
+        found = compare({"guess": np.repeat(rng.normal(size=(1, 20)), 4, axis=0)}, members, losses, resamples=40)
+        sure += bool(found.sure)
+    assert sure == 0
+
+
+def test_many_subsets_show_what_is_there() -> None:
+    effects, members, losses = world(0.1, s=200)
+    found = compare({"true": effects}, members, losses, resamples=20)
+    assert found.sure == {"true"} and found.reachable is not None
+
+
+def test_seeds_that_agree_on_three_subsets_make_nothing_possible() -> None:
+    rng, members, known = np.random.default_rng(5), draw_subsets(20, 3, 0.5), 0
+    for _ in range(60):
+        noise = rng.normal(size=(2, 3, 1)) + 0.01 * rng.normal(size=(2, 3, 4))
+        known += compare({"guess": rng.normal(size=(4, 20))}, members, noise, resamples=40).reachable is not None
+    assert known == 0
+
+
 def test_what_cannot_be_scored_is_said() -> None:
     effects, members, losses = world(1.0)
     with pytest.raises(FinetraceError, match="two seeds"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import factorial
 from typing import Any
 
 import numpy as np
@@ -103,10 +104,12 @@ class Comparison:
 
     Attributes:
         lds: By method, the mean over queries with an interval over queries and subsets.
-        sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level).
+        sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level); none
+            where subsets are so few that chance orders them right too often, four or fewer for one method.
         agreement: How far two seeds agree, in the same way; `None` with one seed.
         reachable: What a perfect prediction would have, its square root; `None` with one seed, and where the seeds may not
-            agree at all (the interval of `agreement` does not lie above 0), so that nothing is known of what is possible.
+            agree at all (the interval of `agreement` does not lie above 0, or is of four subsets or fewer), so that nothing is
+            known of what is possible.
         differences: By method, its LDS minus that of the first one, paired: the same queries and subsets in each resample.
     """
 
@@ -152,19 +155,22 @@ def compare(
             agreed.append(_mean(_agreed(ranked)))
     ranked = _ranked(losses.swapaxes(1, 2))
     each_query = {name: _against(values, losses, ranked) for name, values in predicted.items()}
-    known = int(np.isfinite(next(iter(each_query.values()))).sum())
+    counted = int(np.isfinite(next(iter(each_query.values()))).sum())
     ends = (1 - level) / 2, (1 + level) / 2
 
     def estimate(value: float, resampled: Sequence[float]) -> Estimate:
         finite = np.asarray(resampled)[np.isfinite(resampled)]
         low, high = np.quantile(finite, ends) if finite.size else (np.nan, np.nan)
-        return Estimate(value, float(low), float(high), known)
+        return Estimate(value, float(low), float(high), counted)
 
     lds = {name: estimate(_mean(values), drawn[name]) for name, values in each_query.items()}
     # a few subsets' bootstrap is too narrow by sqrt((s - 1) / s), and has tails that are Student's
     strict = float(student.ppf(1 - (1 - level) / 2 / len(lds), subsets - 1)) * float(np.sqrt(subsets / (subsets - 1)))
     spread = {name: float(np.nanstd(values)) for name, values in drawn.items()}
-    sure = frozenset(name for name, each in lds.items() if each.value > strict * spread[name] > 0)
+    enough = factorial(min(subsets, 20)) * (1 - level) / 2  # things that s subsets show: chance finds one order in s!
+    sure = frozenset(
+        name for name, each in lds.items() if enough >= len(lds) and each.value > strict * spread[name] > 0
+    )
     first = next(iter(lds))
     differences = {
         name: estimate(
@@ -175,7 +181,8 @@ def compare(
     if len(losses) == 1:
         return Comparison(lds, sure, None, None, differences)
     ceiling = estimate(_mean(agreement(losses)), agreed)
-    return Comparison(lds, sure, ceiling, reachable(losses) if ceiling.low > 0 else None, differences)
+    known = ceiling.low > 0 and enough >= 1
+    return Comparison(lds, sure, ceiling, reachable(losses) if known else None, differences)
 
 
 def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:
