@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -171,6 +173,15 @@ def test_it_is_said_before_results_of_more_are_replaced(
     (tmp_path / "results.json").write_text(json.dumps({"config": {"measures": ["loo"], "seeds": 3, "subsets": 30}}))
     assert replaced(tmp_path, Validation(measures=("loo",), seeds=3, subsets=3)) is None  # no measure of subsets
     assert "holds loo and will hold no loo" in (replaced(tmp_path, Validation(seeds=1)) or "")
+
+
+def test_a_kept_verdict_names_the_whole_command(place: Path, tmp_path: Path, capsys: Any) -> None:
+    index = shutil.copytree(place / "idx", tmp_path / "an index", ignore=shutil.ignore_patterns("validation.json"))
+    more = ("--index", index, "--measure", "tail-patch", "--method", "random")
+    code, _, err = run(capsys, *command(place, tmp_path / "v", *more))
+    assert code == 0, err
+    kept = shlex.split(json.loads((index / "validation.json").read_text())["command"])
+    assert kept == ["finetrace", *map(str, command(place, tmp_path / "v", *more))]
 
 
 def test_a_folder_in_brackets_is_named_whole(place: Path, tmp_path: Path, capsys: Any) -> None:

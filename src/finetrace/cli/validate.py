@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -151,7 +153,7 @@ def validate(
             raise
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
-        command = f"finetrace validate --index {index} --queries {queries}"
+        command = shlex.join(["finetrace", *sys.argv[1:]])
         stronger = keep_verdict(index, found.verdict, command, basis(plan, len(opened)))
     console = Console()
     for sentence in found.verdict:
