@@ -250,7 +250,7 @@ def _records(
                 over = {**_numbers("over_random", each.over_random), "above_chance": each.sure}
             if each.over_first is not None:
                 over |= _numbers("difference", each.over_first)
-            add(measure, each.what, each.change, removed=each.count, **over)
+            add(measure, each.what, each.change, removed=each.count, answers=each.change.n, **over)
     for name, value in patches.items():
         add("tail-patch", name, value, **_beside(name, beside))
     return records
