@@ -34,6 +34,15 @@ def test_subsets_have_their_share_and_are_drawn_anew_by_seed() -> None:
         draw_subsets(4, 2, 0.99)
 
 
+def test_no_subset_is_drawn_twice() -> None:
+    members = draw_subsets(6, 20, 0.5)
+    assert len(np.unique(members, axis=0)) == 20
+    assert set(members.sum(1)) == {3}
+    assert np.array_equal(members[:7], draw_subsets(6, 7, 0.5))
+    with pytest.raises(FinetraceError, match="6 rows have 20 subsets of 3, not 21; ask for fewer"):
+        draw_subsets(6, 21, 0.5)
+
+
 def test_true_effects_predict_a_linear_world_exactly_and_their_opposite_the_opposite() -> None:
     effects, members, losses = world(0.0)
     np.testing.assert_allclose(per_query(effects, members, losses), 1)

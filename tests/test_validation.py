@@ -128,6 +128,7 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
         (("--engine", "local", "--measure", "tail-patch"), ("--engine", "tail-patch retrains nothing")),
         (("--config", "c.yaml", "--adapter", "a"), ("--adapter a: --config says", "leave one of them out")),
         (("--share", 0.0, "--measure", "lds"), ("share of 0", "between 0 and 1")),
+        (("--share", 0.1, "--measure", "lds"), ("12 rows have 12 subsets of 1, not 30", "ask for fewer")),
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
         (("--share", "nan", "--measure", "lds"), ("a share of nan", "between 0 and 1")),
         (("--share", 2), ("a share of 2", "between 0 and 1")),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from math import factorial
+from math import comb, factorial
 from typing import Any
 
 import numpy as np
@@ -27,8 +27,10 @@ Losses = NDArray[np.float64]
 def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
     """(count, rows) True where a row is in a subset; each has round(share x rows) of them, drawn without replacement.
 
+    No two are alike: the same fine-tuning twice would count as two, and say no more than one.
+
     Raises:
-        FinetraceError: The share leaves no row, or no row out.
+        FinetraceError: The share leaves no row, or no row out, or there are fewer such subsets.
     """
     size = round(share * rows) if 0 < share < 1 else 0  # a share need not be a number
     if not 0 < size < rows:
@@ -37,10 +39,16 @@ def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> ND
         raise FinetraceError(
             f"a share of {share} of {rows} rows leaves {size} in; some rows have to be in and some out."
         )
-    rng = np.random.default_rng([seed, rows, size])
+    if count > comb(rows, size):
+        raise FinetraceError(
+            f"{rows} rows have {comb(rows, size)} subsets of {size}, not {count}; ask for fewer subsets."
+        )
+    rng, drawn = np.random.default_rng([seed, rows, size]), dict[tuple[int, ...], None]()
+    while len(drawn) < count:
+        drawn[tuple(sorted(rng.choice(rows, size, replace=False).tolist()))] = None
     members = np.zeros((count, rows), dtype=bool)
-    for row in members:
-        row[rng.choice(rows, size, replace=False)] = True
+    for row, chosen in zip(members, drawn, strict=True):
+        row[list(chosen)] = True
     return members
 
 

@@ -89,7 +89,7 @@ def validate(
         raise FinetraceError(f"--measure {' '.join(unknown)}: not known; use {', '.join(MEASURES)}.")
     refuse_unadapted(index)
     if "lds" in config.measures:
-        draw_subsets(len(index), 1, config.share)
+        draw_subsets(len(index), config.subsets, config.share)
     if "loo" in config.measures and len(index) < 3:
         raise FinetraceError(
             f"{index.folder}: leaving single rows out of {len(index)} gives no rank correlation; it takes 3 rows at least."
