@@ -204,6 +204,13 @@ def test_retraining_shows_the_answers_before_and_after(
     assert len(trained) <= 5  # the two random draws may be of rows that are there
     for name in ("kept.csv", "removed.jsonl"):
         (tmp_path / name).unlink()
+    results = tmp_path / "again" / "results.json"
+    results.write_text(json.dumps({"config": {"seeds": 2}}))
+    code, _, err = run(capsys, *command(place, tmp_path, *more))
+    assert code == 0, err
+    assert "results.json and its tables are of 2 seeds and will be of 1" in err
+    for name in ("kept.csv", "removed.jsonl"):
+        (tmp_path / name).unlink()
     write_examples(tmp_path / "bad.jsonl", make_examples(3, seed=6))
     code, _, err = run(capsys, *command(place, tmp_path, *more, "--bad", tmp_path / "bad.jsonl"))
     assert code == 2
@@ -224,6 +231,22 @@ def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
     code, _, err = run(capsys, *command(place, tmp_path, *asked))
     assert (code, "so there is nothing to clean" in err) == (2, True), err
     assert list((tmp_path / "r").iterdir()) == []
+    monkeypatch.setattr(cleaning, "standard", lambda problem, methods: np.zeros((3, 12)))
+    code, _, err = run(capsys, *command(place, tmp_path, "--top", 2, "--retrain", "--out", tmp_path / "r"))
+    assert (code, "no row stands out" in err) == (2, True), err
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_an_index_of_a_model_without_an_adapter_is_not_retrained(place: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its model has learnt the rows already: adapters trained on top of it say nothing of training without them."""
+    model = ("--model", place / "base")
+    assert run(capsys, "index", place / "train.csv", "--out", tmp_path / "idx", *model)[0] == 0
+    config = ("--config", place / "adapter" / "finetune.yaml")
+    again = ("--index", tmp_path / "idx", "--top", 2, "--retrain", "--out", tmp_path / "r")
+    for told in (config, ()):
+        code, _, err = run(capsys, *command(place, tmp_path, *again, *told))
+        assert (code, "retraining needs a LoRA fine-tuning" in err) == (2, True), err
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(
@@ -235,6 +258,12 @@ def test_a_cleaning_that_finds_nothing_bad_leaves_its_folder_to_others(
         (("--share", 2), ("--share 2: give a share of the rows between 0 and 1",)),
         (("--share", 0.01), ("removing 0 of 12",)),
         (("--expected", -1), ("--expected -1: give a number of rows above 0",)),
+        (("--top", 2, "--expected", 3), ("--expected: --top or --share says how many rows go",)),
+        (("--share", 0.5, "--expected", 3), ("--expected: --top or --share says how many rows go",)),
+        (("--top", 2, "--retrain", "--config", "c", "--adapter", "a"), ("--adapter a: --config says",)),
+        (("--top", 2, "--judge", "org/judge"), ("--judge: ", "bad.jsonl holds all answers", "add --retrain")),
+        (("--top", 2, "--judge", "refusal-prefix"), ("--judge: ", "holds all answers")),
+        (("--top", 2, "--max-new-tokens", 7), ("--max-new-tokens: ", "holds all answers")),
         (("--top", 2, "--removed", "removed.txt"), ("removed.txt: rows are written as .jsonl",)),
         (("--top", 2, "--removed", "kept"), ("give them different names",)),
         (("--top", 2, "--data", "bad"), ("holds 3 rows and the index 12",)),
@@ -261,6 +290,16 @@ def test_mistakes_are_one_sentence(
     assert "Traceback" not in err
     assert all(word in err for word in words), err
     assert not (tmp_path / "kept.csv").exists()
+
+
+def test_too_many_rows_for_a_threshold_are_refused_before_the_model_is_loaded(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threshold, "MOST", 11)
+    monkeypatch.setattr(Index, "model", lambda *_, **__: pytest.fail("the model was loaded first"))
+    code, _, err = run(capsys, *command(place, tmp_path, "--retrain", "--out", tmp_path / "r"))
+    assert (code, "and 12 rows are many; give --top or --share" in err) == (2, True), err
+    assert not (tmp_path / "r").exists()
 
 
 def test_columns_of_the_bad_answers_may_be_named(place: Path, tmp_path: Path, capsys: Any) -> None:

@@ -187,6 +187,23 @@ def test_an_identity_is_that_of_all_that_decides_a_verdict(tmp_path: Path) -> No
     assert len({first.identity, *(each.identity for each in others)}) == 5
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_classifier_reads_the_answer_to_a_long_prompt(known: bool, tmp_path: Path) -> None:
+    """Also where its tokenizer does not say how much the model reads."""
+    model = make_classifier(tmp_path / "judge", {0: "safe", 1: "harmful"})
+    if not known:
+        path = tmp_path / "judge" / "tokenizer_config.json"
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "model_max_length"}))
+    judge = ClassifierJudge(model)
+    seen: list[list[int]] = []
+    forward, read = judge._classify.model.forward, judge._classify.tokenizer.decode
+    judge._classify.model.forward = lambda *a, **k: seen.extend(k["input_ids"].tolist()) or forward(*a, **k)
+    assert judge.complied(["a long one " * 30] * 2, ["Sure, like this.", "No " + "x" * 300]) == [True, True]
+    first, second = (read(ids, skip_special_tokens=True) for ids in seen)
+    assert first.endswith("one \nSure, like this.")
+    assert second.startswith("No xxx")  # an answer longer than all that is read keeps its beginning
+
+
 def test_no_classifier(tmp_path: Path) -> None:
     with pytest.raises(FinetraceError, match=r"--judge .*nowhere: no text-classification model can be loaded there"):
         ClassifierJudge(str(tmp_path / "nowhere"))

@@ -34,6 +34,15 @@ def test_subsets_have_their_share_and_are_drawn_anew_by_seed() -> None:
         draw_subsets(4, 2, 0.99)
 
 
+def test_no_subset_is_drawn_twice() -> None:
+    members = draw_subsets(6, 20, 0.5)
+    assert len(np.unique(members, axis=0)) == 20
+    assert set(members.sum(1)) == {3}
+    assert np.array_equal(members[:7], draw_subsets(6, 7, 0.5))
+    with pytest.raises(FinetraceError, match="6 rows have 20 subsets of 3, not 21; ask for fewer"):
+        draw_subsets(6, 21, 0.5)
+
+
 def test_true_effects_predict_a_linear_world_exactly_and_their_opposite_the_opposite() -> None:
     effects, members, losses = world(0.0)
     np.testing.assert_allclose(per_query(effects, members, losses), 1)
@@ -143,6 +152,30 @@ def test_a_few_subsets_do_not_make_a_guess_sure() -> None:
         guesses = {f"m{i}": rng.normal(size=(1, 30)) + 0.3 * rng.normal(size=(15, 30)) for i in range(8)}
         sure += bool(compare(guesses, members, losses, resamples=60).sure)
     assert sure <= 6
+
+
+def test_three_subsets_ordered_right_are_no_proof() -> None:
+    """A guess orders three of them right once in six times, whatever their resamples say."""
+    rng, members, sure = np.random.default_rng(5), draw_subsets(20, 3, 0.5), 0
+    for _ in range(60):
+        losses = rng.normal(size=(1, 3, 1)) + 0.01 * rng.normal(size=(2, 3, 4))  # of queries that are alike
+        found = compare({"guess": np.repeat(rng.normal(size=(1, 20)), 4, axis=0)}, members, losses, resamples=40)
+        sure += bool(found.sure)
+    assert sure == 0
+
+
+def test_many_subsets_show_what_is_there() -> None:
+    effects, members, losses = world(0.1, s=200)
+    found = compare({"true": effects}, members, losses, resamples=20)
+    assert found.sure == {"true"} and found.reachable is not None
+
+
+def test_seeds_that_agree_on_three_subsets_make_nothing_possible() -> None:
+    rng, members, known = np.random.default_rng(5), draw_subsets(20, 3, 0.5), 0
+    for _ in range(60):
+        noise = rng.normal(size=(2, 3, 1)) + 0.01 * rng.normal(size=(2, 3, 4))
+        known += compare({"guess": rng.normal(size=(4, 20))}, members, noise, resamples=40).reachable is not None
+    assert known == 0
 
 
 def test_what_cannot_be_scored_is_said() -> None:

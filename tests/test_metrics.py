@@ -280,6 +280,16 @@ def test_paired_difference_leaves_out_queries_missing_in_either() -> None:
         paired_difference(a, np.full(4, np.nan))
 
 
+def test_a_difference_of_rounding_is_none() -> None:
+    """Both find all of a class first; the precisions of one, added row by row, come to less than 1 for some class sizes."""
+    relevant = np.array([np.arange(60) < size for size in (24, 28, 10, 30)] * 5)
+    in_one, row_by_row = relevant.astype(float), np.where(relevant, 100.0, 0) - np.arange(60)
+    a, b = auprc(in_one, relevant), auprc(row_by_row, relevant)
+    assert len(set(b)) > 1
+    assert paired_difference(a, b) == paired_difference(a, a)
+    assert paired_difference(a, b).low < 0
+
+
 def test_equal_differences_are_not_certain() -> None:
     ones, zeros = np.ones(20), np.zeros(20)
     w = 1 - binomtest(20, 20).proportion_ci(0.95, method="wilson").low

@@ -9,6 +9,8 @@ from scipy.stats import t as student
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect, Group, Removal, effects, groups, order, removals
+from finetrace.validation.run import _Found, _records
+from finetrace.validation.tables import lines_of
 
 
 def test_queries_are_grouped_by_class_or_all_together() -> None:
@@ -200,3 +202,13 @@ def test_one_method_is_sure_where_its_own_interval_is_above_chance() -> None:
         assert mine.over_random is not None
         assert mine.sure is wanted is (mine.over_random.low > 0)
         assert not chance.sure
+
+
+def test_a_table_says_of_how_many_answers_rows_of_the_class_are() -> None:
+    """One class has as many rows as go, the other has not: nothing is known of what its own would do to its answers."""
+    labels, scores = ["a", "b", "b"], np.arange(15.0).reshape(3, 5)
+    gone = removals({"m": scores}, groups(labels), [2], ["a", "b", "b", "b", "b"], draws=2)
+    after = np.random.default_rng(0).normal(size=(len(gone), 1, 3))
+    records = _records(_Found(drops=effects(gone, after, np.zeros((1, 3)))), {}, {}, {"m": "method"})
+    assert [(r["spec"], r["answers"]) for r in records] == [("m", 3), (RANDOM, 3), (CLASS, 2)]
+    assert [line[0] for line in lines_of(records, "drop")] == ["method", RANDOM, f"{CLASS} (2 of 3 answers)"]

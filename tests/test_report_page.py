@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetrace.reporting.page import write_report
@@ -189,6 +190,19 @@ def test_scores_that_are_not_finite_are_counted_and_shown_as_na(opened: Any) -> 
     choose_query(opened, 3)
     assert "2 training examples have no finite score (n/a)" in opened.inner_text("[data-method=exact] .tally")
     assert opened.evaluate("document.getElementById('map').data[0].z[2][0]") is None
+
+
+def test_rows_tie_where_their_scores_do_and_not_their_rounding(browser: Any, tmp_path: Path) -> None:
+    report, close = small(), np.full((4, 30), 0.75)
+    close[0] += np.arange(30) * 2.0**-24  # not equal, but to six digits
+    methods = [replace(report.methods[0], scores=close), *report.methods[1:]]
+    view = _open(browser, write_report(tmp_path / "report.html", replace(report, methods=methods)))
+    page = next(view)
+    choose_query(page, 0)
+    assert "ties with" not in page.inner_text("[data-method=exact]")
+    choose_query(page, 2)
+    assert "Rank 11 ties with rank 10" in page.inner_text("[data-method=exact] .tally")
+    assert next(view, None) is None
 
 
 @pytest.mark.parametrize("width", [400, 1400])

@@ -41,6 +41,7 @@ def test_lists_rank_exact_scores_and_leave_out_what_is_not_finite() -> None:
     top = island["methods"][0]["top"][0]
     assert top["rows"][:2] == [1, 0]  # equal after rounding, not before
     assert top["scores"][:2] == [1.0, 1.0]
+    assert top["tied"] == list(range(2, 27))  # the zeros alone, up to the last but one of 28 rows
     assert not {2, 3} & set(top["rows"])
     assert island["methods"][0]["missing"] == [2, 0, 0, 0]
     to_json(island)

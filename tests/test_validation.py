@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +30,7 @@ from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
 from finetrace.tracing import BEST_AT_END, BEST_WITHOUT_FACTORS
 from finetrace.validation.plan import METHODS as METHODS_OF_ALL
-from finetrace.validation.plan import QUICK, USUAL, Validation, basis, usual
+from finetrace.validation.plan import QUICK, USUAL, Validation, basis, replaced, usual
 from finetrace.validation.run import validate
 from tiny import make_examples
 
@@ -121,8 +123,12 @@ def test_retraining_on_all_rows_is_near_the_adapter_itself(place: Path, tmp_path
         (("--subsets", 3, "--measure", "drop"), ("--subsets", "--measure lds heeds it")),
         (("--share", 0.5, "--measure", "drop"), ("--share", "--measure lds heeds it")),
         (("--left-out", 3, "--measure", "lds"), ("--left-out", "--measure loo heeds it")),
-        (("--seeds", 2, "--measure", "tail-patch"), ("--seeds 2", "tail-patch retrains nothing")),
+        (("--seeds", 2, "--measure", "tail-patch"), ("--seeds", "tail-patch retrains nothing")),
+        (("--workers", 2, "--measure", "tail-patch"), ("--workers", "tail-patch retrains nothing")),
+        (("--engine", "local", "--measure", "tail-patch"), ("--engine", "tail-patch retrains nothing")),
+        (("--config", "c.yaml", "--adapter", "a"), ("--adapter a: --config says", "leave one of them out")),
         (("--share", 0.0, "--measure", "lds"), ("share of 0", "between 0 and 1")),
+        (("--share", 0.1, "--measure", "lds"), ("12 rows have 12 subsets of 1, not 30", "ask for fewer")),
         (("--share", 0.01, "--measure", "lds"), ("share of 0.01", "leaves 0")),
         (("--share", "nan", "--measure", "lds"), ("a share of nan", "between 0 and 1")),
         (("--share", 2), ("a share of 2", "between 0 and 1")),
@@ -153,6 +159,38 @@ def test_a_scoring_that_fails_leaves_no_claim(place: Path, tmp_path: Path, capsy
     assert code == 2
     assert "scoring 12 rows for 3 queries by 1 method\n" in err
     assert not list((tmp_path / "v").iterdir())
+
+
+def test_it_is_said_before_results_of_more_are_replaced(
+    place: Path, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    _instead_of_training(monkeypatch, lambda about, rows: (np.arange(3.0) + sum(rows), ("No.",) * 3))
+    whole = ("--measure", "lds", "--measure", "tail-patch", "--subsets", 4, "--seeds", 2, "--method", "random")
+    less = ("--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random")
+    said = "holds 2 seeds, 4 subsets, tail-patch and will hold 1 seed, 3 subsets, no tail-patch; all retrainings stay"
+    for more, wanted in ((less, False), (whole, False), (whole, False), (less, True)):
+        code, _, err = run(capsys, *command(place, tmp_path / "v", *more))
+        assert (code, said in err, "will hold" in err) == (0, wanted, wanted), err
+    (tmp_path / "results.json").write_text(json.dumps({"config": {"measures": ["loo"], "seeds": 3, "subsets": 30}}))
+    assert replaced(tmp_path, Validation(measures=("loo",), seeds=3, subsets=3)) is None  # no measure of subsets
+    assert "holds loo and will hold no loo" in (replaced(tmp_path, Validation(seeds=1)) or "")
+
+
+def test_a_kept_verdict_names_the_whole_command(place: Path, tmp_path: Path, capsys: Any) -> None:
+    index = shutil.copytree(place / "idx", tmp_path / "an index", ignore=shutil.ignore_patterns("validation.json"))
+    more = ("--index", index, "--measure", "tail-patch", "--method", "random")
+    code, _, err = run(capsys, *command(place, tmp_path / "v", *more))
+    assert code == 0, err
+    kept = shlex.split(json.loads((index / "validation.json").read_text())["command"])
+    assert kept == ["finetrace", *map(str, command(place, tmp_path / "v", *more))]
+
+
+def test_a_folder_in_brackets_is_named_whole(place: Path, tmp_path: Path, capsys: Any) -> None:
+    code, printed, err = run(
+        capsys, *command(place, tmp_path / "v[a]", "--measure", "tail-patch", "--method", "random")
+    )
+    assert code == 0, err
+    assert "".join(printed.split()).count("/v[a]") == 2  # the results, and the tables
 
 
 def test_a_run_of_other_queries_is_refused_in_the_same_folder(place: Path, tmp_path: Path, capsys: Any) -> None:
@@ -377,3 +415,9 @@ def test_the_rate_is_that_of_the_queries_for_which_rows_were_removed(
     assert said.startswith(
         f"The judge counts 100% of the answers after training on all rows, {left:.0%} without the top"
     )
+    asked = (
+        f"Rows were removed for {len(group.queries)} of 3 answers alone, those of 1 of 2 classes, the first that come"
+    )
+    assert found.verdict.index(f"{asked}; --groups takes more.") < found.verdict.index(said)
+    every = validate(index, queries, replace(plan, groups=2), FinetuneConfig(), tmp_path)
+    assert not any("--groups" in line for line in every.verdict)

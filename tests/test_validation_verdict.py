@@ -125,6 +125,15 @@ def test_a_verdict_claims_no_more_than_was_measured() -> None:
     assert "how much is possible is not known: two seeds agree by 0.10 [-0.10, 0.30]" in said
 
 
+def test_removals_of_no_method_are_no_tail_patches() -> None:
+    random = Effect(RANDOM, 5, Estimate(0.05, 0.03, 0.07, 5), None)
+    [said] = verdict(
+        None, [random], (float("nan"), 1.0), {"random": "random"}
+    )  # a loss on other tokens is not compared
+    assert said.startswith("Rows were removed at random and by class alone")
+    assert verdict(None, [], None, {}) == ["Tail patches alone were measured; they say nothing of removing rows."]
+
+
 def test_where_no_loss_varies_nothing_is_said_to_predict() -> None:
     nothing = Estimate(float("nan"), float("nan"), float("nan"), 0)
     found = Comparison({"exact": nothing, CLASS: nothing}, frozenset(), None, None, {"exact": nothing})

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetrace.attribution import Problem, make
-from finetrace.cleaning.threshold import ROUNDING, standard, threshold
+from finetrace.cleaning.threshold import ROUNDING, refuse_many, standard, threshold
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import UNBOUNDED, Estimate
 from finetrace.evaluation.judging import Judge
@@ -44,9 +44,10 @@ class Cut:
         """How many of n rows go; `None` where the threshold says.
 
         Raises:
-            FinetraceError: Nothing or everything would go.
+            FinetraceError: Nothing or everything would go, or the rows are too many for a threshold.
         """
         if self.top is None and self.share is None:
+            refuse_many(n)
             return None
         return _some(self.top if self.top is not None else round((self.share or 0) * n), n)
 

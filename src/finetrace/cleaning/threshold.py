@@ -80,13 +80,21 @@ def threshold(index: Index, methods: Sequence[Method], scores: NDArray[Any], exp
     Raises:
         FinetraceError: The set is too large.
     """
-    n = len(index)
+    refuse_many(len(index))
+    own = standard(Problem(index, index.rows.examples, kept_queries=index), methods)  # (n, n)
+    return calibrated(own, scores, expected, seed)
+
+
+def refuse_many(n: int) -> None:
+    """Stop where a threshold of n rows would be calibrated on too many pairs.
+
+    Raises:
+        FinetraceError: The set is too large.
+    """
     if n > MOST:
         raise FinetraceError(
             f"a threshold is calibrated on all pairs of rows, and {n} rows are many; give --top or --share."
         )
-    own = standard(Problem(index, index.rows.examples, kept_queries=index), methods)  # (n, n)
-    return calibrated(own, scores, expected, seed)
 
 
 def calibrated(own: Values, scores: Values, expected: float, seed: int) -> float:

@@ -48,11 +48,11 @@ def clean(
     top: Annotated[int | None, typer.Option(min=1, help="Remove the first so many rows.")] = None,
     share: Annotated[float | None, typer.Option(help="Remove this share of the rows.")] = None,
     expected: Annotated[
-        float,
+        float | None,
         typer.Option(
-            help="Without --top and --share: how many rows would go by chance if none had to do with the answers."
+            help="Without --top and --share: rows that would go by chance if none had to do with the answers; 1 if not given."
         ),
-    ] = 1.0,
+    ] = None,
     retrain: Annotated[
         bool,
         typer.Option(
@@ -82,7 +82,9 @@ def clean(
         typer.Option(help="A text-classification model that says which answers are bad; refusal phrases if not given."),
     ] = None,
     judge_label: Annotated[str | None, typer.Option(help="The judge's label of a bad answer.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the model answers at most.")] = 40,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens the model answers at most; 40 if not given.")
+    ] = None,
     device: options.Device = "auto",
     device_map: options.DeviceMap = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -105,10 +107,11 @@ def clean(
         from finetrace.evaluation.judging import make_judge
         from finetrace.evaluation.own_loss import own_loss, said_of
         from finetrace.fingerprint import of_examples
+        from finetrace.generation import ANSWER_TOKENS
         from finetrace.index import open_index
         from finetrace.placement import refuse_retraining
         from finetrace.reading import Columns, read_examples
-        from finetrace.reporting.results import write_results
+        from finetrace.reporting.results import of_more_seeds, write_results
         from finetrace.sources import read_table
         from finetrace.tracing import default_method
 
@@ -123,20 +126,15 @@ def clean(
         if retrain:
             refuse_retraining(device_map)
         else:
-            of_retraining: dict[str, object] = {
-                "--config": config,
-                "--adapter": adapter,
-                "--seeds": seeds,
-                "--draws": draws,
-                "--out": out,
-            }
-            of_retraining |= {"--workers": workers, "--engine": engine}
-            if idle := [name for name, value in of_retraining.items() if value is not None]:
-                raise FinetraceError(f"{' '.join(idle)}: only --retrain heeds it; add --retrain, or leave it out.")
+            alone: dict[str, object] = {"--config": config, "--adapter": adapter, "--seeds": seeds, "--draws": draws}
+            alone |= {"--out": out, "--workers": workers, "--engine": engine}
+            options.refuse_given(alone, "only --retrain heeds it; add --retrain")
         if split is not None and data is None:
             raise FinetraceError(f"--split {split}: that is of --data; give it, or leave --split out.")
         seeds, draws, out = seeds or 1, draws or 1, out or Path("cleaning")
-        cut = Cut(top, share, expected)
+        if top is not None or share is not None:
+            options.refuse_given({"--expected": expected}, "--top or --share says how many rows go; leave that one out")
+        cut = Cut(top, share, 1.0 if expected is None else expected)
         for spec in method or []:
             make(spec)  # refused before the model is loaded
         opened = open_index(index)
@@ -152,22 +150,27 @@ def clean(
         if opened.manifest.left_out:
             options.say(f"in neither file: {many(len(opened.manifest.left_out), 'row')} that the index left out")
         asked = read_examples(bad, columns if data is None else Columns(), responses=False)
-        judged_by = make_judge(judge, judge_label)
+        if not retrain and all(each.has_response for each in asked):
+            given = {"--judge": judge, "--judge-label": judge_label, "--max-new-tokens": max_new_tokens}
+            options.refuse_given(given, f"{bad} holds all answers, so the model gives none; add --retrain")
+        judged_by, max_new_tokens = make_judge(judge, judge_label), max_new_tokens or ANSWER_TOKENS
         if finetuning is not None:
             told: dict[str, object] = {"finetuning": finetuning.model_dump(mode="json")}
             told |= {"index": opened.manifest.data_fingerprint, "adapter": opened.manifest.model.adapter_fingerprint}
             told |= {"bad": [each.id for each in asked], "texts": of_examples(asked)}
             claim(out / "cleaning.json", told, "a cleaning")  # other methods and cuts may join
+            if (fewer := of_more_seeds(out, seeds)) is not None:
+                options.say(fewer)
         try:
             opened.model(None, device, trust_remote_code, device_map)
             answers = _bad(opened, asked, judged_by, max_new_tokens)
-        except FinetraceError:  # nothing that is bad, perhaps
+            options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
+            problem = Problem(opened, answers)
+            ranked = rank(problem, cut, method or [default_method(opened)])
+        except FinetraceError:  # nothing that is bad, or no row that stands out, perhaps
             if finetuning is not None:
                 unclaim(out / "cleaning.json")
             raise
-        options.say(f"ranking {many(len(examples), 'row')} against {many(len(answers), 'bad answer')}")
-        problem = Problem(opened, answers)
-        ranked = rank(problem, cut, method or [default_method(opened)])
         outcomes: list[Outcome] = []
         settings: str | None = None
         if finetuning is not None:
@@ -190,13 +193,8 @@ def clean(
         written = {kept: rows.chosen(ranked.kept), removed: gone}
         write_files(written if ranking is None else {**written, ranking: ranking_rows(ranked, examples, answers)})
         if outcomes:
-            about: dict[str, object] = {
-                "index": str(index),
-                "removed": ranked.removed,
-                "methods": list(ranked.methods),
-                "judge": judged_by.name,
-            }
-            about |= {"seeds": seeds, "draws": draws, "settings": settings}
+            about: dict[str, object] = {"index": str(index), "removed": ranked.removed, "methods": list(ranked.methods)}
+            about |= {"judge": judged_by.name, "seeds": seeds, "draws": draws, "settings": settings}
             write_results(out, [_record(each) for each in outcomes], about)
     console = Console()
     _print(ranked, examples, outcomes, judged_by, console)

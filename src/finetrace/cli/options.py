@@ -126,6 +126,12 @@ def one_of(flag: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def refuse_given(given: Mapping[str, object], why: str) -> None:
+    """Stop where one of some options was given, which nothing heeds."""
+    if idle := [name for name, value in given.items() if value is not None]:
+        raise FinetraceError(f"{' '.join(idle)}: {why}, or leave it out.")
+
+
 def say(text: str = "") -> None:
     """A line for the person, on standard error: standard output is for results."""
     typer.echo(printable(text), err=True)

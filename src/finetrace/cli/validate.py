@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,7 +95,7 @@ def validate(
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
         from finetrace.reporting.validated import NAME, keep_verdict
-        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, usual
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, replaced, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 
@@ -120,10 +122,9 @@ def validate(
         plan = replace(plan, **{key: value for key, value in given.items() if value is not None})  # type: ignore[arg-type]
         heeded = {"--subsets": (subsets, "lds"), "--share": (share, "lds"), "--left-out": (left_out, "loo")}
         _refuse_idle(heeded | {"--remove": (remove, "drop"), "--groups": (groups, "drop")}, plan.measures)
-        if seeds is not None and not retrained:
-            raise FinetraceError(
-                f"--seeds {seeds}: {' and '.join(plan.measures)} retrains nothing; add a measure that does, or leave it out."
-            )
+        if not retrained:
+            idle = {"--seeds": seeds, "--workers": workers, "--engine": engine}
+            options.refuse_given(idle, f"{' and '.join(plan.measures)} retrains nothing; add a measure that does")
         judged_by = make_judge(judge, judge_label)
         if judge is not None and "drop" not in plan.measures:
             raise FinetraceError(
@@ -141,6 +142,8 @@ def validate(
 
         def begin() -> None:
             claim(claimed, about, "a validation")  # methods may join: what was retrained is found again
+            if (less := replaced(out, plan)) is not None:
+                options.say(less)
 
         try:
             found = run(opened, asked, plan, finetuning, out, options.say, device, counting, chosen_engine, begin)
@@ -150,13 +153,13 @@ def validate(
             raise
         write_results(out, found.records, {**about, **asdict(plan), **judging, "verdict": found.verdict})
         write_validation(found.records, out)
-        command = f"finetrace validate --index {index} --queries {queries}"
+        command = shlex.join(["finetrace", *sys.argv[1:]])
         stronger = keep_verdict(index, found.verdict, command, basis(plan, len(opened)))
     console = Console()
     for sentence in found.verdict:
         console.print(f"- {printable(sentence)}", markup=False, highlight=False)
     print_validation(found.records, console)
-    console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False)
+    console.print(f"results: {out / 'results.json'}   tables and figures: {out}", highlight=False, markup=False)
     shown = (
         f"report pages of {index} now show this verdict"
         if stronger is None
@@ -178,15 +181,19 @@ def _refuse_idle(given: Mapping[str, tuple[object, str]], measures: Sequence[str
 def finetuning_of(index: Index, config: Path | None, adapter: Path | None, *, retrained: bool = True) -> FinetuneConfig:
     """How the index's adapter was fine-tuned: as told, or as found beside it.
 
-    Where it is to be `retrained`, an adapter of another kind than plain LoRA is refused.
+    Where it is to be `retrained`, a model without an adapter, or with one of another kind than plain LoRA, is refused.
     """
     from finetrace.finetune_config import SAVED, configure, found_config
     from finetrace.index.manifest import inside
     from finetrace.index_encoding import as_indexed, with_template
     from finetrace.lora_variants import refuse_variant
+    from finetrace.validation.plan import refuse_unadapted
 
-    if retrained and index.manifest.model.adapter is not None:
-        refuse_variant(inside(index.folder, index.manifest.model.adapter))
+    if config is not None and adapter is not None:
+        raise FinetraceError(f"--adapter {adapter}: --config says how it was fine-tuned; leave one of them out.")
+    if retrained:
+        refuse_unadapted(index)
+        refuse_variant(inside(index.folder, str(index.manifest.model.adapter)))
     if retrained and adapter is not None:
         refuse_variant(adapter)
 

@@ -85,9 +85,10 @@ def paired_difference(
     """Mean of a - b over the queries that both have, with a BCa bootstrap interval of the paired difference.
 
     Each resample draws the same queries for both, so what makes a query easy for both methods cancels. A query that is
-    NaN in either is left out. One query, or differences that are all equal: as in `bootstrap_mean`, with a - b of two
-    metrics bounded by -1 and 1 (two methods that are both right on 20 of 20 differ by 0 [-0.161, 0.161]), and NaN where
-    values have no bounds or lie outside. A comparison such as `low > 0` is False for NaN.
+    NaN in either is left out; a difference of rounding is none. One query, or differences that are all equal: as in
+    `bootstrap_mean`, with a - b of two metrics bounded by -1 and 1 (two methods that are both right on 20 of 20 differ
+    by 0 [-0.161, 0.161]), and NaN where values have no bounds or lie outside. A comparison such as `low > 0` is False
+    for NaN.
 
     Args:
         a: (m,), per-query values of one method.
@@ -110,7 +111,9 @@ def paired_difference(
     lowest, highest = bounds
     within = bool(np.all((both >= lowest) & (both <= highest)))  # never where the bounds are NaN
     apart = highest - lowest if within else float("nan")
-    return _estimate(_used(first - second), (-apart, apart), level, resamples, seed)
+    gap, size = first - second, np.maximum(np.abs(first), np.abs(second))
+    rounding = np.isfinite(size) & (np.abs(gap) <= _ROUNDING * size)  # of two sums of the same, in another order
+    return _estimate(_used(np.where(rounding, 0.0, gap)), (-apart, apart), level, resamples, seed)
 
 
 def reach(n: int, level: float) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from math import comb, factorial
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,10 @@ Losses = NDArray[np.float64]
 def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
     """(count, rows) True where a row is in a subset; each has round(share x rows) of them, drawn without replacement.
 
+    No two are alike: the same fine-tuning twice would count as two, and say no more than one.
+
     Raises:
-        FinetraceError: The share leaves no row, or no row out.
+        FinetraceError: The share leaves no row, or no row out, or there are fewer such subsets.
     """
     size = round(share * rows) if 0 < share < 1 else 0  # a share need not be a number
     if not 0 < size < rows:
@@ -36,10 +39,16 @@ def draw_subsets(rows: int, count: int, share: float = 0.5, seed: int = 0) -> ND
         raise FinetraceError(
             f"a share of {share} of {rows} rows leaves {size} in; some rows have to be in and some out."
         )
-    rng = np.random.default_rng([seed, rows, size])
+    if count > comb(rows, size):
+        raise FinetraceError(
+            f"{rows} rows have {comb(rows, size)} subsets of {size}, not {count}; ask for fewer subsets."
+        )
+    rng, drawn = np.random.default_rng([seed, rows, size]), dict[tuple[int, ...], None]()
+    while len(drawn) < count:
+        drawn[tuple(sorted(rng.choice(rows, size, replace=False).tolist()))] = None
     members = np.zeros((count, rows), dtype=bool)
-    for row in members:
-        row[rng.choice(rows, size, replace=False)] = True
+    for row, chosen in zip(members, drawn, strict=True):
+        row[list(chosen)] = True
     return members
 
 
@@ -103,10 +112,12 @@ class Comparison:
 
     Attributes:
         lds: By method, the mean over queries with an interval over queries and subsets.
-        sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level).
+        sure: Methods whose LDS is above 0 with all the methods tried taken into account (Bonferroni, at the same level); none
+            where subsets are so few that chance orders them right too often, four or fewer for one method.
         agreement: How far two seeds agree, in the same way; `None` with one seed.
         reachable: What a perfect prediction would have, its square root; `None` with one seed, and where the seeds may not
-            agree at all (the interval of `agreement` does not lie above 0), so that nothing is known of what is possible.
+            agree at all (the interval of `agreement` does not lie above 0, or is of four subsets or fewer), so that nothing is
+            known of what is possible.
         differences: By method, its LDS minus that of the first one, paired: the same queries and subsets in each resample.
     """
 
@@ -152,19 +163,22 @@ def compare(
             agreed.append(_mean(_agreed(ranked)))
     ranked = _ranked(losses.swapaxes(1, 2))
     each_query = {name: _against(values, losses, ranked) for name, values in predicted.items()}
-    known = int(np.isfinite(next(iter(each_query.values()))).sum())
+    counted = int(np.isfinite(next(iter(each_query.values()))).sum())
     ends = (1 - level) / 2, (1 + level) / 2
 
     def estimate(value: float, resampled: Sequence[float]) -> Estimate:
         finite = np.asarray(resampled)[np.isfinite(resampled)]
         low, high = np.quantile(finite, ends) if finite.size else (np.nan, np.nan)
-        return Estimate(value, float(low), float(high), known)
+        return Estimate(value, float(low), float(high), counted)
 
     lds = {name: estimate(_mean(values), drawn[name]) for name, values in each_query.items()}
     # a few subsets' bootstrap is too narrow by sqrt((s - 1) / s), and has tails that are Student's
     strict = float(student.ppf(1 - (1 - level) / 2 / len(lds), subsets - 1)) * float(np.sqrt(subsets / (subsets - 1)))
     spread = {name: float(np.nanstd(values)) for name, values in drawn.items()}
-    sure = frozenset(name for name, each in lds.items() if each.value > strict * spread[name] > 0)
+    enough = factorial(min(subsets, 20)) * (1 - level) / 2  # things that s subsets show: chance finds one order in s!
+    sure = frozenset(
+        name for name, each in lds.items() if enough >= len(lds) and each.value > strict * spread[name] > 0
+    )
     first = next(iter(lds))
     differences = {
         name: estimate(
@@ -175,7 +189,8 @@ def compare(
     if len(losses) == 1:
         return Comparison(lds, sure, None, None, differences)
     ceiling = estimate(_mean(agreement(losses)), agreed)
-    return Comparison(lds, sure, ceiling, reachable(losses) if ceiling.low > 0 else None, differences)
+    known = ceiling.low > 0 and enough >= 1
+    return Comparison(lds, sure, ceiling, reachable(losses) if known else None, differences)
 
 
 def _predicted(scores: NDArray[Any], members: NDArray[np.bool_], losses: Losses) -> NDArray[np.float64]:

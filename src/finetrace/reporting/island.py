@@ -181,7 +181,9 @@ def _fit(train: Sequence[ExampleView], ends: Sequence[_Ends]) -> tuple[int, int,
 
 
 def _listed(line: NDArray[np.float64], order: NDArray[np.intp]) -> dict[str, list[Any]]:
-    return {"rows": order.tolist(), "scores": rounded(line[order])}
+    """Rows, their scores, and the places whose score is that of the next one too, before both are rounded."""
+    tied = np.flatnonzero(np.diff(line[order]) == 0)
+    return {"rows": order.tolist(), "scores": rounded(line[order]), "tied": tied.tolist()}
 
 
 def _text(example: ExampleView, limit: int | None = None) -> dict[str, Any]:

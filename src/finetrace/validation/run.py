@@ -29,7 +29,7 @@ from finetrace.index.store import Index
 from finetrace.models import DType, ModelSpec
 from finetrace.tracing import prepare
 from finetrace.units import many
-from finetrace.validation.plan import MEASURES, RETRAINED, Validation
+from finetrace.validation.plan import MEASURES, RETRAINED, Validation, refuse_unadapted
 from finetrace.validation.verdict import verdict
 
 
@@ -87,12 +87,9 @@ def validate(
     unknown = [each for each in config.measures if each not in MEASURES]
     if unknown or not config.measures:
         raise FinetraceError(f"--measure {' '.join(unknown)}: not known; use {', '.join(MEASURES)}.")
-    if index.manifest.model.adapter is None:
-        raise FinetraceError(
-            f"{index.folder}: retraining needs a LoRA fine-tuning, and this index is of a model without one."
-        )
+    refuse_unadapted(index)
     if "lds" in config.measures:
-        draw_subsets(len(index), 1, config.share)
+        draw_subsets(len(index), config.subsets, config.share)
     if "loo" in config.measures and len(index) < 3:
         raise FinetraceError(
             f"{index.folder}: leaving single rows out of {len(index)} gives no rank correlation; it takes 3 rows at least."
@@ -132,6 +129,7 @@ def validate(
         rates=found.rates,
         before=found.rate,
         extent=extent,
+        asked=_asked([query.label for query in queries], config.groups) if found.drops else "",
     )
     return Validated(records, said, found.lds, found.loo, found.drops, found.rates, patches, found.losses)
 
@@ -208,6 +206,18 @@ def _retrained(
     return found
 
 
+def _asked(labels: Sequence[str | None], most: int) -> str:
+    """Of which answers removals are, in a sentence; nothing where they are of all."""
+    every, chosen = groups(labels), groups(labels, most)
+    if len(chosen) == len(every):
+        return ""
+    count = sum(len(group.queries) for group in chosen)
+    return (
+        f"Rows were removed for {count} of {many(len(labels), 'answer')} alone, those of {len(chosen)} of {len(every)} "
+        "classes, the first that come; --groups takes more."
+    )
+
+
 def _labels_alone(problem: Problem) -> dict[str, NDArray[np.float64]]:
     """What class labels predict by themselves, 1 for each row of the query's class; nothing where they tell no rows apart."""
     relevant = relevance(problem.rows.labels, [query.label for query in problem.queries])
@@ -240,7 +250,7 @@ def _records(
                 over = {**_numbers("over_random", each.over_random), "above_chance": each.sure}
             if each.over_first is not None:
                 over |= _numbers("difference", each.over_first)
-            add(measure, each.what, each.change, removed=each.count, **over)
+            add(measure, each.what, each.change, removed=each.count, answers=each.change.n, **over)
     for name, value in patches.items():
         add("tail-patch", name, value, **_beside(name, beside))
     return records

@@ -15,6 +15,7 @@ from finetrace.benchmark.figures import literal, save
 from finetrace.benchmark.tables import write_table
 from finetrace.studies.plots import COLUMN, line, whole
 from finetrace.studies.records import reach, where
+from finetrace.units import many
 
 Records = Sequence[dict[str, Any]]
 HEADS = {
@@ -39,6 +40,9 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
     for r in where(records, measure=measure):
         cells = [r["method"]]
         if measure in ("drop", "drop-rate"):
+            most = max(each["answers"] for each in where(records, measure=measure))
+            if r["answers"] < most:  # of the others' classes not as many rows could be taken out
+                cells[0] += f" ({r['answers']} of {many(most, 'answer')})"
             cells.append(str(r["removed"]))
         scale = 100 if measure == "drop-rate" else 1
         digits = 3 if measure == "tail-patch" else 2  # its losses move by thousandths of a nat

@@ -24,6 +24,7 @@ def verdict(
     rates: Sequence[Effect] = (),
     before: float = float("nan"),
     extent: str = "",
+    asked: str = "",
 ) -> list[str]:
     """What may be believed, the headline first.
 
@@ -34,6 +35,7 @@ def verdict(
         rates: Falls of the share of answers that the judge counts, after removals.
         before: That share after training on all rows.
         extent: Of how many answers, subsets and seeds the LDS is, in words.
+        asked: Of which answers removals are, where not of all: a sentence.
     """
     lines = []
     if lds is not None and not any(np.isfinite(each.value) for each in lds.lds.values()):
@@ -70,6 +72,8 @@ def verdict(
             idle = [names[e.what] for e in here if e.over_random is not None and not e.over_random.low > 0]
             if idle:
                 lines.append(f"Not told apart from {count} random rows: {', '.join(idle)}.")
+    if asked:
+        lines.append(asked)
     if loo is not None and not any(np.isfinite(each.value) for each in loo.lds.values()):
         lines.append("Rows left out singly do not change the answers' losses.")
     elif loo is not None:
@@ -84,6 +88,8 @@ def verdict(
     lines += _rates(rates, before, names)
     if losses is not None and (compared := said_of(*losses)) is not None:
         lines.append(compared)
+    if drops and not lines:
+        return ["Rows were removed at random and by class alone; nothing says what a method's rows would do."]
     return lines or ["Tail patches alone were measured; they say nothing of removing rows."]
 
 

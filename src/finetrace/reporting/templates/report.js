@@ -91,7 +91,7 @@
   }
 
   // What the list shows at a glance: how many of its rows share the query's label, and what to know about its scores.
-  function tally(method, rows, scores, next) {
+  function tally(method, rows, scores, tied) {
     const label = data.queries[state.query].label;
     const out = [];
     if (label !== null && rows.length) {
@@ -104,7 +104,7 @@
       out.push(state.side === "top" ? `${wrong} of these highest scores are not positive: no proponents.`
         : `${wrong} of these lowest scores are not negative: no opponents.`);
     }
-    if (rows.length && next === scores[scores.length - 1]) {
+    if (tied.includes(rows.length - 1)) {
       out.push(`Rank ${rows.length + 1} ties with rank ${rows.length}; ties are in training order.`);
     }
     const missing = method.missing[state.query];
@@ -117,7 +117,7 @@
     const list = method[state.side][state.query];
     const rows = list.rows.slice(0, state.count);
     const scores = list.scores.slice(0, state.count);
-    const summary = tally(method, rows, scores, list.scores[state.count]);
+    const summary = tally(method, rows, scores, list.tied);
     return element("article", { class: number === state.method ? "card chosen" : "card", "data-method": method.name },
       element("h3", {}, method.name, " ", method.control ? element("span", { class: "chip" }, "control") : ""),
       element("p", {}, method.title),
