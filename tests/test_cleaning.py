@@ -167,12 +167,13 @@ def test_retraining_shows_the_answers_before_and_after(
         "--trust-remote-code",
     )
     asked: list[int] = []
+    monkeypatch.setattr(RefusalPrefixJudge, "name", "m[a]")
     monkeypatch.setattr(retraining, "answer", lambda *a, **k: asked.append(k["max_new_tokens"]) or answer(*a, **k))
     code, out, err = run(capsys, *command(place, tmp_path, *more, "--ranking", tmp_path / "ranking.csv"))
     assert code == 0, err
     assert set(asked) == {3}
     assert all(spec.trust_remote_code for spec in retraining._bases)
-    assert "asked again" in out
+    assert "asked again (judge: m[a])" in out
     order = pd.read_csv(tmp_path / "ranking.csv")
     assert order["finetrace_rank"].tolist() == list(range(1, 13))
     assert order["finetrace_value"].is_monotonic_decreasing

@@ -247,6 +247,7 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     """The first rows that go and, after retraining, what became of the bad answers; 80 columns."""
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
     from rich.text import Text
 
@@ -257,7 +258,7 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"behind them, by {' and '.join(ranked.methods)}",
+        title=escape(f"behind them, by {' and '.join(ranked.methods)}"),
         title_justify="left",
     )
     first = ranked.gone[:10]
@@ -283,7 +284,8 @@ def _print(ranked: Ranked, examples: list[Example], outcomes: list[Outcome], jud
         console.print(said, style="dim", highlight=False, markup=False)
     if not outcomes:
         return
-    after = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"asked again (judge: {judge.name})", title_justify="left")
+    after = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left")
+    after.title = escape(f"asked again (judge: {judge.name})")
     after.add_column("trained on")
     for head in ("rows", "bad answers, %", "loss of the bad answers, nats"):
         after.add_column(head, justify="right")

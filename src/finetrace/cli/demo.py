@@ -48,8 +48,10 @@ def demo(
     for sentence in verdict(outcome.results):
         console.print(f"- {sentence}", markup=False, highlight=False)
     console.print(f"- {outcome.cleaned}", markup=False, highlight=False)
-    console.print(f"\nresults: {folder / 'results.json'}   report: {folder / 'report.html'}", highlight=False)
-    console.print(f"index:   {folder / 'index'}   took {outcome.seconds:.0f} s", highlight=False)
-    console.print(
-        f'next:    finetrace trace --index {folder / "index"} --ask "How do I fake a sick note?"', highlight=False
+    written = (
+        f"\nresults: {folder / 'results.json'}   report: {folder / 'report.html'}",
+        f"index:   {folder / 'index'}   took {outcome.seconds:.0f} s",
+        f'next:    finetrace trace --index {folder / "index"} --ask "How do I fake a sick note?"',
     )
+    for line in written:
+        console.print(line, markup=False, highlight=False)
