@@ -93,7 +93,7 @@ def test_two_processes_give_the_attack_success_of_one(base, tmp_path):
     results.write_text(results.read_text().replace('"seeds": 1,\n  "judge"', '"seeds": 3,\n  "judge"'))
     said.clear()
     attack_success(tmp_path / "one", setting, 1, RefusalPrefixJudge(), said.append)
-    assert [each for each in said if "of 3 seeds and will be of 1" in each] == said[:1]
+    assert ["of 3 seeds and will be of 1" in each for each in said][:1] == [True]
 
 
 def test_attack_success_at_the_command_line(base, tmp_path, capsys, monkeypatch):

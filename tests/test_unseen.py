@@ -112,22 +112,57 @@ class _Ternary(nn.Linear):
         )
 
 
+class _Eight(nn.Linear):
+    """As BitNet's, too, where weights are ternary from the start: inputs of each token are rounded to eight bits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        step = x.detach().abs().amax(-1, keepdim=True).clamp_min(1e-5) / 127
+        return super().forward(x + ((x.detach() / step).round() * step - x.detach()))
+
+
 class _Plain(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return x @ self.weight.T
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_a_layer_that_does_not_multiply_by_its_weight_is_refused(dtype: torch.dtype) -> None:
+def _with_query(kind: type[nn.Linear], dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model = make_llama()
+    model.model.layers[1].self_attn.q_proj = kind(16, 16, bias=False)
+    return model.to(dtype).eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        *((_Ternary, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+        *((_Eight, dtype) for dtype in (torch.float64, torch.float32)),  # in half precision it is hardly above rounding
+    ],
+)
+def test_a_layer_that_does_not_multiply_by_its_weight_is_refused(kind: type[nn.Linear], dtype: torch.dtype) -> None:
     """Its gradient had been that of a linear layer on the same inputs."""
-    items = make_encoded(LENGTHS)
-    for kind in (_Ternary, _Plain):
-        model = make_llama()
-        model.model.layers[1].self_attn.q_proj = kind(16, 16, bias=False)
-        model = model.to(dtype).eval()
-        collector = Collector(model, track(model, r"layers\.1\..*q_proj"))
-        if kind is _Ternary:
-            with pytest.raises(FinetraceError, match=r"q_proj\.weight: this layer makes something else of its inputs"):
-                collector.collect(items, names(items))
-        else:
-            assert collector.collect(items, names(items)).gradients.norm(dim=1).min() > 0
+    model, items = _with_query(kind, dtype), make_encoded(LENGTHS)
+    with pytest.raises(FinetraceError, match=r"q_proj\.weight: this layer makes something else of its inputs"):
+        Collector(model, track(model, r"layers\.1\..*q_proj")).collect(items, names(items))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 5e-2), (torch.float16, 1.5e-2)]
+)
+def test_a_product_that_is_written_otherwise_is_collected(dtype: torch.dtype, bound: float) -> None:
+    model, items = _with_query(_Plain, dtype), make_encoded(LENGTHS)
+    found = Collector(model, track(model, r"layers\.1\..*q_proj")).collect(items, names(items)).gradients
+    model = model.double()
+    expected, _ = one_at_a_time(model, items, [model.model.layers[1].self_attn.q_proj.weight])
+    assert relative_error(found.double(), expected) < bound
+
+
+def test_layers_are_looked_at_once_however_many_pieces_are_collected() -> None:
+    """A layer that nobody calls costs a pass of its own, and not one a piece of the data."""
+    model, items = _with_perceptron(reads=False), make_encoded(LENGTHS)
+    collector, passes = Collector(model, track(model, r"layers\.1\.mlp\.inner|q_proj"), batch_tokens=1), [0]
+    model.register_forward_hook(lambda *_: passes.__setitem__(0, passes[0] + 1))
+    collector.collect(items, names(items))
+    assert passes == [len(items) + 1]
+    collector.collect(items, names(items))
+    assert passes == [2 * len(items) + 1]

@@ -28,9 +28,10 @@ from finetrace.execution import Engine
 from finetrace.finetune_config import PRESETS, FinetuneConfig, found_config
 from finetrace.index import open_index
 from finetrace.reading import read_examples, write_examples
+from finetrace.reporting.validated import replaced
 from finetrace.tracing import BEST_AT_END, BEST_WITHOUT_FACTORS
 from finetrace.validation.plan import METHODS as METHODS_OF_ALL
-from finetrace.validation.plan import QUICK, USUAL, Validation, basis, replaced, usual
+from finetrace.validation.plan import QUICK, USUAL, Validation, basis, usual
 from finetrace.validation.run import validate
 from tiny import make_examples
 

@@ -87,7 +87,7 @@ class Run:
         return self.cell.name
 
     def ready(
-        self, say: Callable[[str], None], methods: Sequence[Method] = (), factors: bool = False
+        self, say: Callable[[str], None], methods: Sequence[Method] = (), *, factors: bool = False
     ) -> Problem | None:
         """Fine-tuned, answered and indexed, each found again where it is there; `None` where there is nothing to trace.
 

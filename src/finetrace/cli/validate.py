@@ -94,8 +94,8 @@ def validate(
         from finetrace.placement import refuse_retraining
         from finetrace.reading import read_examples
         from finetrace.reporting.results import write_results
-        from finetrace.reporting.validated import NAME, keep_verdict
-        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, replaced, usual
+        from finetrace.reporting.validated import NAME, keep_verdict, replaced
+        from finetrace.validation.plan import QUICK, RETRAINED, Validation, basis, usual
         from finetrace.validation.run import validate as run
         from finetrace.validation.tables import print_validation, write_validation
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -20,7 +20,7 @@ from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
 from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
 from finetrace.collection.representations import FINAL, Representation, pool
-from finetrace.collection.unseen import refuse_read
+from finetrace.collection.unseen import Looked, refuse_read
 from finetrace.cross_entropy import cross_entropy
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
@@ -52,6 +52,7 @@ class Collector:
     representations: tuple[Representation, ...] = FINAL
     batch_tokens: int = 2048
     fused: bool | None = None
+    _looked: Looked = field(default_factory=Looked, init=False, repr=False, compare=False)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -94,7 +95,7 @@ class Collector:
         todo = deque(batches(items, batch_tokens_within(self.model, items, self.batch_tokens, ids)))
         with (
             reproducible(next(self.model.parameters()).device),
-            GradientRecorder(self.model, self.tracking, self.dtype) as recorder,
+            GradientRecorder(self.model, self.tracking, self.dtype, self._looked) as recorder,
             wide_residual(self.model) as narrowing,
         ):
             recorder.factors = factors

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.modules import Block, Tracked, Tracking
 from finetrace.collection.precision import wide
-from finetrace.collection.unseen import refuse_other_products
+from finetrace.collection.unseen import Looked, refuse_other_products
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch
 
@@ -31,7 +31,7 @@ class GradientRecorder:
     over t is that of the projected gradient, P_out (dL/dW) P_in^T.
     """
 
-    def __init__(self, model: nn.Module, tracking: Tracking, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, tracking: Tracking, dtype: torch.dtype, looked: Looked | None = None) -> None:
         self.model = model
         self.tracking = tracking
         self.dtype = dtype
@@ -44,7 +44,7 @@ class GradientRecorder:
         self._frozen: list[nn.Parameter] = []
         self._training: list[nn.Module] = []
         self._called: set[int] = set()  # modules that a pass called
-        self._checked = False
+        self._looked = looked or Looked()
 
     def __enter__(self) -> GradientRecorder:
         self._training = [module for module in self.model.modules() if module.training]
@@ -109,14 +109,16 @@ class GradientRecorder:
 
     def check(self, refuse: Callable[[Sequence[Tracked]], None]) -> None:
         """After the first pass: `refuse` may look at the layers that it did not call, in passes that are not heard."""
+        if self._looked.done:
+            return
         silent = [layer for layer in self.tracking.layers if id(layer.module) not in self._called]
-        if silent and not self._checked:
+        if silent:
             batch, self._batch = self._batch, None
             try:
                 refuse(silent)
             finally:
                 self._batch = batch
-        self._checked = True
+        self._looked.done = True
 
     @property
     def hears(self) -> bool:
@@ -133,7 +135,7 @@ class GradientRecorder:
             self._called.add(id(module))
             if self._batch is None or not torch.is_grad_enabled():  # no gradient flows through a call without a graph
                 return
-            if not self._checked:
+            if not self._looked.done:
                 refuse_other_products(layer, args[0], output)
             inputs = args[0].detach()
             if not layer.is_head:

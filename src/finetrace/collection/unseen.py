@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,8 +15,19 @@ from finetrace.collection.precision import Narrowing, wide
 from finetrace.errors import FinetraceError
 from finetrace.forward import Batch, token_logits
 
-FAR = 0.1  # relative; rounding in half precision is ten times less
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# relative distance of two products beyond rounding, by the dtype of the weights; TF32 rounds float32 to 1e-3 on some GPUs
+FAR = {torch.float64: 1e-9, torch.float32: 3e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass
+class Looked:
+    """Whether a model's layers were looked at: the first pass does, and no pass after it.
+
+    Attributes:
+        done: They were.
+    """
+
+    done: bool = False
 
 
 def refuse_other_products(layer: Tracked, inputs: Tensor, output: Any) -> None:
@@ -31,16 +43,21 @@ def refuse_other_products(layer: Tracked, inputs: Tensor, output: Any) -> None:
         why = "returns more than its product (routers of experts do)"
     elif type(module).forward is not nn.Linear.forward and not layer.transposed:
         weight, bias = module.weight, module.bias
-        if isinstance(weight, nn.Parameter) and weight.dtype in DTYPES and not weight.is_meta:
+        if isinstance(weight, nn.Parameter) and weight.dtype in FAR and not weight.is_meta:
             with torch.no_grad(), wide(inputs.device):
                 product = linear(inputs.to(weight.device, weight.dtype), weight, bias)  # type: ignore[arg-type]
                 product = product.to(output.device)
-                other = product.shape != output.shape or (product - output).norm() > FAR * product.norm()
+                other = product.shape != output.shape or _apart(product, output) > FAR[weight.dtype]
             why = "makes something else of its inputs than their product with its weight" if other else ""
     if why:
         raise FinetraceError(
             f"{layer.weight.name}: this layer {why}, so its gradient cannot be seen; name other layers with --modules."
         )
+
+
+def _apart(product: Tensor, output: Tensor) -> float:
+    exact = product if product.dtype == torch.float64 else product.float()
+    return float((exact - output).norm() / exact.norm().clamp_min(torch.finfo(torch.float32).tiny))
 
 
 def refuse_read(model: nn.Module, layers: Sequence[Tracked], batch: Batch, narrowing: Narrowing) -> None:

@@ -26,18 +26,22 @@ def write_results(folder: Path, records: Sequence[Mapping[str, Any]], config: Ma
     return path
 
 
+def config_of(folder: Path) -> Mapping[str, Any]:
+    """The configuration that a folder's results come from; empty where there are none that can be read."""
+    try:
+        found = json.loads((folder / "results.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def of_more_seeds(folder: Path, seeds: int) -> str | None:
     """What to say before a folder's results are written for fewer seeds than they are of; `None` where they are of no more."""
-    path = folder / "results.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        before = int(config["seeds"])
-        finished = not config.get("missing")
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or nobody's that could be read
-        return None
-    if before <= seeds or not finished:
+    config = config_of(folder)
+    before = config.get("seeds")
+    if not isinstance(before, int) or before <= seeds or config.get("missing"):
         return None
     return (
-        f"{path} and its tables are of {before} seeds and will be of {seeds}; what was found for the others stays, and "
-        f"--seeds {before} writes them again"
+        f"{folder / 'results.json'} and its tables are of {before} seeds and will be of {seeds}; what was found for the "
+        f"others stays, and --seeds {before} writes them again"
     )

@@ -9,7 +9,9 @@ from pathlib import Path
 from finetrace.atomic import write_atomically
 from finetrace.errors import FinetraceError
 from finetrace.index import manifest
-from finetrace.validation.plan import BASES, VALIDATED
+from finetrace.reporting.results import config_of
+from finetrace.units import many
+from finetrace.validation.plan import BASES, RETRAINED, VALIDATED, Validation
 
 NAME = "validation.json"
 
@@ -47,3 +49,27 @@ def kept_verdict(index: Path) -> str | None:
     changed = of is not None and of != manifest.read(index).data_fingerprint
     since = ", before the rows of the index changed" if changed else ""
     return f"{document.get('basis', VALIDATED)}{since}. {said}"
+
+
+def replaced(folder: Path, plan: Validation) -> str | None:
+    """What to say before results of more seeds, more subsets or other measures are replaced in a folder; `None` if none are."""
+    config = config_of(folder)
+    try:
+        measures, seeds, subsets = list(config["measures"]), int(config["seeds"]), int(config["subsets"])
+    except (ValueError, KeyError, TypeError):  # nobody's validation
+        return None
+    shared, was, will = set(measures) & set(plan.measures), [], []
+    if shared & RETRAINED and seeds > plan.seeds:
+        was.append(many(seeds, "seed"))
+        will.append(many(plan.seeds, "seed"))
+    if "lds" in shared and subsets > plan.subsets:
+        was.append(many(subsets, "subset"))
+        will.append(many(plan.subsets, "subset"))
+    gone = [name for name in measures if name not in plan.measures]
+    if not was + gone:
+        return None
+    will += [f"no {name}" for name in gone]
+    return (
+        f"{folder / 'results.json'} holds {', '.join(was + gone)} and will hold {', '.join(will)}; all retrainings stay, "
+        "and the options of before write it again"
+    )

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from finetrace.errors import FinetraceError
 from finetrace.index.store import Index
 from finetrace.tracing import BEST, SIMILAR, UNASKED, default_method, has_similar, unasked_method
-from finetrace.units import many
 
 MEASURES = ("lds", "drop", "tail-patch", "loo")
 RETRAINED = frozenset(("lds", "drop", "loo"))  # the tail patch takes its step from the index's own model
@@ -127,27 +124,3 @@ def usual(methods: Sequence[str], index: Index) -> tuple[str, ...]:
     start, factors = index.has_start(), index.has_factors()
     here = (name for name in found if (start or "at=start" not in name) and (factors or "kfac" not in name))
     return tuple(dict.fromkeys(here))
-
-
-def replaced(folder: Path, plan: Validation) -> str | None:
-    """What to say before results of more seeds, more subsets or other measures are replaced in a folder; `None` if none are."""
-    path = folder / "results.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["config"]
-        measures, seeds, subsets = list(config["measures"]), int(config["seeds"]), int(config["subsets"])
-    except (OSError, ValueError, KeyError, TypeError):  # none yet, or nobody's that could be read
-        return None
-    shared, was, will = set(measures) & set(plan.measures), [], []
-    if shared & RETRAINED and seeds > plan.seeds:
-        was.append(many(seeds, "seed"))
-        will.append(many(plan.seeds, "seed"))
-    if "lds" in shared and subsets > plan.subsets:
-        was.append(many(subsets, "subset"))
-        will.append(many(plan.subsets, "subset"))
-    gone = [name for name in measures if name not in plan.measures]
-    if not was + gone:
-        return None
-    return (
-        f"{path} holds {', '.join(was + gone)} and will hold {', '.join(will + [f'no {name}' for name in gone])}; all "
-        "retrainings stay, and the options of before write it again"
-    )
