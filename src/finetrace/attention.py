@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 LONGEST = 256  # tokens; beyond it the fused kernel wins
 MOST_WEIGHTS = 1 << 26  # of all heads of a batch; each layer keeps them for its backward pass
 HALF = (torch.bfloat16, torch.float16)
+Take = Callable[[str, Sequence[int], torch.dtype], Tensor]  # uninitialised memory of a name, a shape and a dtype
 
 
 class short_attention(TorchFunctionMode):
@@ -135,7 +136,13 @@ class _Attention(torch.autograd.Function):
 
 
 def grouped(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float, masked: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    scale: float,
+    masked: bool = False,
+    take: Take | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of batches of one group each, without a graph.
 
@@ -145,26 +152,51 @@ def grouped(
         bias: (r T, T) or (N, r T, T), added to the scaled inner products, in the dtype that these are to have.
         scale: Of the inner products.
         masked: Whether a query may see no key at all; it then gets zeros.
+        take: Gives memory by name for what is computed; by default it is fresh.
 
     Returns:
         (N, r T, E) results and (N, r T, T) weights, in the dtype of `query`.
     """
-    scores = torch.baddbmm(bias, query.to(bias.dtype), key.to(bias.dtype).transpose(1, 2), alpha=scale)
-    # the safe one gives zeros where nothing is seen
-    weights = (torch._safe_softmax(scores, -1) if masked else torch.softmax(scores, -1)).to(query.dtype)
-    return torch.bmm(weights, value), weights
+    room, wide, shape = take or _fresh(query), bias.dtype, query.shape[:2] + key.shape[1:2]
+
+    def widened(name: str, values: Tensor) -> Tensor:
+        return values if values.dtype == wide else room(name, values.shape, wide).copy_(values)
+
+    scores = room("scores", shape, wide)
+    torch.baddbmm(bias, widened("wide query", query), widened("wide key", key).mT, alpha=scale, out=scores)
+    weights = room("weights", shape, query.dtype)
+    if masked:  # gives zeros where nothing is seen
+        weights.copy_(torch._safe_softmax(scores, -1))
+    elif weights.dtype == wide:
+        torch.softmax(scores, -1, out=weights)
+    else:
+        weights.copy_(torch.softmax(scores, -1, out=room("chances", shape, wide)))
+    return torch.bmm(weights, value, out=room("attended", (*query.shape[:2], value.shape[-1]), query.dtype)), weights
 
 
 def grouped_backward(
-    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scale: float, take: Take | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value from that of the results of `grouped`, in their shapes.
 
-    With `scale` 1 those of query and key are left to be scaled.
+    With `scale` 1 those of query and key are left to be scaled. `take` as for `grouped`.
     """
-    grad_weights = torch.bmm(grad, value.transpose(1, 2))
-    grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
-    grad_query, grad_key = torch.bmm(grad_scores, key), torch.bmm(grad_scores.transpose(1, 2), query)
+    room = take or _fresh(query)
+
+    def product(name: str, left: Tensor, right: Tensor) -> Tensor:
+        return torch.bmm(left, right, out=room(name, (len(left), left.shape[1], right.shape[2]), left.dtype))
+
+    grad_weights, grad_scores = (
+        product("grad weights", grad, value.mT),
+        room("grad scores", weights.shape, weights.dtype),
+    )
+    torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype, grad_input=grad_scores)
+    grad_query, grad_key = product("grad query", grad_scores, key), product("grad key", grad_scores.mT, query)
     if scale != 1:
         grad_query, grad_key = grad_query.mul_(scale), grad_key.mul_(scale)
-    return grad_query, grad_key, torch.bmm(weights.transpose(1, 2), grad)
+    return grad_query, grad_key, product("grad value", weights.mT, grad)
+
+
+def _fresh(like: Tensor) -> Take:
+    """Memory that nothing else has, on the device of `like`."""
+    return lambda name, shape, dtype: like.new_empty(shape, dtype=dtype)

@@ -25,7 +25,8 @@ from finetrace.collection.modules import Tracking
 from finetrace.forward import LEAST_ROWS, Batch, example_losses
 from finetrace.prefix import Prefix
 
-HEAD_ROWS = 128  # of logits at a time
+HEAD_ROWS = 256  # of logits at a time, all of which pass over the whole vocabulary matrix
+CHANCE_ROWS = 8  # of chances at a time, which stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class Fused:
             recorder.listening = number == len(seeds) - 1
             grad = torch.zeros(len(layout.carrying), x.shape[1], dtype=x.dtype)
             tail = grad[len(grad) - len(seed) :]
-            self.plan.norm.backward(tail, seed, x, scales, layout.last)
+            self.plan.norm.backward(tail, seed, x, scales, layout.last, self.workspace)
             for layer, held in zip(reversed(layers[self.plan.lowest :]), reversed(kept), strict=True):
                 pairs = layout.last if layer.number == len(layers) - 1 and short else layout.whole
                 layer.backward(grad, held, place, recorder, pairs, layer.number == self.plan.lowest)
@@ -125,23 +126,29 @@ class Fused:
         losses = final.new_empty(len(final))
         seeds = [torch.empty_like(final) for _ in range(1 if uniform is None else 2)]
         weights = batch.weights.to(wide).unsqueeze(1)
-        count = -(-len(final) // HEAD_ROWS)
-        for number in range(count):
-            part = slice(len(final) * number // count, len(final) * (number + 1) // count)
+        labels = [batch.targets] if uniform is None else [batch.targets, torch.empty_like(batch.targets)]
+        right = [torch.empty_like(losses) for _ in labels]  # the chances of the labels
+        for part in _parts(len(final), HEAD_ROWS):
             size = part.stop - part.start
-            every = torch.arange(size)
             some = torch.cat([narrow[part], narrow.new_zeros(max(0, LEAST_ROWS - size), narrow.shape[1])])
-            logits = torch.mm(some, head.T).to(wide)
-            chances = torch.softmax(logits, -1)
-            targets = batch.targets[part]
-            # the largest logit less the logarithm of its chance is the logarithm of the sum
-            losses[part] = (logits.amax(1) - chances.amax(1).log())[:size] - logits[every, targets]
-            labels = [targets] if uniform is None else [targets, drawn(logits[:size], uniform[part])]
-            for seed, label, weight in zip(seeds, labels, (weights, weights.sqrt()), strict=False):
-                right = chances[every, label]
-                chances[every, label] -= 1
-                seed[part] = torch.mm(chances.to(head.dtype), head)[:size] * weight[part]
-                chances[every, label] = right
+            chances = self.workspace.take("logits", (len(some), len(head)), head.dtype)
+            torch.mm(some, head.T, out=chances)
+            for few in _parts(size, CHANCE_ROWS):
+                rows, every = slice(part.start + few.start, part.start + few.stop), torch.arange(few.stop - few.start)
+                logits = chances[few].to(wide)
+                found = torch.softmax(logits, -1)
+                # the largest logit less the logarithm of its chance is the logarithm of the sum
+                losses[rows] = logits.amax(1) - found.amax(1).log() - logits[every, labels[0][rows]]
+                if uniform is not None:
+                    labels[1][rows] = drawn(logits, uniform[rows])
+                for chance, label in zip(right, labels, strict=True):
+                    chance[rows] = found[every, label[rows]]
+                chances[few] = found
+            every = torch.arange(size)
+            for seed, label, chance, weight in zip(seeds, labels, right, (weights, weights.sqrt()), strict=False):
+                chances[every, label[part]] = (chance[part] - 1).to(head.dtype)
+                seed[part] = torch.mm(chances, head)[:size] * weight[part]
+                chances[every, label[part]] = chance[part].to(head.dtype)
         return losses, seeds
 
     def _place(self, layout: Layout) -> Place:
@@ -153,6 +160,12 @@ class Fused:
         forward = turns[0].index_select(0, layout.positions), turns[1].index_select(0, layout.positions)
         backward = turns[0] * shape.width**-0.5, -turns[1] * shape.width**-0.5
         return Place(layout, bias.repeat(shape.heads // shape.groups, 1), forward, backward, self.workspace)
+
+
+def _parts(count: int, most: int) -> list[slice]:
+    """As many equal parts as it takes for none to have more than `most`."""
+    parts = -(-count // most)
+    return [slice(count * k // parts, count * (k + 1) // parts) for k in range(parts)]
 
 
 def _pooled(values: Tensor, layout: Layout) -> Tensor:

@@ -86,9 +86,9 @@ class Group:
         """(N, r) dL/d(A x) in `wide` of (N, out) dL/dy."""
         return None if self.down is None else deltas.to(self.wide) @ self.up
 
-    def backward(self, deltas: Tensor, low: Tensor | None, into: Tensor | None = None) -> Tensor:
-        """(N, in) dL/dx of (N, out) dL/dy and (N, r) dL/d(A x), added to `into` where it is given."""
-        found = torch.mm(deltas, self.weight) if into is None else into.addmm_(deltas, self.weight)
+    def backward(self, deltas: Tensor, low: Tensor | None, out: Tensor, add: bool = False) -> Tensor:
+        """Write (N, in) dL/dx of (N, out) dL/dy and (N, r) dL/d(A x) to `out`, or add it to what is there."""
+        found = out.addmm_(deltas, self.weight) if add else torch.mm(deltas, self.weight, out=out)
         return found if low is None else found.addmm_(low.to(found.dtype), self._narrow[0])
 
 

@@ -111,13 +111,13 @@ class Layout:
         size = f"fused {self.count} {self.width} {len(self.ids)}|".encode()
         return size + self.ids.numpy().tobytes() + self.places.numpy().tobytes()
 
-    def spread(self, values: Tensor) -> Tensor:
-        """(F, d) forward rows as (B, T, d)."""
-        return values.index_select(0, self.source).view(self.count, self.width, -1)
+    def spread(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """(F, d) forward rows as (B, T, d); `out` is memory of (B T, d)."""
+        return torch.index_select(values, 0, self.source, out=out).view(self.count, self.width, -1)
 
-    def scatter(self, grads: Tensor) -> Tensor:
-        """(N, d) backward rows, or the last ones of them, as (B, T, d) with zeros elsewhere."""
-        padded = grads.new_zeros(self.count * self.width, grads.shape[1])
+    def scatter(self, grads: Tensor, out: Tensor | None = None) -> Tensor:
+        """(N, d) backward rows, or the last ones of them, as (B, T, d) with zeros elsewhere; `out` is memory of (B T, d)."""
+        padded = grads.new_zeros(self.count * self.width, grads.shape[1]) if out is None else out.zero_()
         padded.index_copy_(0, self.carrying[len(self.carrying) - len(grads) :], grads)
         return padded.view(self.count, self.width, -1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,29 +11,32 @@ from torch import Tensor
 
 from finetrace.collection.fused_layout import Pair, matched
 
-STEP = 256  # rows of the perceptron at a time, which stay in the processor's cache
-
 
 class Workspace:
     """Memory by name that one batch leaves to the next: fresh memory has to be cleared page by page."""
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+        self._last: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised; what lay under this name before is overwritten."""
-        size = 1
-        for each in shape:
-            size *= each
+        last = self._last.get(name)
+        if last is not None and last.dtype == dtype and last.shape == tuple(shape):
+            return last
+        size = math.prod(shape)
         held = self._held.get(name)
-        if held is None or len(held) < size or held.dtype != dtype:
+        if held is None or held.numel() < size or held.dtype != dtype:
             self._held.pop(name, None)
+            self._last.pop(name, None)
             held = self._held[name] = torch.empty(size, dtype=dtype)
-        return held[:size].view(*shape)
+        self._last[name] = held[:size].view(*shape)
+        return self._last[name]
 
     def clear(self) -> None:
         """Give it back."""
         self._held.clear()
+        self._last.clear()
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,24 @@ class Norm:
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         return norm.square_().div_(x.shape[-1]).add_(self.eps).rsqrt_()
 
-    def forward(self, x: Tensor, scales: Tensor) -> Tensor:
+    def forward(self, x: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
         """(F, d)."""
-        return (x * scales).mul_(self.weight)
+        return torch.mul(x, scales, out=out).mul_(self.weight)
 
-    def backward(self, grad: Tensor, deltas: Tensor, x: Tensor, scales: Tensor, pairs: tuple[Pair, ...]) -> None:
+    def backward(
+        self, grad: Tensor, deltas: Tensor, x: Tensor, scales: Tensor, pairs: tuple[Pair, ...], room: Workspace
+    ) -> None:
         """Add dL/dx of (N, d) dL/dy to `grad` (N, d)."""
-        weighted = torch.mul(deltas, self.weight)
-        for g, t, a, s in matched(pairs, (grad, weighted), (x, scales)):
-            along = (t * a).sum(-1, keepdim=True).mul_(s.pow(3).div_(-a.shape[-1]))
+        weighted = room.take("weighted", deltas.shape, x.dtype).copy_(deltas).mul_(self.weight)
+        products, ones = room.take("products", deltas.shape, x.dtype), x.new_ones(x.shape[-1], 1)
+        for g, t, p, a, s in matched(pairs, (grad, weighted, products), (x, scales)):
+            along = (torch.mul(t, a, out=p) @ ones).mul_(s.pow(3).div_(-a.shape[-1]))
             g.addcmul_(t, s).addcmul_(a, along)
+
+
+def total(first: Tensor, second: Tensor, out: Tensor) -> Tensor:
+    """Write the sum to `out`, in its dtype, which is that of `first`; a sum of two dtypes at once takes four times as long."""
+    return torch.add(first, second, out=out) if first.dtype == second.dtype else out.copy_(second).add_(first)
 
 
 @dataclass(frozen=True)
@@ -68,28 +80,23 @@ class Shape:
     width: int
 
 
-def swiglu(gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor, wide: torch.dtype) -> Tensor:
-    """silu(g) u of (F, m) g and u, and its derivatives by g and by u, with all steps between in `wide`.
+def swiglu(gate: Tensor, up: Tensor, by_gate: Tensor, by_up: Tensor, out: Tensor) -> Tensor:
+    """silu(g) u of (F, m) g and u, and its derivatives by g and by u, each written to the memory given for it.
 
-    With s = silu(g) and sigma = s / g, the derivative of s is sigma + s (1 - sigma).
+    silu(g), which is the derivative by u, is rounded to the model's dtype before it is multiplied, as the model itself does.
     """
-    product = torch.empty_like(gate)
-    one = torch.ones((), dtype=wide)
-    for start in range(0, len(gate), STEP):
-        part = slice(start, start + STEP)
-        g, u = gate[part].to(wide), up[part].to(wide)
-        sigma = torch.sigmoid(g)
-        s = g * sigma
-        by_up[part] = s
-        by_gate[part] = torch.lerp(s, one, sigma).mul_(u)
-        product[part] = s.mul_(u)
-    return product
+    torch.ops.aten.silu.out(gate, out=by_up)
+    torch.ops.aten.silu_backward.grad_input(up, gate, grad_input=by_gate)
+    return torch.mul(by_up, up, out=out)
 
 
-def rotate(qkv: Tensor, shape: Shape, turn: tuple[Tensor, Tensor]) -> None:
+def rotate(qkv: Tensor, shape: Shape, turn: tuple[Tensor, Tensor], room: Workspace) -> None:
     """Rotate the queries and keys of (..., rows, (H + 2 G) D) in place, by the rows' places in their examples."""
     cos, sin = turn  # (rows, 1, D / 2)
     turned = qkv.view(*qkv.shape[:-1], -1, 2, shape.width // 2)[..., : shape.heads + shape.groups, :, :]
-    first, second = turned[..., 0, :].to(cos.dtype), turned[..., 1, :].to(cos.dtype)
-    left, right = (first * cos).addcmul_(second, sin, value=-1), (second * cos).addcmul_(first, sin)
-    turned[..., 0, :], turned[..., 1, :] = left, right
+    halves = turned[..., 0, :], turned[..., 1, :]
+    first, second, left = (room.take(f"turned {k}", halves[0].shape, cos.dtype) for k in range(3))
+    first.copy_(halves[0])
+    second.copy_(halves[1])
+    halves[0].copy_(torch.mul(first, cos, out=left).addcmul_(second, sin, value=-1))
+    halves[1].copy_(second.mul_(cos).addcmul_(first, sin))
