@@ -14,6 +14,7 @@ from finetrace.collection import Collector, Features, Representation, track
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.fused import Fused
 from finetrace.collection.fused_layout import Layout
+from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import POOLINGS
 from finetrace.encoding import Encoded, Encoder
@@ -138,6 +139,36 @@ def test_factors_are_those_of_the_general_pass(name: str, labels: Any, passes: l
     assert relative_error(features.gradients, general.gradients) < 1e-10
     if labels == "model":
         assert relative_error(features.sampled, general.sampled) < 1e-10
+
+
+@pytest.mark.parametrize(("many", "few"), [(20, 3), (1, 1), (100_000, 100_000)])
+def test_logits_are_made_in_parts(many: int, few: int, monkeypatch: pytest.MonkeyPatch, passes: list[int]) -> None:
+    """However many rows of the loss are multiplied at a time, and of how many of these chances are taken."""
+    monkeypatch.setattr("finetrace.collection.fused.HEAD_ROWS", many)
+    monkeypatch.setattr("finetrace.collection.fused.CHANCE_ROWS", few)
+    model, items, found = with_lora(make_llama()), ITEMS["a common opening"], []
+    for fused in (False, True):
+        collector = Collector(model, track(model), batch_tokens=100_000, fused=fused)
+        found.append(collector.collect(items, names(items), factors=collector.factor_sums("model")))
+    assert passes == [len(items)]
+    assert len(Batch.of(items).rows) == 77
+    for name in ("gradients", "sampled", "losses"):
+        assert relative_error(getattr(found[1], name), getattr(found[0], name)) < 1e-10, name
+
+
+def test_memory_of_a_name_is_lent_again() -> None:
+    workspace = Workspace()
+    first = workspace.take("a", (2, 3), torch.float32).fill_(1)
+    assert workspace.take("a", (2, 3), torch.float32) is first
+    other = workspace.take("b", (2, 3), torch.float32).fill_(2)
+    assert torch.equal(workspace.take("a", (3, 1), torch.float32), torch.ones(3, 1))  # the same memory in another shape
+    larger = workspace.take("a", (5, 2), torch.float32).fill_(3)
+    assert workspace.take("a", (2, 3), torch.float32).data_ptr() == larger.data_ptr()
+    narrow = workspace.take("a", (2, 3), torch.bfloat16)
+    assert narrow.dtype == torch.bfloat16 and narrow.shape == (2, 3)
+    assert torch.equal(other, torch.full((2, 3), 2.0))
+    workspace.clear()
+    assert workspace.take("b", (2, 3), torch.float32) is not other
 
 
 def assert_equal_sums(found: FactorSums, expected: FactorSums) -> None:

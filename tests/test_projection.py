@@ -349,4 +349,5 @@ def test_damping_by_entry_counts_the_entries_before_the_projection(lora: Loaded,
 
     groups = [index.blocks] if "joint" in spec else [(block,) for block in index.blocks]
     found = scores("0.1,damping_rule=entry", index.blocks)
-    assert relative_error(found, torch.stack([traces(group) for group in groups]).sum(0)) < 1e-12
+    bound = 1e-11 if "cg" in spec else 1e-12  # steps of a solver that stops add to the rounding
+    assert relative_error(found, torch.stack([traces(group) for group in groups]).sum(0)) < bound
