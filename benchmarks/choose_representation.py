@@ -71,7 +71,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         for (layer, pooling), asked in states[0].items():
             rows = states[1][layer, pooling]
             for centred in (False, True):
-                scores = cosines(asked, rows, centred=centred)
+                scores = cosines(asked, lambda rows=rows: [rows], len(rows), centred=centred)
                 name = f"layer={layer},pooling={pooling},at={moment}{',centred' * centred}"
                 found[name] = {key: float(np.nanmean(METRICS[key](scores, relevant))) for key in SHOWN}
     return found
