@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from choose_method import BEHAVIOUR, CLASSES, mean_of, not_solved
+from choose_method import mean_of, not_solved
+from development_tasks import BEHAVIOUR, CLASSES
 from finetrace.attribution import Problem, make
 from finetrace.evaluation.metrics import METRICS, relevance
 from finetrace.index.store import open_index

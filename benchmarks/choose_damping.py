@@ -11,6 +11,7 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -65,7 +66,7 @@ def main() -> None:
     scores = {label: np.asarray(method.score(problem).values) for label, method in methods.items()}
     again = Retraining(spec, TUNING, tuple(train), tuple(queries), args.out)
 
-    def losses(members: np.ndarray, seeds: range) -> np.ndarray:  # (k, s, m)
+    def losses(members: np.ndarray[Any, Any], seeds: range) -> np.ndarray[Any, Any]:  # (k, s, m)
         kept = [tuple(np.flatnonzero(row).tolist()) for row in members]
         done = again.run([Subset(each, seed) for seed in seeds for each in kept], workers=args.workers, say=print)
         return np.stack([each.losses[RESPONSE] for each in done]).reshape(len(seeds), len(kept), -1)

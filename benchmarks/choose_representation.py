@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from choose_method import BEHAVIOUR, CLASSES, mean_of, not_solved
+from choose_method import mean_of, not_solved
+from development_tasks import BEHAVIOUR, CLASSES
 from finetrace.atomic import write_atomically
 from finetrace.attribution.similarity import cosines
 from finetrace.batching import batches
@@ -30,11 +32,11 @@ from finetrace.examples import Example
 from finetrace.finetune_config import SAVED, saved_model
 from finetrace.forward import Batch, token_logits
 from finetrace.models import Loaded, ModelSpec, load
-from finetrace.moments import at_moment
+from finetrace.moments import Moment, at_moment
 from finetrace.reading import read_examples
 
 KEPT = "representations.json"
-MOMENTS = ("end", "start")
+MOMENTS: tuple[Moment, ...] = ("end", "start")
 SHOWN = ("accuracy", "coverage", "auroc", "auprc")
 LAYERS = 30  # of the embedded model
 PLAIN = f"layer={int(UPPER * LAYERS)},pooling=mean-response,at=end"
@@ -71,7 +73,7 @@ def measure(folder: Path) -> dict[str, dict[str, float]]:
         for (layer, pooling), asked in states[0].items():
             rows = states[1][layer, pooling]
             for centred in (False, True):
-                scores = cosines(asked, lambda rows=rows: [rows], len(rows), centred=centred)
+                scores = cosines(asked, partial(iter, [rows]), len(rows), centred=centred)
                 name = f"layer={layer},pooling={pooling},at={moment}{',centred' * centred}"
                 found[name] = {key: float(np.nanmean(METRICS[key](scores, relevant))) for key in SHOWN}
     return found

@@ -8,6 +8,7 @@ answers, or those are that have what the answers share. Answers without a word t
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,8 @@ def words(rng: Any, answers: int, behind: int) -> Scores:
 
 KINDS: dict[str, Any] = {
     "nothing in common": normal,
-    "a direction in common, cosines": lambda *given: normal(*given, common=1.5),
-    "two equal kinds of rows": lambda *given: normal(*given, kinds=0.7),
+    "a direction in common, cosines": partial(normal, common=1.5),
+    "two equal kinds of rows": partial(normal, kinds=0.7),
     "words": words,
 }
 

@@ -53,7 +53,8 @@ def main() -> None:
         f"{args.rows} rows x {args.vocabulary} in bfloat16, {torch.get_num_threads()} thread(s), equal bit by bit: {equal}"
     )
     for name, rounds in found.items():
-        seconds, pages = (statistics.median(each[k] for each in rounds[1:]) for k in (0, 1))
+        seconds = statistics.median(each[0] for each in rounds[1:])
+        pages = statistics.median(each[1] for each in rounds[1:])
         print(
             f"  {name}: {seconds:.3f} s of processor time, {pages * resource.getpagesize() / 1e6:,.0f} MB of new pages"
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -19,7 +20,7 @@ from finetrace.encoding import Encoder
 from finetrace.finetune_config import FinetuneConfig
 from finetrace.finetuning import new_adapter
 from finetrace.models import ModelSpec, load
-from finetrace.prefix import forget
+from finetrace.prefix import forget, frozen_prefix
 from finetrace.tasks import build
 
 
@@ -39,15 +40,15 @@ def main() -> None:
     encoder = Encoder(loaded.tokenizer)
     rows = encoder.encode_all(task.train[:: len(task.train) // args.rows][: args.rows])[0]
     queries = encoder.encode_all(task.queries[:10])[0]
-    kept = training.frozen_prefix
-    ways = {"every layer": lambda *_, **__: None, "kept": kept, "kept before": kept}
+    kept = frozen_prefix
+    ways: dict[str, Any] = {"every layer": lambda *_, **__: None, "kept": kept, "kept before": kept}
     ratios: dict[str, list[float]] = {"kept": [], "kept before": []}
     losses = {}
     for _ in range(args.rounds):
         forget()
         seconds = {}
         for name, prefix in ways.items():
-            training.frozen_prefix = prefix  # type: ignore[assignment]
+            training.frozen_prefix = prefix  # type: ignore[attr-defined]
             model = new_adapter(loaded, config)
             started = time.process_time()
             training.fit(model, rows, config)

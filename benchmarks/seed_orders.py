@@ -21,7 +21,7 @@ def means(page: str) -> dict[tuple[str, str], float]:
     """Coverage in %, by task and method, of a page's summary; its controls left out."""
     lines = [line for line in page.split(HEAD)[1].split("\n## ")[0].splitlines() if line.startswith("|")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    found = {}
+    found: dict[tuple[str, str], float] = {}
     for title, *cells in rows[2:]:
         if not title.endswith("(control)"):
             found |= {(task, title): float(cell.split("/")[1]) for task, cell in zip(rows[0][1:], cells, strict=True)}

@@ -11,6 +11,7 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,7 @@ def stored(index: Index) -> int:
     return sum(shard.bytes for shard in index.manifest.shards)
 
 
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
+def correlation(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
     """Mean over queries of Spearman's correlation."""
     return float(np.mean([spearmanr(x, y).statistic for x, y in zip(a, b, strict=True)]))
 
@@ -61,7 +62,7 @@ def main() -> None:
     torch.set_num_threads(1)
     loaded = load(ModelSpec(args.model, args.adapter, args.dtype, "cpu"))
     examples, queries = read_examples(args.data)[: args.rows], read_examples(args.queries)
-    first: dict[str, np.ndarray] = {}
+    first: dict[str, np.ndarray[Any, Any]] = {}
     for text in args.variants:
         with tempfile.TemporaryDirectory() as work:
             before = time.process_time()

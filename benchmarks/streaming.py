@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +71,7 @@ def dot(folder: Path, rounds: int, n: int = 900, m: int = 100) -> None:
         features = random_features(count, width(), 10**6)
         pairs, streamed = [], []
         for _ in range(rounds):
-            product = seconds(lambda v=features.gradients: v @ train.T)
+            product = seconds(partial(torch.matmul, features.gradients, train.T))
             whole = Problem(index, queries(count), features, memory=8 << 30)
             pairs.append((make("gradsim").score(whole).seconds, product))
             some = Problem(index, queries(count), features, memory=1 << 30, step=100)
@@ -201,7 +202,7 @@ def stream(folder: Path, rounds: int, n: int = 1_000_000, d: int = 1024, m: int 
     print(f"  largest error of a score against float64: {error:.1e} of the largest score ({len(piece)} rows looked at)")
 
 
-PARTS = {"dot": dot, "exact": exact, "stream": stream}
+PARTS: dict[str, Callable[[Path, int], None]] = {"dot": dot, "exact": exact, "stream": stream}
 
 
 def main() -> None:

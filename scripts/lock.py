@@ -20,7 +20,7 @@ HEADER = "# Made by scripts/lock.py for Python {version}; make installs it after
 
 def dependencies() -> list[str]:
     """Everything in pyproject.toml that `make` needs, torch left out."""
-    import tomllib
+    import tomllib  # type: ignore[import-not-found,unused-ignore]
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]

@@ -57,9 +57,9 @@ def main() -> None:
         if (args.folder / "tables" / f"inputs-{protocol}.md").exists():
             lines += [f"## By what a method sees, {protocol} protocol", "", _table(args.folder, f"inputs-{protocol}")]
         if (args.folder / "tables" / f"paired-{protocol}.md").exists():
-            table = _table(args.folder, f"paired-{protocol}").splitlines()
+            paired = _table(args.folder, f"paired-{protocol}").splitlines()
             title = f"Paired differences, {protocol} protocol: method minus RepSim, its middle layer, and the default"
-            lines += [f'??? note "{title}"', "", *(f"    {line}" for line in table), ""]
+            lines += [f'??? note "{title}"', "", *(f"    {line}" for line in paired), ""]
     for task, protocol in dict.fromkeys((record["task"], record["protocol"]) for record in records):
         table = _table(args.folder, f"{task}-{protocol}")
         first = next(r for r in records if (r["task"], r["protocol"]) == (task, protocol))

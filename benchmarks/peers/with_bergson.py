@@ -77,7 +77,7 @@ class Commands:
             **(tuned if self.job.tuned else {}),
         )
 
-    def gradients(self, meter: Meter) -> np.ndarray:
+    def gradients(self, meter: Meter) -> np.ndarray[Any, Any]:
         """Two indexes and a search."""
         with meter.stage("collection"):
             Build(self.index("index", self.rows), PreprocessConfig()).execute()
@@ -91,7 +91,7 @@ class Commands:
             scores = torch.empty_like(values).scatter_(1, places, values)
         return scores.numpy()
 
-    def ekfac(self, meter: Meter) -> np.ndarray:
+    def ekfac(self, meter: Meter) -> np.ndarray[Any, Any]:
         """Factors, then queries and scores."""
         labels = self.job.work == "ekfac-data"
         with meter.stage("collection"):

@@ -51,7 +51,7 @@ def cut(model: nn.Module, batch: Batch) -> Tensor:
     return loss(model, {name: values[:, :longest] for name, values in batch.items()}, gather=True)
 
 
-def ordered(score: Any, rows: list[Row], queries: list[Row]) -> np.ndarray:
+def ordered(score: Any, rows: list[Row], queries: list[Row]) -> np.ndarray[Any, Any]:
     """(queries, rows) scores in the order of ours; dattri knows rows by a hash of their tokens."""
     train_ids, matrix = score.agnostic_matrix()
     places = [train_ids.index(hash_sample({"input_ids": row.input_ids})) for row in rows]

@@ -100,13 +100,13 @@ def main() -> None:
             analyzer.compute_pairwise_scores(
                 "scores",
                 "factors",
-                query_dataset=job.queries,  # type: ignore[arg-type]
+                query_dataset=job.queries,
                 train_dataset=rows,
                 per_device_query_batch_size=len(job.queries),
                 per_device_train_batch_size=size,
                 score_args=score_args,
             )
-            found = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()  # type: ignore[index]
+            found = analyzer.load_pairwise_scores("scores")["all_modules"].float().numpy()
     scores = np.empty_like(found)
     scores[:, order] = found
     job.save(meter, scores, TUNED if job.tuned else DOCUMENTED, ("kronfluence",))
