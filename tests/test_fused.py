@@ -14,12 +14,12 @@ from finetrace.collection import Collector, Features, Representation, track
 from finetrace.collection.factors import FactorSums
 from finetrace.collection.fused import Fused
 from finetrace.collection.fused_layout import Layout
-from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import POOLINGS
 from finetrace.encoding import Encoded, Encoder
 from finetrace.forward import Batch
 from finetrace.prefix import forget
+from fused_models import ITEMS, MODELS, opening
 from tiny import (
     make_encoded,
     make_examples,
@@ -32,38 +32,7 @@ from tiny import (
     with_lora,
 )
 
-LENGTHS = [9, 31, 12, 17, 17, 40, 14, 25, 12, 38]
 BUDGETS = [1, 60, 100_000]
-MODELS: dict[str, Any] = {
-    "lora": lambda: (with_lora(make_llama()), None),
-    "lora on every linear layer": lambda: (with_lora(make_llama(), "all-linear"), None),
-    "lora on a tied model": lambda: (with_lora(make_llama(tied=True, layers=3)), None),
-    "lora on the upper layer": lambda: (with_lora(make_llama(layers=3), layers_to_transform=[2]), None),
-    "lora on perceptrons": lambda: (with_lora(make_llama(), ["gate_proj", "down_proj"], rank=3), None),
-    "rank-stabilised": lambda: (with_lora(make_llama(), use_rslora=True), None),
-    "one group of heads": lambda: (with_lora(make_llama(num_key_value_heads=1)), None),
-    "a head of its own key": lambda: (with_lora(make_llama(num_key_value_heads=4, head_dim=6)), None),
-    "some of the adapter": lambda: (with_lora(make_llama()), [r"layers\.1\.self_attn\.q_proj\.lora_B"]),
-    "weights under lora": lambda: (with_lora(make_llama()), [r"q_proj\.(base_layer|lora_A)", "up_proj"]),
-    "weights": lambda: (make_llama(), [r"q_proj$", r"down_proj$"]),
-    "all weights of a layer": lambda: (make_llama(layers=3), [r"layers\.1\."]),
-}
-
-
-def opening(items: Sequence[Encoded], length: int) -> list[Encoded]:
-    """The same with a common beginning, as a template's system prompt is."""
-    start = np.arange(5, 5 + length, dtype=np.int32)
-    return [
-        Encoded(
-            np.concatenate([start, item.ids]),
-            np.concatenate([np.zeros(length, np.float32), item.weights]),
-            length + item.prompt_length,
-        )
-        for item in items
-    ]
-
-
-ITEMS = {"nothing in common": make_encoded(LENGTHS), "a common opening": opening(make_encoded(LENGTHS), 7)}
 
 
 @pytest.fixture
@@ -154,21 +123,6 @@ def test_logits_are_made_in_parts(many: int, few: int, monkeypatch: pytest.Monke
     assert len(Batch.of(items).rows) == 77
     for name in ("gradients", "sampled", "losses"):
         assert relative_error(getattr(found[1], name), getattr(found[0], name)) < 1e-10, name
-
-
-def test_memory_of_a_name_is_lent_again() -> None:
-    workspace = Workspace()
-    first = workspace.take("a", (2, 3), torch.float32).fill_(1)
-    assert workspace.take("a", (2, 3), torch.float32) is first
-    other = workspace.take("b", (2, 3), torch.float32).fill_(2)
-    assert torch.equal(workspace.take("a", (3, 1), torch.float32), torch.ones(3, 1))  # the same memory in another shape
-    larger = workspace.take("a", (5, 2), torch.float32).fill_(3)
-    assert workspace.take("a", (2, 3), torch.float32).data_ptr() == larger.data_ptr()
-    narrow = workspace.take("a", (2, 3), torch.bfloat16)
-    assert narrow.dtype == torch.bfloat16 and narrow.shape == (2, 3)
-    assert torch.equal(other, torch.full((2, 3), 2.0))
-    workspace.clear()
-    assert workspace.take("b", (2, 3), torch.float32) is not other
 
 
 def assert_equal_sums(found: FactorSums, expected: FactorSums) -> None:
