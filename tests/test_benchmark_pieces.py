@@ -108,6 +108,15 @@ def test_texts_of_users_are_no_formulas_in_figures(tmp_path, monkeypatch):
     assert f"<!-- {spec} -->" in (tmp_path / "lds.svg").read_text()
 
 
+def test_tables_and_figures_of_a_validation_are_those_of_its_results(tmp_path):
+    lds = {"measure": "lds", "method": "m", "value": 0.5, "value_low": 0.4, "value_high": 0.6}
+    steps = {"measure": "tail-patch", "method": "m", "value": 0.001}
+    write_validation([lds, steps], tmp_path)
+    (tmp_path / "notes.md").write_text("mine")
+    write_validation([steps], tmp_path)
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["notes.md", "tail-patch.md", "tail-patch.tex"]
+
+
 def test_a_figure_is_whole_or_not_there(tmp_path):
     from matplotlib.figure import Figure
 

@@ -13,6 +13,7 @@ import yaml
 from accelerate.data_loader import SeedableRandomSampler
 from safetensors.torch import load_file
 
+from finetrace import atomic, models
 from finetrace.benchmark.stages import tuned_adapter
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
@@ -21,7 +22,7 @@ from finetrace.finetune_config import PRESETS, FinetuneConfig, configure, other_
 from finetrace.finetuning import finetune, finished, new_adapter
 from finetrace.forward import Batch, token_losses
 from finetrace.index import build_index, open_index
-from finetrace.models import Loaded, ModelSpec, load
+from finetrace.models import Loaded, ModelSpec, load, save_adapter
 from finetrace.training import ResponseTrainer, _order, fit
 from tiny import make_examples, make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
@@ -191,6 +192,21 @@ def test_killed_before_the_adapter_was_saved(fresh: Any, tmp_path: Path) -> None
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "log.json"):
         (tmp_path / "one" / name).unlink()
     assert run(fresh(), tmp_path / "one", resume=True) == whole
+
+
+def test_files_of_an_adapter_are_on_the_disk_before_they_get_their_names(
+    fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed = []
+
+    def flush(file: Path) -> None:
+        assert not (tmp_path / "a" / file.name).exists()
+        flushed.append(file.name)
+        atomic.flush(file)
+
+    monkeypatch.setattr(models, "flush", flush)
+    save_adapter(new_adapter(fresh(), CONFIG), tmp_path / "a")
+    assert sorted(flushed) == sorted(each.name for each in (tmp_path / "a").iterdir())
 
 
 @pytest.mark.parametrize("part", ["trainer_state.json", "optimizer.safetensors"])

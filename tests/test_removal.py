@@ -9,8 +9,9 @@ from scipy.stats import t as student
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.intervals import Estimate
 from finetrace.evaluation.removal import CLASS, RANDOM, Effect, Group, Removal, effects, groups, order, removals
+from finetrace.studies.records import where
 from finetrace.validation.run import _Found, _records
-from finetrace.validation.tables import lines_of
+from finetrace.validation.tables import _curves, lines_of
 
 
 def test_queries_are_grouped_by_class_or_all_together() -> None:
@@ -212,3 +213,5 @@ def test_a_table_says_of_how_many_answers_rows_of_the_class_are() -> None:
     records = _records(_Found(drops=effects(gone, after, np.zeros((1, 3)))), {}, {}, {"m": "method"})
     assert [(r["spec"], r["answers"]) for r in records] == [("m", 3), (RANDOM, 3), (CLASS, 2)]
     assert [line[0] for line in lines_of(records, "drop")] == ["method", RANDOM, f"{CLASS} (2 of 3 answers)"]
+    [legend] = _curves(where(records, measure="drop"), "nats", 1).legends
+    assert [each.get_text() for each in legend.get_texts()] == ["method", RANDOM, f"{CLASS}\n(2 of 3 answers)"]

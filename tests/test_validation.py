@@ -168,7 +168,7 @@ def test_it_is_said_before_results_of_more_are_replaced(
     _instead_of_training(monkeypatch, lambda about, rows: (np.arange(3.0) + sum(rows), ("No.",) * 3))
     whole = ("--measure", "lds", "--measure", "tail-patch", "--subsets", 4, "--seeds", 2, "--method", "random")
     less = ("--measure", "lds", "--subsets", 3, "--seeds", 1, "--method", "random")
-    said = "holds 2 seeds, 4 subsets, tail-patch and will hold 1 seed, 3 subsets, no tail-patch; all retrainings stay"
+    said = "holds 2 seeds, 4 subsets, tail-patch and will hold 1 seed, 3 subsets, no tail-patch, and so will tables and figures"
     for more, wanted in ((less, False), (whole, False), (whole, False), (less, True)):
         code, _, err = run(capsys, *command(place, tmp_path / "v", *more))
         assert (code, said in err, "will hold" in err) == (0, wanted, wanted), err

@@ -52,6 +52,12 @@ def share(file: Path) -> None:
         file.chmod(file.parent.stat().st_mode & 0o666)
 
 
+def flush(file: Path) -> None:
+    """Return when what a file holds is on the disk: a name that is given to it later then never stands for less."""
+    with file.open("rb+") as opened:
+        os.fsync(opened.fileno())
+
+
 def part_of(name: str, writer: str = "") -> str:
     """The temporary name of a file; `writer` tells apart those who may be at the same one."""
     return f".{name}.{writer}.part" if writer else f".{name}.part"
@@ -67,8 +73,7 @@ def replacing(path: Path, writer: str = "") -> Iterator[Path]:
     remove_part(part)
     try:
         yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush(part)
         part.replace(path)
     except (OSError, SafetensorError) as error:
         raise FinetraceError(

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from finetrace import placement
-from finetrace.atomic import remove_part, share
+from finetrace.atomic import flush, remove_part, share
 from finetrace.embedded import EMBEDDED as EMBEDDED
 from finetrace.embedded import embedded_folder
 from finetrace.errors import FinetraceError
@@ -157,8 +157,8 @@ def active_adapter(model: Any) -> str:
 def save_adapter(model: Any, folder: Path) -> None:
     """Write the active adapter as PEFT does, with the names in its configuration sorted: equal adapters, equal files.
 
-    Each file comes whole, the weights last, and takes the place of one that was there: PEFT itself would go on from a model
-    card that a killed run left half written.
+    Each file comes whole and flushed to disk, the weights last, and takes the place of one that was there: PEFT itself would
+    go on from a model card that a killed run left half written.
     """
     part = folder / ".adapter.part"
     remove_part(part)
@@ -174,6 +174,7 @@ def save_adapter(model: Any, folder: Path) -> None:
         place = folder / file.relative_to(part)
         place.parent.mkdir(parents=True, exist_ok=True)
         share(file)
+        flush(file)
         file.replace(place)
     shutil.rmtree(part)
 

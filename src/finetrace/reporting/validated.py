@@ -70,6 +70,6 @@ def replaced(folder: Path, plan: Validation) -> str | None:
         return None
     will += [f"no {name}" for name in gone]
     return (
-        f"{folder / 'results.json'} holds {', '.join(was + gone)} and will hold {', '.join(will)}; all retrainings stay, "
-        "and the options of before write it again"
+        f"{folder / 'results.json'} holds {', '.join(was + gone)} and will hold {', '.join(will)}, and so will tables and "
+        "figures; all retrainings stay, and the options of before write it again"
     )

@@ -25,6 +25,7 @@ HEADS = {
     "tail-patch": ("method", "fall of loss, nats", "minus the first"),
     "loo": ("method", "rank correlation", "minus the first"),
 }
+SUFFIXES = (".md", ".tex", ".png", ".svg")
 TITLES = {
     "lds": "LDS: predicted against true losses over random subsets",
     "drop": "Retraining without rows: rise of the queries' mean loss",
@@ -40,9 +41,7 @@ def lines_of(records: Records, measure: str) -> list[list[str]]:
     for r in where(records, measure=measure):
         cells = [r["method"]]
         if measure in ("drop", "drop-rate"):
-            most = max(each["answers"] for each in where(records, measure=measure))
-            if r["answers"] < most:  # of the others' classes not as many rows could be taken out
-                cells[0] += f" ({r['answers']} of {many(most, 'answer')})"
+            cells[0] += _answers([r], where(records, measure=measure))
             cells.append(str(r["removed"]))
         scale = 100 if measure == "drop-rate" else 1
         digits = 3 if measure == "tail-patch" else 2  # its losses move by thousandths of a nat
@@ -81,8 +80,13 @@ def print_validation(records: Records, console: Console) -> None:
 def write_validation(records: Records, folder: Path) -> None:
     """Every measure as .md and .tex, and a figure (.png, .svg) of `lds`, `drop` and `drop-rate`.
 
-    In a file there is room for what removals did beside those of the first method, which 80 columns do not have.
+    In a file there is room for what removals did beside those of the first method, which 80 columns do not have. Files of a
+    measure that an earlier run had and this one has not are removed, as its results are.
     """
+    for measure in HEADS:
+        if not where(records, measure=measure):
+            for suffix in SUFFIXES:
+                (folder / f"{measure}{suffix}").unlink(missing_ok=True)
     for measure in dict.fromkeys(r["measure"] for r in records):
         heads, lines = HEADS[measure], lines_of(records, measure)
         if measure in ("drop", "drop-rate"):
@@ -98,6 +102,14 @@ def write_validation(records: Records, folder: Path) -> None:
     ):
         if where(records, measure=measure):
             save(_curves(where(records, measure=measure), label, scale), folder / measure)
+
+
+def _answers(mine: Records, records: Records) -> str:
+    """Of how many answers some removals are, where of other classes not as many rows could be taken out; else nothing."""
+    counts, most = sorted({r["answers"] for r in mine}), max(r["answers"] for r in records)
+    if counts[0] == most:
+        return ""
+    return f" ({' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))} of {many(most, 'answer')})"
 
 
 def _interval(record: dict[str, Any], name: str, sign: str = "", scale: int = 1, digits: int = 2) -> str:
@@ -145,7 +157,8 @@ def _curves(records: Records, label: str, scale: float) -> Any:
     axis = figure.subplots()
     for place, name in enumerate(dict.fromkeys(r["method"] for r in records)):
         mine = sorted(where(records, method=name), key=lambda r: r["removed"])
-        line(axis, place, [r["removed"] for r in mine], mine, "value", literal(name), scale)
+        named = literal(name + _answers(mine, records).replace(" ", "\n", 1))
+        line(axis, place, [r["removed"] for r in mine], mine, "value", named, scale)
     whole(axis)
     axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     axis.grid(color="0.92")
