@@ -272,4 +272,5 @@ APPROXIMATION = Study(
     outcome,
     spread="timed",
     whole_seeds=True,
+    digits="float64",
 )
