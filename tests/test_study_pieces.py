@@ -284,6 +284,13 @@ def test_what_a_study_does_not_heed_is_refused(
     assert not (tmp_path / "a").exists()
 
 
+def test_studies_of_digits_say_the_precision_that_they_had(tmp_path: Path) -> None:
+    run(replace(MADE, digits="float64"), tmp_path / "a", replace(THREE, dtype="bfloat16", device="auto"), quiet)
+    config = results(tmp_path / "a")["config"]
+    assert (config["dtype"], config["device"]) == ("float64", "cpu")
+    assert {study.name for study in STUDIES.values() if study.digits} == {"approximation", "capacity", "convex"}
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, carried: Engine
