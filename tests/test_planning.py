@@ -22,7 +22,7 @@ from finetrace.execution import Engine
 from finetrace.index import append, build_index
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded
-from finetrace.planning import measure
+from finetrace.planning import measure, words
 from finetrace.planning.announce import Announcer
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
@@ -140,7 +140,9 @@ def test_factors_that_are_there_are_not_counted_again(tiny_loaded, tmp_path, kro
     build_index(tiny_loaded, examples, folder, encoder, begin=begin, **options)
     finished = made[6]
     assert (finished.left.rows, finished.labels, finished.disk.parts) == (0, None, 0)
-    assert finished.disk.factors == made[0].disk.factors > 0
+    assert 0 < finished.disk.factors == bytes_in(folder, "factors") < made[0].disk.factors  # layers share an input
+    assert "at most" in words.disk(made[0])
+    assert all("at most" not in words.disk(plan) for plan in (made[2], finished))
     assert made[8].measured is not None and made[8].measured.seconds == 0
     next((folder / "shards").iterdir()).unlink()  # the manifest names it still, and a plan looks at no file
     (folder / "factors" / f"{kronecker}.json").unlink()
