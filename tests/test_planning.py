@@ -329,6 +329,29 @@ def test_mistakes_are_one_sentence(place, capsys):
         assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--batch-tokens", "77"), "an index of another batch_tokens (2048, not 77)"),
+        (("--feature-dtype", "bfloat16"), "an index of another feature_dtype"),
+        (("--loss-on", "all"), "an index of another data set or encoding"),
+    ],
+)
+def test_a_folder_that_an_index_would_refuse_has_no_plan(place, capsys, given, says):
+    same = [place / "train.jsonl", "--model", place / "base", "--adapter", place / "adapter", "--out", place / "taken"]
+    assert run(capsys, "index", *same)[0] == 0
+    refused = []
+    for command in ("plan", "index"):
+        code, out, err = run(capsys, command, *same, *given)
+        assert (code, out) == (2, "")
+        refused.append(err)
+    assert says in refused[0]
+    assert refused[0] == refused[1]  # before anything is counted or measured
+    code, _, err = run(capsys, "plan", *same[:-1], place / "train.jsonl")
+    assert code == 2
+    assert "there is something else already" in err
+
+
 def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path, monkeypatch):
     examples, said = make_examples(60), []
     announcer = Announcer(said.append)
