@@ -198,6 +198,14 @@ def test_of_an_even_number_of_layers_the_median_is_between_two() -> None:
     assert layers._best(records)[1] == [["t", "corrected", "w", "1", "90", "20", "50"]]
 
 
+def test_layers_that_are_equally_good_are_counted() -> None:
+    about = {"task": "t", "protocol": "corrected", "what": "w", "auprc_low": None, "auprc_high": None}
+    records = [{**about, "layer": k, "auprc": value} for k, value in enumerate((0.4, 1.0, 1.0, 0.2, 1.0), 1)]
+    assert layers._best(records)[1][0][3] == "2 and 2 others"
+    trained = [{**about, "what": "trained", "spec": "gradcos", "trained": layers.ALL, "auprc": 0.7}]
+    assert "w: layer 2 and 2 others (1.00)" in layers._reading(trained, records)[0]
+
+
 def test_a_table_cell_says_what_is_known() -> None:
     assert percent({"auprc": 0.5, "auprc_low": 0.25, "auprc_high": 0.75}, "auprc") == "50 25-75"
     assert percent({"auprc": 0.5, "auprc_low": None, "auprc_high": None}, "auprc") == "50"
