@@ -206,6 +206,17 @@ def test_layers_that_are_equally_good_are_counted() -> None:
     assert "w: layer 2 and 2 others (1.00)" in layers._reading(trained, records)[0]
 
 
+def test_layers_are_told_of_before_a_model_with_all_of_them_complied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "controls", lambda cells, frame: [])
+    about = {"task": "mixed-small", "protocol": "corrected", "what": "trained", "trained": "last 1", "layer": -1}
+    values = {"spec": "gradcos", "seed": 0, "n_train": 40, "accuracy": 1.0, "coverage": 0.5, "auprc": 0.7}
+    found = pd.DataFrame([{**about, **values, "query": query} for query in "ab"])
+    outcome = layers.outcome(Setting(seeds=1), [found])
+    assert [r["trained"] for r in outcome.records] == ["last 1"]
+    assert "layers-looked-at" not in outcome.figures
+    assert outcome.tables["layers-looked-at"][1] == []
+
+
 def test_a_table_cell_says_what_is_known() -> None:
     assert percent({"auprc": 0.5, "auprc_low": 0.25, "auprc_high": 0.75}, "auprc") == "50 25-75"
     assert percent({"auprc": 0.5, "auprc_low": None, "auprc_high": None}, "auprc") == "50"

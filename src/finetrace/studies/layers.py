@@ -90,7 +90,7 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
         {f"layers-{name}": _table(trained, name) for name in METRICS}
         | {"layers-looked-at": _best(looks), "controls": table(words)},
         {f"layers-{name}": _trained(trained, name, words) for name in METRICS[:2]}
-        | {"layers-looked-at": _looked(looks)},
+        | ({"layers-looked-at": _looked(looks)} if looks else {}),  # none where no model with all layers complied yet
         [*_reading(trained, looks), *plan.left_out()],
         {"sizes": plan.sizes},
     )
