@@ -19,6 +19,7 @@ from finetrace.studies.approximation_study import APPROXIMATION, DENSE, DUAL, FI
 from finetrace.studies.approximation_study import _figure as figure
 from finetrace.studies.approximation_study import _reading as reading
 from finetrace.studies.approximation_study import _short as short
+from finetrace.studies.approximation_study import _table as table
 from finetrace.studies.mnist import CLASSES, Digits, gradients, softmax_regression
 from finetrace.studies.registry import STUDIES
 from finetrace.studies.study import Setting
@@ -280,6 +281,20 @@ def test_the_figure_shows_errors_ranks_and_times_of_seeds_that_agree() -> None:
     axes = figure(records, (size,)).axes
     assert [axis.get_xscale() for axis in axes] == ["log", "log", "log", "linear", "linear", "log"]
     assert all(len(axis.containers) == 2 for axis in axes)
+
+
+def test_the_seconds_of_a_table_say_what_they_are_against() -> None:
+    size = Size(20, 32)
+    about = {"points": 20, "parameters": size.parameters, "damping": "paper", "seed": 0}
+    records = [
+        {**about, "truth": truth, "method": method, "seconds": seconds}
+        for truth, method, seconds in (("fisher", DUAL, 0.5), ("hessian", DUAL, 14.0), ("hessian", FISHER, 0.7))
+    ]
+    heads, lines = table(records, (size,), "paper")
+    assert heads[-1] == "seconds, empirical Fisher"
+    assert [line[-1] for line in lines] == ["0.5", "0.7"]
+    axes = figure(records, (size,)).axes
+    assert sum("seconds" in axis.get_xlabel() and "empirical Fisher" in axis.get_xlabel() for axis in axes) == 1
 
 
 def test_hundreds_of_seconds_are_written_out() -> None:

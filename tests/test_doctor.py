@@ -69,6 +69,13 @@ def test_quick_leaves_the_model_out(capsys, monkeypatch):
     assert Finding("a", "ok", "b").record()["state"] == "ok"
 
 
+@pytest.mark.parametrize("given", [("--model", "base"), ("--adapter", "adapter"), ("--trust-remote-code",)])
+def test_a_model_that_quick_would_leave_out_is_refused(capsys, given):
+    code, out, err = run(capsys, "doctor", "--quick", *given)
+    assert (code, out) == (2, "")
+    assert f"{given[0]}: with --quick no model is loaded" in err
+
+
 def test_a_cache_in_a_place_that_cannot_be_looked_at_is_told_of_by_the_folder_above(tmp_path, monkeypatch):
     monkeypatch.setenv("FINETRACE_CACHE", str(tmp_path / ("a" * 300)))
     found = {each.name: each for each in disks()}

@@ -22,7 +22,7 @@ from finetrace.execution import Engine
 from finetrace.index import append, build_index
 from finetrace.index.manifest import Manifest
 from finetrace.models import Loaded
-from finetrace.planning import measure
+from finetrace.planning import measure, words
 from finetrace.planning.announce import Announcer
 from finetrace.planning.cost import Shape
 from finetrace.planning.counts import Work, pieces_of
@@ -140,7 +140,9 @@ def test_factors_that_are_there_are_not_counted_again(tiny_loaded, tmp_path, kro
     build_index(tiny_loaded, examples, folder, encoder, begin=begin, **options)
     finished = made[6]
     assert (finished.left.rows, finished.labels, finished.disk.parts) == (0, None, 0)
-    assert finished.disk.factors == made[0].disk.factors > 0
+    assert 0 < finished.disk.factors == bytes_in(folder, "factors") < made[0].disk.factors  # layers share an input
+    assert "at most" in words.disk(made[0])
+    assert all("at most" not in words.disk(plan) for plan in (made[2], finished))
     assert made[8].measured is not None and made[8].measured.seconds == 0
     next((folder / "shards").iterdir()).unlink()  # the manifest names it still, and a plan looks at no file
     (folder / "factors" / f"{kronecker}.json").unlink()
@@ -325,6 +327,29 @@ def test_mistakes_are_one_sentence(place, capsys):
         assert code == 2
         assert word in err
         assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (("--batch-tokens", "77"), "an index of another batch_tokens (2048, not 77)"),
+        (("--feature-dtype", "bfloat16"), "an index of another feature_dtype"),
+        (("--loss-on", "all"), "an index of another data set or encoding"),
+    ],
+)
+def test_a_folder_that_an_index_would_refuse_has_no_plan(place, capsys, given, says):
+    same = [place / "train.jsonl", "--model", place / "base", "--adapter", place / "adapter", "--out", place / "taken"]
+    assert run(capsys, "index", *same)[0] == 0
+    refused = []
+    for command in ("plan", "index"):
+        code, out, err = run(capsys, command, *same, *given)
+        assert (code, out) == (2, "")
+        refused.append(err)
+    assert says in refused[0]
+    assert refused[0] == refused[1]  # before anything is counted or measured
+    code, _, err = run(capsys, "plan", *same[:-1], place / "train.jsonl")
+    assert code == 2
+    assert "there is something else already" in err
 
 
 def test_an_index_says_its_time_from_its_own_first_batches(tiny_loaded, tmp_path, monkeypatch):

@@ -198,6 +198,25 @@ def test_of_an_even_number_of_layers_the_median_is_between_two() -> None:
     assert layers._best(records)[1] == [["t", "corrected", "w", "1", "90", "20", "50"]]
 
 
+def test_layers_that_are_equally_good_are_counted() -> None:
+    about = {"task": "t", "protocol": "corrected", "what": "w", "auprc_low": None, "auprc_high": None}
+    records = [{**about, "layer": k, "auprc": value} for k, value in enumerate((0.4, 1.0, 1.0, 0.2, 1.0), 1)]
+    assert layers._best(records)[1][0][3] == "2 and 2 others"
+    trained = [{**about, "what": "trained", "spec": "gradcos", "trained": layers.ALL, "auprc": 0.7}]
+    assert "w: layer 2 and 2 others (1.00)" in layers._reading(trained, records)[0]
+
+
+def test_layers_are_told_of_before_a_model_with_all_of_them_complied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "controls", lambda cells, frame: [])
+    about = {"task": "mixed-small", "protocol": "corrected", "what": "trained", "trained": "last 1", "layer": -1}
+    values = {"spec": "gradcos", "seed": 0, "n_train": 40, "accuracy": 1.0, "coverage": 0.5, "auprc": 0.7}
+    found = pd.DataFrame([{**about, **values, "query": query} for query in "ab"])
+    outcome = layers.outcome(Setting(seeds=1), [found])
+    assert [r["trained"] for r in outcome.records] == ["last 1"]
+    assert "layers-looked-at" not in outcome.figures
+    assert outcome.tables["layers-looked-at"][1] == []
+
+
 def test_a_table_cell_says_what_is_known() -> None:
     assert percent({"auprc": 0.5, "auprc_low": 0.25, "auprc_high": 0.75}, "auprc") == "50 25-75"
     assert percent({"auprc": 0.5, "auprc_low": None, "auprc_high": None}, "auprc") == "50"

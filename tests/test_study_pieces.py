@@ -265,6 +265,32 @@ def test_a_study_that_measures_seconds_takes_no_workers(tmp_path: Path, capsys: 
     assert [study.name for study in STUDIES.values() if study.spread == "timed"] == ["approximation"]
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "says"),
+    [
+        ("convex", ("--model", "base"), "--model: convex is of digits"),
+        ("capacity", ("--dtype", "float16"), "--dtype: capacity is of digits"),
+        ("approximation", ("--device", "cpu"), "--device: approximation is of digits"),
+        ("layers", ("--cells", "cells"), "--cells: layers shares no fine-tuned tasks"),
+        ("convex", ("--cells", "cells"), "--cells: convex shares no fine-tuned tasks"),
+    ],
+)
+def test_what_a_study_does_not_heed_is_refused(
+    name: str, given: tuple[str, str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, error = command(capsys, "study", name, "--quick", *given, "--out", tmp_path / "a")
+    assert code == 2
+    assert says in error
+    assert not (tmp_path / "a").exists()
+
+
+def test_studies_of_digits_say_the_precision_that_they_had(tmp_path: Path) -> None:
+    run(replace(MADE, digits="float64"), tmp_path / "a", replace(THREE, dtype="bfloat16", device="auto"), quiet)
+    config = results(tmp_path / "a")["config"]
+    assert (config["dtype"], config["device"]) == ("float64", "cpu")
+    assert {study.name for study in STUDIES.values() if study.digits} == {"approximation", "capacity", "convex"}
+
+
 @pytest.mark.slow
 def test_the_command_says_what_is_missing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, carried: Engine

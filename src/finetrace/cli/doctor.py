@@ -29,6 +29,10 @@ def doctor(
 
     from finetrace.doctor import Finding, examine
 
+    if quick:
+        idle = {"--model": None if model == "embedded" else model, "--adapter": adapter}
+        idle["--trust-remote-code"] = "given" if trust_remote_code else None
+        options.refuse_given(idle, "with --quick no model is loaded; leave out --quick")
     console, findings = Console(), []
     styles = {"ok": "green", "note": "yellow", "problem": "bold red"}
 

@@ -50,6 +50,13 @@ def study(
         from finetrace.studies.write import run
 
         chosen = find(name)
+        if chosen.digits:
+            asked = {"--dtype": None if dtype == "auto" else dtype, "--device": None if device == "auto" else device}
+            options.refuse_given(
+                {"--model": model, **asked}, f"{name} is of digits; choose a study of a language model"
+            )
+        if not chosen.cells:
+            options.refuse_given({"--cells": cells}, f"{name} shares no fine-tuned tasks; choose a study that does")
         side_by_side = options.engine(engine, workers, address, gpus_per_task)
         repeated = seeds or (1 if quick else 3)
         setting = Setting(quick, repeated, model, options.dtype(dtype), device, cells, side_by_side)

@@ -23,7 +23,7 @@ from finetrace.index.collecting import collect_shards
 from finetrace.index.factor_room import refuse_without_disk, refuse_without_memory
 from finetrace.index.manifest import Manifest, left_out_sentence
 from finetrace.index.settings import planned
-from finetrace.index.starting import make_folder, start
+from finetrace.index.starting import make_folder, refuse_taken, start
 from finetrace.index.store import Index
 from finetrace.index.stored import FeatureDtype
 from finetrace.lock import writing
@@ -143,6 +143,7 @@ def build_index(
     plan = planned(loaded, encoder, examples, encoded, collector, per_shard, modules, at, stored, by)
     if kronecker is not None:
         refuse_without_memory(folder, loaded.model, tracking.blocks, kronecker, computed, here=engine.in_process)
+    refuse_taken(folder, plan)
     if begin is not None:
         begin(plan, collector, encoded)
     if kronecker is not None:

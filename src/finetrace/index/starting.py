@@ -25,20 +25,36 @@ from finetrace.models import Loaded, save_adapter
 MAY_DIFFER = ("shards", "lost", "left_out", "appended", "skipped", "finetrace", "model.name", "model.adapter")
 
 
+def refuse_taken(folder: Path, plan: Manifest) -> None:
+    """Stop where the folder holds another index than `plan` begins, or something else; nothing is made or written."""
+    try:
+        begun = _begun(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    if begun:
+        _refuse_other(folder, manifest.read(folder), plan)
+
+
 def make_folder(folder: Path) -> None:
     """Make the folder; one that holds something else than an index, finished or not, is refused."""
     try:
-        if (folder / manifest.NAME).exists():
-            return
-        if folder.exists() and (not folder.is_dir() or headless(folder)):
-            raise FinetraceError(
-                f"{folder}: there is something else already; choose another --out or empty the folder."
-            )
-        folder.mkdir(parents=True, exist_ok=True)
+        if not _begun(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FinetraceError(
-            f"{folder}: cannot be written ({error}); free some space or choose another folder."
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def _begun(folder: Path) -> bool:
+    """Whether there is an index, finished or not; something else is refused."""
+    if (folder / manifest.NAME).exists():
+        return True
+    if folder.exists() and (not folder.is_dir() or headless(folder)):
+        raise FinetraceError(f"{folder}: there is something else already; choose another --out or empty the folder.")
+    return False
+
+
+def _unwritable(folder: Path, error: OSError) -> FinetraceError:
+    return FinetraceError(f"{folder}: cannot be written ({error}); free some space or choose another folder.")
 
 
 def start(

@@ -209,7 +209,7 @@ def plan_index(
         longest=(examples[longest].id, len(encoded[longest].ids)),
         parameters=sum(each.numel() for each in parameters),
         device=", ".join(map(str, placement.devices(collector.model))),
-        disk=replace(disk, parts=0) if fitted else disk,
+        disk=replace(disk, parts=0, factors=_factors_there(folder, labels)) if labels is not None and fitted else disk,
         free=_free(folder),
         row=row,
         summed=summed if unfitted is not None else 0,
@@ -270,6 +270,12 @@ def _bytes_in(folder: Path) -> int:
     """Of the shards, and of factors and what they are made of."""
     places = (folder / shards.FOLDER, folder / sums.FOLDER)
     return sum(path.stat().st_size for place in places for path in place.rglob("*.safetensors") if path.is_file())
+
+
+def _factors_there(folder: Path, labels: Labels) -> int:
+    """Of finished factors: what two layers share is there once, which cannot be foreseen without a batch."""
+    file = factors.path(folder, labels)
+    return sum(each.stat().st_size for each in (file, file.with_suffix(".json")) if each.is_file())
 
 
 def _free(folder: Path) -> int:

@@ -23,10 +23,12 @@ def to_do(plan: Plan) -> str:
 def disk(plan: Plan) -> str:
     """What it takes on disk, in a line."""
     parts = f"{size(plan.disk.shards)} gradients and representations"
+    # which layers see the same input, and have one eigenbasis of it, is seen once a batch was measured
+    most = "at most " if plan.labels is not None and plan.measured is None else ""
     if plan.disk.factors:
         until = f" and {size(plan.disk.parts)} more until they are done" if plan.disk.parts else ""
-        parts += f", {size(plan.disk.factors)} Kronecker factors{until}"
-    return f"{size(plan.disk.total)} on disk ({parts}), {size(plan.free)} free"
+        parts += f", {most}{size(plan.disk.factors)} Kronecker factors{until}"
+    return f"{most}{size(plan.disk.total)} on disk ({parts}), {size(plan.free)} free"
 
 
 def tight(plan: Plan, names: Sequence[str], free: int | None) -> str:

@@ -229,4 +229,5 @@ CAPACITY = Study(
     pieces,
     outcome,
     whole_seeds=True,
+    digits="float32",
 )

@@ -265,4 +265,5 @@ CONVEX = Study(
     0.3,
     pieces,
     outcome,
+    digits="float64",
 )

@@ -30,6 +30,7 @@ from finetrace.studies.pieces import Piece, Say
 from finetrace.studies.plots import facets, line
 from finetrace.studies.records import percent, settings, where
 from finetrace.studies.study import Outcome, Setting, Study
+from finetrace.units import many
 
 PLAN = Plan({"mixed-small": 1.0, "grammars": 0.05, "mathqa": 0.05})
 QUICK = Plan({"emotion": 0.05}, ("corrected",), epochs=1)
@@ -89,7 +90,7 @@ def outcome(setting: Setting, found: Sequence[pd.DataFrame]) -> Outcome:
         {f"layers-{name}": _table(trained, name) for name in METRICS}
         | {"layers-looked-at": _best(looks), "controls": table(words)},
         {f"layers-{name}": _trained(trained, name, words) for name in METRICS[:2]}
-        | {"layers-looked-at": _looked(looks)},
+        | ({"layers-looked-at": _looked(looks)} if looks else {}),  # none where no model with all layers complied yet
         [*_reading(trained, looks), *plan.left_out()],
         {"sizes": plan.sizes},
     )
@@ -162,11 +163,18 @@ def _best(records: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
     lines = []
     for task, protocol, what in dict.fromkeys((r["task"], r["protocol"], r["what"]) for r in records):
         here = where(records, task=task, protocol=protocol, what=what)
-        best, last = max(here, key=lambda r: r["auprc"]), max(here, key=lambda r: r["layer"])
+        (best, layer), last = _highest(here), max(here, key=lambda r: r["layer"])
         middle = median(r["auprc"] for r in here)
         cells = [percent(best, "auprc"), percent(last, "auprc"), f"{100 * middle:.0f}"]
-        lines.append([task, protocol, what, str(best["layer"]), *cells])
+        lines.append([task, protocol, what, layer, *cells])
     return heads, lines
+
+
+def _highest(records: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], str]:
+    """The first layer with the best AUPRC, and its number with how many others have the same."""
+    best = max(records, key=lambda r: r["auprc"])
+    alike = sum(r["auprc"] == best["auprc"] for r in records) - 1
+    return best, str(best["layer"]) + (f" and {many(alike, 'other')}" if alike else "")
 
 
 def _trained(records: Sequence[dict[str, Any]], metric: str, words: Sequence[dict[str, Any]]) -> Any:
@@ -203,8 +211,8 @@ def _reading(trained: Sequence[dict[str, Any]], looks: Sequence[dict[str, Any]])
         parts = []
         for what in dict.fromkeys(r["what"] for r in looks):
             here = where(looks, task=task, protocol=protocol, what=what)
-            best = max(here, key=lambda r: r["auprc"])
-            parts.append(f"{what}: layer {best['layer']} ({best['auprc']:.2f})")
+            best, layer = _highest(here)
+            parts.append(f"{what}: layer {layer} ({best['auprc']:.2f})")
         whole = where(trained, task=task, protocol=protocol, spec="gradcos", trained=ALL)[0]
         lines.append(
             f"{task}, {protocol}: the single layer with the best AUPRC, picked on the same queries, is by {'; '.join(parts)}; "

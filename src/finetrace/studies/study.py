@@ -77,6 +77,7 @@ class Study:
         cells: How many of the minutes go to fine-tuned and indexed tasks, which studies may share.
         spread: What several workers share.
         whole_seeds: Whether an outcome needs every piece of each seed that it is of.
+        digits: The dtype of a study of digits, on the CPU whatever the setting; empty where it is of a language model.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Study:
     cells: float = 0.0
     spread: Spread = "pieces"
     whole_seeds: bool = False
+    digits: str = ""
 
     def cost(self, setting: Setting) -> str:
         """How long it will take, in words."""

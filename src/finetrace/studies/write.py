@@ -48,6 +48,8 @@ def run(study: Study, folder: Path, setting: Setting, say: Say, tell: Say = sile
         {key: value for key, value in settings.items() if key not in ("seeds", "cells")},
         "a study",
     )
+    if study.digits:
+        settings |= {"dtype": study.digits, "device": "cpu"}
     fewer = of_more_seeds(folder, setting.seeds)
     if fewer is not None:
         say(fewer)
