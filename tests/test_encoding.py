@@ -304,6 +304,15 @@ def test_asking_without_a_response(tokenizer: Any) -> None:
     assert asked == Encoder(tokenizer).prompt_ids(conversation("q", "answered"))
 
 
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_is_not_asked_with(tokenizer: Any, empty: str) -> None:
+    """Another answer takes its place, and has to be the answer to that prompt."""
+    asked = Encoder(tokenizer).prompt_ids(conversation("q", empty))
+    assert asked == Encoder(tokenizer).prompt_ids(conversation("q"))
+    replied = Encoder(tokenizer).encode(conversation("q", empty).with_response("a"))
+    assert replied.ids[: len(asked)].tolist() == asked
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=2, max_size=6).map(

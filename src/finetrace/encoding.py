@@ -149,8 +149,7 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt through the opening of the assistant's turn, as generation starts from them."""
-        turns = example.messages[:-1] if example.has_response else example.messages
-        text = self.render(turns, ask=True, where=example.named)
+        text = self.render(example.asked, ask=True, where=example.named)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, example: Example) -> Encoded:
