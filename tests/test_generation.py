@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from finetrace.examples import Example
 from finetrace.generation import CUT, _text, answer, generate
@@ -83,6 +86,17 @@ def test_bytes_that_are_no_character_stay(tokenizer: Any) -> None:
     tail = tokenizer("\N{GRINNING FACE}")["input_ids"][:2]
     assert _text(tokenizer, tail, whole=True).endswith("\N{REPLACEMENT CHARACTER}")
     assert _text(tokenizer, tail * 3, whole=False).endswith("\N{REPLACEMENT CHARACTER}")
+
+
+def test_spaces_before_marks_stay() -> None:
+    """A tokenizer that is set to tidy them would give the text of other tokens than the model's."""
+    pieces = [("<unk>", 0.0), *((letter, -4.0) for letter in "\N{LOWER ONE EIGHTH BLOCK}adnot,!'")]
+    backend = Tokenizer(tokenizer_models.Unigram(pieces, 0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tidy = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    said = tidy("do n't , a !")["input_ids"]
+    assert tidy.decode(said) == "don't, a!"
+    assert _text(tidy, said, whole=True) == "do n't , a !"
 
 
 def test_nothing_asked(tiny_loaded: Loaded) -> None:

@@ -94,10 +94,12 @@ def _text(tokenizer: Any, new: list[int], whole: bool) -> str:
 
     They would be the tokens of a replacement character, which the model never gave.
     """
-    text = str(tokenizer.decode(new, skip_special_tokens=True))
+    # no tidying of spaces before marks, which some tokenizers ask for: other tokens than the model's would come of it
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    text = str(tokenizer.decode(new, **options))
     if whole or not text.endswith(REPLACEMENT):
         return text
-    shorter = (str(tokenizer.decode(new[:-count], skip_special_tokens=True)) for count in (1, 2, 3))
+    shorter = (str(tokenizer.decode(new[:-count], **options)) for count in (1, 2, 3))
     return next((each for each in shorter if not each.endswith(REPLACEMENT)), text)
 
 
