@@ -261,6 +261,12 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec, index: Path | N
             )
         ) from error
     placement.refuse_offloaded(model, spec.model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on the base that it names
+        (adapter,) = model.peft_config.values()
+        raise FinetraceError(
+            f"{spec.model}: this is an adapter, not a base model; give {adapter.base_model_name_or_path} with --model and "
+            f"{spec.model} with --adapter, or, where there is no such option, merge the two first."
+        )
     if drawn := sorted(told["missing_keys"]):
         raise FinetraceError(
             f"{spec.model}: {many(len(drawn), 'weight')} of this model {'is' if len(drawn) == 1 else 'are'} not in its files "
