@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
 from finetrace.positions import Positions
+from finetrace.template_date import on_one_day
 from finetrace.units import many
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ class Encoder:
             )
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
+            template = on_one_day(self.tokenizer.get_chat_template(self.template))
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask, chat_template=self.template
+                turns, tokenize=False, add_generation_prompt=ask, chat_template=template
             )
         except Exception as error:  # a template is somebody's program and may raise anything
             raise FinetraceError(
