@@ -277,6 +277,7 @@ def test_the_saved_configuration_runs_again(fresh: Any, tmp_path: Path) -> None:
         (("default", None, {"epochs": 0}), r"--epochs: .* \(given 0\)"),
         (("default", None, {"dropout": 1.5}), r"--dropout: "),
         (("default", None, {"schedule": "sawtooth"}), r"--schedule: Input should be 'linear', 'cosine'"),
+        (("default", None, {"seed": 2**32}), r"--seed: Input should be less than 4294967296"),
     ):
         with pytest.raises(FinetraceError, match=sentence):
             configure(*bad)
@@ -460,6 +461,8 @@ def test_existing_folders(fresh: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         ({"layers": (0, -1)}, "--layers 0 -1: the model has layers 0 to 1"),
         ({"chat_template": "nowhere.jinja"}, r"nowhere.jinja: no such chat template file"),
         ({"max_length": 8}, "example e0: no response token"),
+        ({"schedule": "constant", "warmup_steps": 5}, "--warmup-steps 5: .* take constant_with_warmup"),
+        ({"schedule": "polynomial", "learning_rate": 1e-7}, "--learning-rate 1e-07: .* take a larger one"),
     ],
 )
 def test_settings_that_cannot_be(fresh: Any, tmp_path: Path, given: dict[str, Any], sentence: str) -> None:

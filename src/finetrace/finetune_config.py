@@ -20,6 +20,7 @@ ABOUT = ("model", "data_fingerprint", *NOTED)
 Schedule = Literal[  # the Trainer's others want settings of their own
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+POLYNOMIAL_END = 1e-7  # the learning rate at which the Trainer's polynomial schedule ends
 LossOn = Literal["response", "last-turn", "all"]
 
 
@@ -45,7 +46,9 @@ class FinetuneConfig(BaseModel):
     )
     validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
     patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")
-    seed: int = Field(0, ge=0, description="Fixes the adapter's initialisation, dropout and the order of data.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Fixes the adapter's initialisation, dropout and the order of data."
+    )
     max_length: int | None = Field(
         None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given."
     )
@@ -104,6 +107,19 @@ def configure(
         name = f"{saved}: {key}" if key not in given else (names or {}).get(key, "--" + key.replace("_", "-"))
         what = "there is no such setting" if first["type"] == "extra_forbidden" else first["msg"]
         raise FinetraceError(f"{name}: {what} (given {first['input']!r}).") from error
+
+
+def refuse_schedule(config: FinetuneConfig) -> None:
+    """Stop where the Trainer's schedule passes over a setting, or would stop when the training begins."""
+    if config.schedule == "constant" and config.warmup_steps:
+        raise FinetraceError(
+            f"--warmup-steps {config.warmup_steps}: the schedule constant has no warm-up; take constant_with_warmup, or leave "
+            "it out."
+        )
+    if config.schedule == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        raise FinetraceError(
+            f"--learning-rate {config.learning_rate}: the schedule polynomial ends at {POLYNOMIAL_END}; take a larger one."
+        )
 
 
 def saved_model(saved: Path) -> str:
