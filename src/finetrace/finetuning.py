@@ -21,6 +21,7 @@ from finetrace.encoding import Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
 from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig, read_saved, refuse_schedule
+from finetrace.learned_positions import refuse_beyond
 from finetrace.lock import writing
 from finetrace.models import Loaded, save_adapter
 from finetrace.training import fit
@@ -68,6 +69,7 @@ def finetune(
     encoded, lengths = encoder.encode_all(examples, context)
     if lengths.longer:
         say(lengths.sentence())
+    refuse_beyond(loaded.model, encoded, [example.named for example in examples])
     train, held = _split(len(encoded), config)
     if held:
         say(f"{many(len(held), 'row')} of {len(encoded)} held out for the validation loss; finetune.yaml names them")

@@ -13,6 +13,7 @@ import torch
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.learned_positions import known_positions
 from finetrace.models import Loaded
 from finetrace.modes import evaluating
 from finetrace.progress import Tracker
@@ -62,6 +63,13 @@ def _generate(
     encoder = Encoder(loaded.tokenizer, template=template)
     prompts = [encoder.prompt_ids(example) for example in examples]
     answers = [("", True)] * len(prompts)
+    positions = known_positions(loaded.model)
+    for example, prompt in zip(examples, prompts if positions is not None else (), strict=False):
+        if len(prompt) + max_new_tokens > (positions or 0) + 1:  # the last token of an answer is not read
+            raise FinetraceError(
+                f"{example.named}: its prompt has {len(prompt)} tokens, and with {max_new_tokens} of an answer they are more "
+                f"than the {positions} positions of this model; shorten it, or give a smaller --max-new-tokens."
+            )
     ends = _end_tokens(loaded, encoder)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # neighbours of like length need little padding
     pad = loaded.tokenizer.pad_token_id if loaded.tokenizer.pad_token_id is not None else loaded.tokenizer.eos_token_id
