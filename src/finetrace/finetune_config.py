@@ -160,6 +160,28 @@ def other_base(loaded: Loaded) -> str:
     )
 
 
+def other_template(adapter: Path, loaded: Loaded) -> str:
+    """A sentence where the folder of an adapter holds another chat template than the tokenizer that was loaded; else empty.
+
+    Trainers leave the tokenizer that they used beside the adapter; the one in use is the base model's.
+    """
+    path = adapter / "chat_template.jinja"
+    try:
+        if path.exists():
+            held = path.read_text(encoding="utf-8")
+        else:
+            path = adapter / "tokenizer_config.json"
+            held = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if not isinstance(held, str) or held.strip() == str(loaded.tokenizer.chat_template).strip():
+        return ""
+    return (
+        f"{path} holds another chat template than the base model's tokenizer, whose is in use; if the adapter was trained with "
+        "that, give its text with --chat-template, or these are not the rows that it saw"
+    )
+
+
 def other_rows(adapter: Path, data_fingerprint: str) -> str:
     """A sentence where `finetrace finetune` left word in the folder of an adapter that it saw other rows; else empty."""
     about = read_saved(adapter / SAVED) if (adapter / SAVED).exists() else {}
