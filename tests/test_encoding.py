@@ -289,6 +289,16 @@ def test_without_a_response_there_is_nothing_to_encode(tokenizer: Any, messages:
         Encoder(tokenizer).encode(Example("e", tuple(Message(*turn) for turn in messages)))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_template_that_writes_the_date_writes_one_day(own: bool) -> None:
+    dated = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+    encoder = Encoder(make_tokenizer(dated)) if own else Encoder(make_tokenizer(), template=dated)
+    assert encoder.render(conversation("q").messages).startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
+    plain = Encoder(make_tokenizer()).encode(conversation("q", "a"))
+    item = encoder.encode(conversation("q", "a"))
+    assert item.loss_tokens == plain.loss_tokens and item.prompt_length > plain.prompt_length
+
+
 def test_an_answer_to_nothing_is_refused_in_words(tokenizer: Any) -> None:
     """A conversation that opens with the assistant has no prompt to answer."""
     example = Example("alone", (Message("assistant", "hello"),))
@@ -302,6 +312,15 @@ def test_asking_without_a_response(tokenizer: Any) -> None:
     asked = Encoder(tokenizer).prompt_ids(conversation("q"))
     assert tokenizer.decode(asked) == "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
     assert asked == Encoder(tokenizer).prompt_ids(conversation("q", "answered"))
+
+
+@pytest.mark.parametrize("empty", ["", " \n"])
+def test_an_empty_answer_is_not_asked_with(tokenizer: Any, empty: str) -> None:
+    """Another answer takes its place, and has to be the answer to that prompt."""
+    asked = Encoder(tokenizer).prompt_ids(conversation("q", empty))
+    assert asked == Encoder(tokenizer).prompt_ids(conversation("q"))
+    replied = Encoder(tokenizer).encode(conversation("q", empty).with_response("a"))
+    assert replied.ids[: len(asked)].tolist() == asked
 
 
 @settings(deadline=None, max_examples=60)

@@ -18,13 +18,13 @@ from finetrace.benchmark.stages import tuned_adapter
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetune_config import PRESETS, FinetuneConfig, configure, other_base, other_rows
+from finetrace.finetune_config import PRESETS, FinetuneConfig, configure, other_base, other_rows, other_template
 from finetrace.finetuning import finetune, finished, new_adapter
 from finetrace.forward import Batch, token_losses
 from finetrace.index import build_index, open_index
 from finetrace.models import Loaded, ModelSpec, load, save_adapter
 from finetrace.training import ResponseTrainer, _order, fit
-from tiny import make_examples, make_gpt2, make_llama, make_tokenizer, save_base, with_lora
+from tiny import CHATML, make_examples, make_gpt2, make_llama, make_tokenizer, save_base, with_lora
 
 ROWS = 11
 CONFIG = FinetuneConfig(epochs=3, batch_size=4, learning_rate=5e-3, rank=2, dropout=0.2)
@@ -84,6 +84,18 @@ def test_what_an_adapter_was_not_made_of_is_told(fresh: Any, tmp_path: Path) -> 
 def longest(loaded: Loaded) -> int:
     """Tokens of the longest of the rows."""
     return max(len(item.ids) for item in Encoder(loaded.tokenizer).encode_all(make_examples(ROWS))[0])
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_another_template_beside_an_adapter_is_told(fresh: Any, tmp_path: Path, name: str) -> None:
+    loaded = fresh()
+    assert other_template(tmp_path, loaded) == ""
+    for template, told in ((CHATML + "\n", False), ("{{ messages }}", True)):
+        text = template if name.endswith("jinja") else json.dumps({"chat_template": template})
+        (tmp_path / name).write_text(text)
+        assert other_template(tmp_path, loaded).startswith(f"{tmp_path / name} holds another chat template") == told
+    (tmp_path / name).write_bytes(b"\xff")
+    assert other_template(tmp_path, loaded) == ""
 
 
 def test_rows_longer_than_the_limits_are_said_before_the_training(
@@ -293,6 +305,7 @@ def test_the_saved_configuration_runs_again(fresh: Any, tmp_path: Path) -> None:
         (("default", None, {"epochs": 0}), r"--epochs: .* \(given 0\)"),
         (("default", None, {"dropout": 1.5}), r"--dropout: "),
         (("default", None, {"schedule": "sawtooth"}), r"--schedule: Input should be 'linear', 'cosine'"),
+        (("default", None, {"seed": 2**32}), r"--seed: Input should be less than 4294967296"),
     ):
         with pytest.raises(FinetraceError, match=sentence):
             configure(*bad)
@@ -476,6 +489,8 @@ def test_existing_folders(fresh: Any, tmp_path: Path, monkeypatch: pytest.Monkey
         ({"layers": (0, -1)}, "--layers 0 -1: the model has layers 0 to 1"),
         ({"chat_template": "nowhere.jinja"}, r"nowhere.jinja: no such chat template file"),
         ({"max_length": 8}, "example e0: no response token"),
+        ({"schedule": "constant", "warmup_steps": 5}, "--warmup-steps 5: .* take constant_with_warmup"),
+        ({"schedule": "polynomial", "learning_rate": 1e-7}, "--learning-rate 1e-07: .* take a larger one"),
     ],
 )
 def test_settings_that_cannot_be(fresh: Any, tmp_path: Path, given: dict[str, Any], sentence: str) -> None:

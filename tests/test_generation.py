@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+from transformers import PreTrainedTokenizerFast
 
 from finetrace.examples import Example
 from finetrace.generation import CUT, _text, answer, generate
 from finetrace.models import Loaded
-from tiny import conversation, make_examples
+from tiny import CHATML, conversation, make_examples
 
 
 def test_a_batch_answers_as_one_at_a_time(tiny_loaded: Loaded) -> None:
@@ -85,6 +88,17 @@ def test_bytes_that_are_no_character_stay(tokenizer: Any) -> None:
     assert _text(tokenizer, tail * 3, whole=False).endswith("\N{REPLACEMENT CHARACTER}")
 
 
+def test_spaces_before_marks_stay() -> None:
+    """A tokenizer that is set to tidy them would give the text of other tokens than the model's."""
+    pieces = [("<unk>", 0.0), *((letter, -4.0) for letter in "\N{LOWER ONE EIGHTH BLOCK}adnot,!'")]
+    backend = Tokenizer(tokenizer_models.Unigram(pieces, 0))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tidy = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", clean_up_tokenization_spaces=True)
+    said = tidy("do n't , a !")["input_ids"]
+    assert tidy.decode(said) == "don't, a!"
+    assert _text(tidy, said, whole=True) == "do n't , a !"
+
+
 def test_nothing_asked(tiny_loaded: Loaded) -> None:
     assert generate(tiny_loaded, []) == []
 
@@ -107,6 +121,62 @@ def test_greedy_is_the_likeliest_token_whatever_the_model_is_set_to(tiny_loaded:
         assert generate(tiny_loaded, prompts, max_new_tokens=12) == wanted
     finally:
         own.repetition_penalty, own.no_repeat_ngram_size, own.num_beams = before
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("suppress_tokens", [504]),  # " capital"
+        ("bad_words_ids", [[504]]),
+        ("encoder_repetition_penalty", 3.0),
+        ("exponential_decay_length_penalty", [3, 3.0]),
+        ("guidance_scale", 2.0),
+        ("max_time", 1e-6),
+        ("num_return_sequences", 2),
+        ("return_dict_in_generate", True),
+        ("stop_strings", ["is"]),
+    ],
+)
+def test_no_setting_of_the_model_changes_its_answer(embedded: Loaded, setting: str, value: Any) -> None:
+    question = conversation("What is the capital of France?")
+    own = embedded.model.generation_config
+    before = getattr(own, setting)
+    try:
+        setattr(own, setting, value)
+        (found,) = answer(embedded, [question], max_new_tokens=12)
+    finally:
+        setattr(own, setting, before)
+    assert (found.response, found.metadata) == ("The capital of France is Paris.", {})
+    assert embedded.model.generation_config is own
+
+
+def test_the_settings_of_a_model_with_an_adapter_come_back(tiny_loaded: Loaded) -> None:
+    own = tiny_loaded.model.generation_config
+    generate(tiny_loaded, make_examples(1), max_new_tokens=2)
+    assert tiny_loaded.model.generation_config is own
+    assert tiny_loaded.model.get_base_model().generation_config is own
+
+
+ENDLESS = (  # the answer is left without the end of its turn
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% if m.role == 'user' %}{{ '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+@pytest.mark.parametrize("known", ["settings", "tokenizer", "template"])
+def test_an_answer_ends_where_its_turn_does(embedded: Loaded, known: str) -> None:
+    """Whichever of the three alone says so: a base model's settings name another token than the chat that it was taught."""
+    own, tokenizer = embedded.model.generation_config, embedded.tokenizer
+    before = own.eos_token_id, tokenizer.eos_token
+    try:
+        own.eos_token_id = tokenizer.convert_tokens_to_ids("<|im_end|>" if known == "settings" else "<|endoftext|>")
+        tokenizer.eos_token = "<|im_end|>" if known == "tokenizer" else "<|endoftext|>"
+        template = CHATML if known == "template" else ENDLESS
+        question = conversation("What is the capital of France?")
+        (found,) = answer(embedded, [question], max_new_tokens=40, template=template)
+    finally:
+        own.eos_token_id, tokenizer.eos_token = before
+    assert (found.response, found.metadata) == ("The capital of France is Paris.", {})
 
 
 @pytest.mark.parametrize("ended", [True, False])

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification
 import finetrace
 from finetrace.errors import FinetraceError
 from finetrace.evaluation.judging import ClassifierJudge, RefusalPrefixJudge, is_refusal, make_judge
-from tiny import make_tokenizer
+from tiny import make_llama, make_tokenizer, save_base
 
 REFUSALS = [
     "No, I will never do that.",
@@ -210,6 +210,12 @@ def test_no_classifier(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FinetraceError, match="no text-classification model can be loaded there"):
         ClassifierJudge(str(tmp_path / "empty"))
+
+
+def test_a_model_without_the_head_of_a_classifier(tmp_path: Path) -> None:
+    """It would be drawn anew each time, with labels that look like those of a judge."""
+    with pytest.raises(FinetraceError, match=r"--judge .*base: .*score\.weight.*random numbers"):
+        ClassifierJudge(str(save_base(tmp_path / "base", make_llama().float())))
 
 
 def test_a_pickle_is_not_read(tmp_path: Path) -> None:

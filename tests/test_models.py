@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from finetrace import embedded as embedded_module
 from finetrace import models
@@ -87,6 +89,29 @@ def test_a_model_that_is_not_there(tmp_path: Path, make: str) -> None:
     ) as caught:
         load(spec(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_in_the_place_of_a_model(base_folder: Path, tmp_path: Path) -> None:
+    """transformers loads the base that it names and puts it on; what is attached then would take its place."""
+    adapted = with_lora(make_llama())
+    adapted.peft_config["default"].base_model_name_or_path = str(base_folder)
+    adapted.save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    for adapter in (None, tmp_path):
+        with pytest.raises(FinetraceError, match=rf"an adapter, .*give {re.escape(str(base_folder))} with --model"):
+            load(spec(tmp_path, adapter))
+
+
+@pytest.mark.parametrize("gone", ["lm_head", "layers.1.mlp"])
+def test_a_model_with_weights_missing(tmp_path: Path, gone: str) -> None:
+    """They would be drawn anew in each process."""
+    folder = save_base(tmp_path / "base", make_llama())
+    weights = load_file(folder / "model.safetensors")
+    there = {name: value for name, value in weights.items() if gone not in name}
+    save_file(there, folder / "model.safetensors", metadata={"format": "pt"})
+    missing = sorted(weights.keys() - there.keys())
+    with pytest.raises(FinetraceError, match=f"{len(missing)} weights? of .*{re.escape(missing[0])}.* random numbers"):
+        load(spec(folder))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
 from finetrace.positions import Positions
+from finetrace.template_date import on_one_day
 from finetrace.units import many
 
 if TYPE_CHECKING:
@@ -137,8 +138,9 @@ class Encoder:
             )
         turns = [{"role": turn.role, "content": turn.content} for turn in messages]
         try:
+            template = on_one_day(self.tokenizer.get_chat_template(self.template))
             text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=ask, chat_template=self.template
+                turns, tokenize=False, add_generation_prompt=ask, chat_template=template
             )
         except Exception as error:  # a template is somebody's program and may raise anything
             raise FinetraceError(
@@ -149,8 +151,7 @@ class Encoder:
 
     def prompt_ids(self, example: Example) -> list[int]:
         """Token ids of the prompt through the opening of the assistant's turn, as generation starts from them."""
-        turns = example.messages[:-1] if example.has_response else example.messages
-        text = self.render(turns, ask=True, where=example.named)
+        text = self.render(example.asked, ask=True, where=example.named)
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def encode(self, example: Example) -> Encoded:

@@ -67,6 +67,12 @@ class Example:
         return bool(self.messages) and self.messages[-1].role == "assistant" and bool(self.messages[-1].content.strip())
 
     @property
+    def asked(self) -> tuple[Message, ...]:
+        """The turns before the answer; an empty answer is one, too."""
+        answered = bool(self.messages) and self.messages[-1].role == "assistant"
+        return self.messages[:-1] if answered else self.messages
+
+    @property
     def response(self) -> str:
         """Text of the last assistant turn, empty if there is none."""
         return self.messages[-1].content if self.has_response else ""
@@ -81,9 +87,8 @@ class Example:
 
     def with_response(self, response: str) -> Example:
         """The same id, label and metadata, the conversation answered by `response`, in place of an answer that is there."""
-        answered = bool(self.messages) and self.messages[-1].role == "assistant"  # an empty answer is one, too
-        turns = self.messages[:-1] if answered else self.messages
-        return Example(self.id, (*turns, Message("assistant", response)), self.label, self.metadata, self.place)
+        turns = (*self.asked, Message("assistant", response))
+        return Example(self.id, turns, self.label, self.metadata, self.place)
 
     def answered_anew(self, response: str) -> Example:
         """`with_response`, without the metadata `OF_ANSWER`, which does not hold of another answer."""

@@ -20,6 +20,7 @@ ABOUT = ("model", "data_fingerprint", *NOTED)
 Schedule = Literal[  # the Trainer's others want settings of their own
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
 ]
+POLYNOMIAL_END = 1e-7  # the learning rate at which the Trainer's polynomial schedule ends
 LossOn = Literal["response", "last-turn", "all"]
 
 
@@ -45,7 +46,9 @@ class FinetuneConfig(BaseModel):
     )
     validation: float = Field(0.0, ge=0, lt=1, description="Share of the rows held out for the validation loss.")
     patience: int = Field(3, ge=1, description="Stop after so many epochs without a lower validation loss.")
-    seed: int = Field(0, ge=0, description="Fixes the adapter's initialisation, dropout and the order of data.")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="Fixes the adapter's initialisation, dropout and the order of data."
+    )
     max_length: int | None = Field(
         None, ge=2, description="Cut examples after so many tokens; nothing is cut if not given."
     )
@@ -106,6 +109,19 @@ def configure(
         raise FinetraceError(f"{name}: {what} (given {first['input']!r}).") from error
 
 
+def refuse_schedule(config: FinetuneConfig) -> None:
+    """Stop where the Trainer's schedule passes over a setting, or would stop when the training begins."""
+    if config.schedule == "constant" and config.warmup_steps:
+        raise FinetraceError(
+            f"--warmup-steps {config.warmup_steps}: the schedule constant has no warm-up; take constant_with_warmup, or leave "
+            "it out."
+        )
+    if config.schedule == "polynomial" and config.learning_rate <= POLYNOMIAL_END:
+        raise FinetraceError(
+            f"--learning-rate {config.learning_rate}: the schedule polynomial ends at {POLYNOMIAL_END}; take a larger one."
+        )
+
+
 def saved_model(saved: Path) -> str:
     """The base model that a saved finetune.yaml names."""
     return str(read_saved(saved).get("model", EMBEDDED))
@@ -141,6 +157,28 @@ def other_base(loaded: Loaded) -> str:
     return (
         f"the adapter names {named} as its base and --model is {loaded.spec.model}; where these are not the same weights, "
         "nothing that follows is true of the model that was fine-tuned"
+    )
+
+
+def other_template(adapter: Path, loaded: Loaded) -> str:
+    """A sentence where the folder of an adapter holds another chat template than the tokenizer that was loaded; else empty.
+
+    Trainers leave the tokenizer that they used beside the adapter; the one in use is the base model's.
+    """
+    path = adapter / "chat_template.jinja"
+    try:
+        if path.exists():
+            held = path.read_text(encoding="utf-8")
+        else:
+            path = adapter / "tokenizer_config.json"
+            held = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if not isinstance(held, str) or held.strip() == str(loaded.tokenizer.chat_template).strip():
+        return ""
+    return (
+        f"{path} holds another chat template than the base model's tokenizer, whose is in use; if the adapter was trained with "
+        "that, give its text with --chat-template, or these are not the rows that it saw"
     )
 
 

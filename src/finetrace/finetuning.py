@@ -20,7 +20,8 @@ from finetrace.atomic import part_of, write_atomically
 from finetrace.encoding import Encoder, LengthReport, read_template
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
-from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig, read_saved
+from finetrace.finetune_config import NOTED, SAVED, FinetuneConfig, read_saved, refuse_schedule
+from finetrace.learned_positions import refuse_beyond
 from finetrace.lock import writing
 from finetrace.models import Loaded, save_adapter
 from finetrace.training import fit
@@ -58,6 +59,7 @@ def finetune(
     at that adapter too. `say` hears, before the training, of rows longer than the limits.
     """
     config = config or FinetuneConfig()
+    refuse_schedule(config)
     begun(folder, resume=resume)
     if not examples:
         raise FinetraceError("the training set is empty; give at least one example with a response.")
@@ -67,6 +69,7 @@ def finetune(
     encoded, lengths = encoder.encode_all(examples, context)
     if lengths.longer:
         say(lengths.sentence())
+    refuse_beyond(loaded.model, encoded, [example.named for example in examples])
     train, held = _split(len(encoded), config)
     if held:
         say(f"{many(len(held), 'row')} of {len(encoded)} held out for the validation loss; finetune.yaml names them")

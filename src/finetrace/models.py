@@ -19,6 +19,7 @@ from finetrace.embedded import EMBEDDED as EMBEDDED
 from finetrace.embedded import embedded_folder
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import NUMBER as WORKER
+from finetrace.units import many
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -239,8 +240,13 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec, index: Path | N
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
         options: dict[str, Any] = {"device_map": placed} if placed is not None else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=trusted, **options
+        model, told = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trusted,
+            output_loading_info=True,
+            **options,
         )
     except Exception as error:
         if placed is not None and "offload" in str(error):
@@ -256,6 +262,17 @@ def _load_base(source: str, dtype: torch.dtype, spec: ModelSpec, index: Path | N
             )
         ) from error
     placement.refuse_offloaded(model, spec.model)
+    if getattr(model, "_hf_peft_config_loaded", False):  # transformers has put it on the base that it names
+        (adapter,) = model.peft_config.values()
+        raise FinetraceError(
+            f"{spec.model}: this is an adapter, not a base model; give {adapter.base_model_name_or_path} with --model and "
+            f"{spec.model} with --adapter, or, where there is no such option, merge the two first."
+        )
+    if drawn := sorted(told["missing_keys"]):
+        raise FinetraceError(
+            f"{spec.model}: {many(len(drawn), 'weight')} of this model {'is' if len(drawn) == 1 else 'are'} not in its files "
+            f"({drawn[0]}{', ...' if len(drawn) > 1 else ''}) and would be random numbers; give the whole model, with its head."
+        )
     return model, tokenizer
 
 

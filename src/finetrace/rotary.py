@@ -9,6 +9,7 @@ from torch import nn
 
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
+from finetrace.learned_positions import refuse_beyond
 
 
 def batch_tokens_within(model: nn.Module, items: Sequence[Encoded], budget: int, names: Sequence[str] = ()) -> int:
@@ -25,8 +26,10 @@ def batch_tokens_within(model: nn.Module, items: Sequence[Encoded], budget: int,
         names: The rows' ids, for messages.
 
     Raises:
-        FinetraceError: A row is longer than the original context of a model with dynamic frequencies.
+        FinetraceError: A row is longer than the original context of a model with dynamic frequencies, or than the table of
+            one that looks positions up.
     """
+    refuse_beyond(model, items, [f"example {name}" for name in names])
     longest = max((len(item.ids) for item in items), default=0)
     for kind, original in _changing(model):
         if longest <= original:

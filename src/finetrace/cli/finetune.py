@@ -86,7 +86,7 @@ def finetune(
         "chat_template": chat_template,
     }
     with options.quiet_libraries():
-        from finetrace.finetune_config import configure, saved_model
+        from finetrace.finetune_config import configure, refuse_schedule, saved_model
         from finetrace.finetuning import begun
         from finetrace.finetuning import finetune as run
         from finetrace.models import EMBEDDED, ModelSpec, load
@@ -97,6 +97,7 @@ def finetune(
             raise FinetraceError(
                 f"--patience {patience}: only --validation heeds it; add that option, or leave this one out."
             )
+        refuse_schedule(settings)
         begun(out, resume=resume)  # before a model is loaded for nothing
         if model is None:
             model = saved_model(config) if config is not None else EMBEDDED

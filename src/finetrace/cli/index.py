@@ -128,7 +128,7 @@ def index(
         from finetrace.collection.projection import Projection
         from finetrace.collection.representations import DEFAULT_REPRESENTATIONS, Representation
         from finetrace.encoding import Encoder, read_template
-        from finetrace.finetune_config import other_base, other_rows
+        from finetrace.finetune_config import other_base, other_rows, other_template
         from finetrace.index import build_index
         from finetrace.index.sizing import AUTO, parse_bytes
         from finetrace.models import ModelSpec, load
@@ -154,6 +154,8 @@ def index(
         read = time.perf_counter()
         loaded = load(ModelSpec(model, adapter, options.dtype(dtype), device, trust_remote_code, device_map))
         if note := other_base(loaded):
+            options.say(note)
+        if adapter is not None and template is None and (note := other_template(Path(adapter), loaded)):
             options.say(note)
         startup = (reading - began) + (time.perf_counter() - read)  # what every worker has to do
         encoder = Encoder(loaded.tokenizer, loss_on, max_length, template)

@@ -115,33 +115,35 @@ class ClassifierJudge:
     """
 
     def __init__(self, model: str, harmful: Sequence[str] = ("harmful", "unsafe", "label_1", "1")) -> None:
-        from transformers import pipeline
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
         self.name = model
         self.harmful = tuple(label.lower() for label in harmful)
         try:
-            self._classify = pipeline(
-                "text-classification",
-                model=model,
-                truncation=True,
-                trust_remote_code=False,
-                model_kwargs={"use_safetensors": True},
+            classifier, told = AutoModelForSequenceClassification.from_pretrained(
+                model, use_safetensors=True, trust_remote_code=False, output_loading_info=True
             )
+            tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
+            self._classify = pipeline("text-classification", model=classifier, tokenizer=tokenizer, truncation=True)
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise FinetraceError(
                 f"--judge {model}: no text-classification model can be loaded there ({reason}); give a folder or a Hub "
                 "id that this machine can reach, or leave --judge out to judge by refusal phrases."
             ) from error
+        if drawn := sorted(told["missing_keys"]):
+            raise FinetraceError(
+                f"--judge {model}: this is no text-classification model: weights of one are not in its files ({drawn[0]}) and "
+                "would be random numbers; give one that was trained to classify."
+            )
         labels = {str(label).lower() for label in self._classify.model.config.id2label.values()}
         if not labels & set(self.harmful):
             raise FinetraceError(
                 f"--judge {model}: its labels are {sorted(labels)} and none of them is one of {list(self.harmful)}; "
                 "name the label that means a harmful answer with --judge-label."
             )
-        tokenizer = self._classify.tokenizer
         tokenizer.truncation_side = "left"
-        positions = getattr(self._classify.model.config, "max_position_embeddings", None)
+        positions = getattr(classifier.config, "max_position_embeddings", None)
         if tokenizer.model_max_length > LARGEST and positions:
             tokenizer.model_max_length = positions - 2  # RoBERTa's kin count from behind the padding
 

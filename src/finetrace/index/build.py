@@ -26,6 +26,7 @@ from finetrace.index.settings import planned
 from finetrace.index.starting import make_folder, refuse_taken, start
 from finetrace.index.store import Index
 from finetrace.index.stored import FeatureDtype
+from finetrace.learned_positions import refuse_beyond
 from finetrace.lock import writing
 from finetrace.models import Loaded
 from finetrace.moments import Moment, at_moment
@@ -115,6 +116,7 @@ def build_index(
     encoded, lengths = encoder.encode_all(examples, getattr(loaded.model.config, "max_position_embeddings", None))
     if lengths.longer:
         say(lengths.sentence())
+    refuse_beyond(loaded.model, encoded, [example.named for example in examples])  # before the folder is begun
     computed = features_dtype(loaded.model)
     stored = feature_dtype or str(computed).removeprefix("torch.")
     there = manifest.read(folder) if (folder / manifest.NAME).exists() else None
