@@ -383,3 +383,13 @@ def test_a_row_of_a_file_that_cannot_be_encoded_is_named_by_file_and_row(tokeniz
     unplaced = replace(rows[1], place="")
     assert unplaced == rows[1]
     assert unplaced.named == "example gone"
+
+
+def test_padding_without_an_end_token_is_refused() -> None:
+    tokenizer, bare = make_tokenizer(), make_tokenizer()
+    bare.eos_token = None
+    row = Example.from_prompt("a b", "c", id="one")
+    with pytest.raises(FinetraceError, match="no end-of-text token to pad with"):
+        Encoder(bare, loss_on="response@64").encode(row)
+    padded = Encoder(tokenizer, loss_on="response@64").encode(row)
+    assert len(padded.ids) == 64

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example, Message
+from finetrace.left_padding import padded
 from finetrace.positions import Positions
 from finetrace.template_date import on_one_day
 from finetrace.units import many
@@ -189,19 +190,9 @@ class Encoder:
             raise FinetraceError(f"{where}: no response token is left within {len(ids)} tokens; {remedy}.")
         padding = max(0, (positions.pad_to or self.pad_to or 0) - len(ids))
         if padding:
-            ids, weights = self._padded(ids, weights, padding)
+            end = self.tokenizer.eos_token_id
+            ids, weights = padded(ids, weights, padding, end, in_loss=positions.kind == "all")
         return Encoded(ids, (weights / weights.sum()).astype(np.float32), prompt_length + padding, padding)
-
-    def _padded(
-        self, ids: NDArray[np.int32], weights: NDArray[np.float64], padding: int
-    ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-        """`padding` end-of-text tokens on the left; in the loss where it looks at all tokens."""
-        filler = np.full(padding, self.tokenizer.eos_token_id, dtype=np.int32)
-        if self.positions.kind == "all":
-            seen = np.ones(padding + len(ids))
-            seen[0] = 0
-            return np.concatenate([filler, ids]), seen
-        return np.concatenate([filler, ids]), np.concatenate([np.zeros(padding), weights])
 
     def encode_all(self, examples: Sequence[Example], context: int | None = None) -> tuple[list[Encoded], LengthReport]:
         """Every example encoded, and what is longer than `max_length` (cut) or else than `context` (left whole)."""
