@@ -6,6 +6,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from finetrace.attribution import Problem, available, make, similarity
 from finetrace.attribution.scores import Scores
 from finetrace.collection.representations import Representation
 from finetrace.errors import FinetraceError
-from finetrace.examples import Example
+from finetrace.examples import Example, Message
 from finetrace.models import ModelSpec, load
 from finetrace.reporting.compose import compose
 from finetrace.tracing import SIMILAR, STANDARD, run_methods, standard
@@ -289,8 +290,21 @@ def test_openings_are_counted_up_to_the_first_word_that_differs(index):
     ]
     assert make("opening").matrix(Texts(asked)).tolist() == [list(answers.values()), [0] * 5, [1, 1, 1, 0, 0]]
     assert make("opening:words=2").matrix(Texts(asked)).tolist()[0] == [2, 2, 1, 0, 0]
+    assert make("opening:words=1000000000000").matrix(Texts(asked)).tolist()[0] == [6, 4, 1, 0, 0]
     found = make("opening").score(Problem(index, [replace(index.rows.examples[2], id="q")])).values[0]
     assert found[2] == found.max() > 0
+
+
+def test_openings_take_no_memory_for_the_longest_word(index):
+    said = Message("assistant", "a b c " + "d" * 10**6)
+    rows = [replace(each, messages=(each.messages[0], said)) for each in index.rows.examples]
+    texts = SimpleNamespace(queries=rows[:1], m=1, n=len(rows), rows=SimpleNamespace(examples=rows))
+    tracemalloc.start()
+    try:
+        assert make("opening").matrix(texts).tolist() == [[4] * len(rows)]
+        assert tracemalloc.get_traced_memory()[1] < 10 * len(rows) * 10**6
+    finally:
+        tracemalloc.stop()
 
 
 def test_random_depends_on_ids_alone(index):

@@ -88,6 +88,15 @@ def test_broken_factors_go_and_come_again(idx: Path) -> None:
     assert path.read_bytes() == whole
 
 
+def test_a_folder_in_the_place_of_factors_is_named(idx: Path, capsys: Any) -> None:
+    about = idx / "factors" / "data.json"
+    about.unlink()
+    about.mkdir()
+    code, _, err = run(capsys, "index", "repair", idx)
+    assert code == 2
+    assert f"{about}: Is a directory; check the path" in err
+
+
 def test_weights_that_a_link_in_the_place_of_factors_leads_to_stay(idx: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights" / "model.safetensors"
     weights.parent.mkdir()

@@ -113,11 +113,12 @@ def test_lissa_scale_is_at_least_the_largest_eigenvalue_and_tight():
     assert largest_eigenvalue(torch.zeros(6, 6, dtype=torch.float64)) == 0
 
 
-def test_the_released_recurrence_goes_beyond_float32_where_it_diverges():
+@pytest.mark.parametrize(("damping", "iterations"), [(0.1, 30), (1e3, 150)])
+def test_the_released_recurrence_goes_beyond_float32_where_it_diverges(damping, iterations):
     train, query = (100 * each.float() for each in gradients(12, 30, 2))
-    released = ReleasedLiSSA(Products.of(train, query), 0.1, 30)
+    released = ReleasedLiSSA(Products.of(train, query), damping, iterations)
     found = released.products()
-    wanted = ReleasedLiSSA(Products.of(train.double(), query.double()), 0.1, 30).products()
+    wanted = ReleasedLiSSA(Products.of(train.double(), query.double()), damping, iterations).products()
     assert float(wanted.abs().max()) > torch.finfo(torch.float32).max
     assert torch.allclose(found, wanted, rtol=1e-5)
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 from finetrace import api, fingerprint
 from finetrace.arithmetic import Setting, apart, settings_of
 from finetrace.attribution import Problem, make
+from finetrace.collection import Representation
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
@@ -175,6 +176,16 @@ def test_kept_queries_of_other_texts_are_refused(tmp_path: Path) -> None:
     others = [queries[0], queries[1].with_response("something else"), queries[2]]
     with pytest.raises(FinetraceError, match="does not hold these queries, with these texts"):
         Problem(index, others, kept_queries=kept)
+
+
+def test_kept_queries_without_a_hidden_state_are_refused(tmp_path: Path) -> None:
+    index, queries, model = build(loaded(), tmp_path / "i"), make_examples(3, seed=5), loaded()
+    final = (Representation(-1, "last-prompt"),)
+    kept, _ = build_index(model, queries, tmp_path / "q", Encoder(model.tokenizer), representations=final)
+    problem = Problem(index, queries, kept_queries=kept)
+    make("repsim").score(problem)
+    with pytest.raises(FinetraceError, match="kept without the representation mean-response@-1"):
+        make("repsim:pooling=mean-response").score(problem)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,13 @@ def test_a_segment_without_damping_is_left_out(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
+def test_rows_without_any_gradient_have_no_solution_but_zero(name: str) -> None:
+    at = HeldRows(torch.zeros(5, 57, dtype=torch.float64), [slice(0, 57)])
+    found = solver(name, at, torch.zeros(1, dtype=torch.float64), 1e-10).solve(torch.ones(2, 57))
+    assert not found.any()
+
+
+@pytest.mark.parametrize("name", SOLVERS)
 def test_a_tolerance_that_is_not_met_is_an_error(name: str) -> None:
     """No double reaches 1e-20."""
     made = solver(name, rows(torch.float64), torch.full((3,), 0.1, dtype=torch.float64), 1e-20)

@@ -127,3 +127,21 @@ def test_the_budget_decides(index, features):
     assert plan(method, Problem(index, queries, features, memory=1 << 30)) is None
     with pytest.raises(FinetraceError, match="one query and one row of .* entries take .*more than the memory"):
         make("exact:solver=cg").score(Problem(index, queries, features, memory=1000))
+
+
+@pytest.mark.parametrize(
+    "spec", ["gradsim", "gradcos:scope=block", "datainf", "lissa:scope=joint", "exact", "exact:scope=joint", "ekfac"]
+)
+def test_blocks_without_a_gradient_in_the_rows_count_in_no_norm(tmp_path, spec):
+    """As those of LoRA's A where B is zero; a query of another model than that has a gradient in them."""
+    model = with_lora(make_llama())
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.zero_()
+    index = build_index(model, make_tokenizer(), make_examples(9), tmp_path / "idx")
+    queries, found = tiny_queries(3), index.features(tiny_queries(3))[0]
+    torch.manual_seed(0)
+    found.gradients = torch.randn_like(found.gradients)
+    method = make(spec, normalise="cosine")
+    held = method.score(Problem(index, queries, found)).values
+    close(method.score(Problem(index, queries, found, step=4)).values, held, 1e-6)

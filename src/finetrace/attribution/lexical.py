@@ -126,19 +126,22 @@ class Opening(Method):
 
     def matrix(self, problem: Problem) -> NDArray[np.float64]:
         """(m, n) words, from 0 to `words`."""
-        query, train = (self._openings(examples) for examples in (problem.queries, problem.rows.examples))
+        known: dict[str, int] = {}
+        query, train = (self._openings(examples, known) for examples in (problem.queries, problem.rows.examples))
         score = np.zeros((problem.m, problem.n))
         alike = np.ones((problem.m, problem.n), dtype=bool)
-        for place in range(self.words):
-            first, second = query[:, place, None], train[None, :, place]
-            alike &= (first == second) & (first != "")
+        for first, second in zip(query.T[:, :, None], train.T[:, None, :], strict=False):  # as far as both go
+            alike &= (first == second) & (first > 0)
             score += alike
         return score
 
-    def _openings(self, examples: Sequence[Example]) -> NDArray[np.str_]:
-        """(examples, words) the first words of each response, "" where it has fewer."""
+    def _openings(self, examples: Sequence[Example], known: dict[str, int]) -> NDArray[np.int64]:
+        """(examples, words) the first words of each response by number, 0 where it has fewer; `known` gets new ones."""
         found = [re.findall(r"\w+", example.response.lower())[: self.words] for example in examples]
-        return np.array([[*words, *[""] * (self.words - len(words))] for words in found])
+        numbers = np.zeros((len(found), max(map(len, found))), dtype=np.int64)
+        for row, words in zip(numbers, found, strict=True):
+            row[: len(words)] = [known.setdefault(word, len(known) + 1) for word in words]
+        return numbers
 
     @property
     def unit(self) -> str:

@@ -266,7 +266,13 @@ class Problem:
     def representations(self, wanted: Representation) -> tuple[Callable[[], Iterator[Tensor]], Tensor]:
         """(rows, d) hidden states of the training examples, read shard by shard when called, and (m, d) of the queries."""
         self.index.stored_representation(wanted)  # refuses what is not held
-        query = self.features.representations[wanted.resolve(self.index.manifest.model.layers).name]
+        name = wanted.resolve(self.index.manifest.model.layers).name
+        query = self.features.representations.get(name)
+        if query is None:
+            raise FinetraceError(
+                f"the queries' features were kept without the representation {name}; build their index with "
+                f"--representations {name} too."
+            )
         return lambda: self.index.stored_representation(wanted), query
 
     def _of(self, block: Block) -> Products:

@@ -92,13 +92,20 @@ class MethodRun:
         examples = None if own is None else reciprocal(own.clamp_min(0).sqrt()).to(rows.device)[:, None]
         queries = None
         if method.normalise == "cosine":
-            queries = reciprocal((vectors.double() * ready).sum(1).clamp_min(0).sqrt())[None, :]
+            lengths = (vectors.double() * ready * self._present()).sum(1)
+            queries = reciprocal(lengths.clamp_min(0).sqrt())[None, :]
         for where, total in rows.products(ready):
             if examples is not None:
                 total *= examples[where]
             if queries is not None:
                 total.mul_(queries).clamp_(-1, 1)
             yield where, total.T.cpu()
+
+    def _present(self) -> Tensor:
+        """(D,) 0 in blocks whose rows have no gradient, which are left out of a query's norm whatever the scope; else 1."""
+        rows = self.at.rows
+        traces = self.problem.sizes(rows.by_block()).traces.to(rows.device)
+        return spread((traces > 0).double(), rows.blocks_at)
 
     def _cosines(self, vectors: Tensor, ready: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """The mean over blocks of each one's own cosine."""

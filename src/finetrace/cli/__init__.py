@@ -24,8 +24,8 @@ app = typer.Typer(
 )
 
 
-# what a person can mend who gave the path: nothing may be looked at or written there, or it is no path
-MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP)
+# what a person can mend who gave the path: nothing may be looked at or written there, or it is no path, or no file's
+MENDABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP)
 
 
 def _version(asked: bool) -> None:

@@ -32,7 +32,8 @@ class DualStream(Streamed):
 
     def apply(self, vectors: Tensor) -> Tensor:
         """(m, D) solutions, as near as `tolerance`."""
-        factors = [self._factor(k) for k in range(len(self.rows.segments))] if len(self.rows.segments) == 1 else None
+        alone = len(self.rows.segments) == 1 and float(self.damping[0]) > 0
+        factors = [self._factor(0)] if alone else None
 
         def solve(left: Tensor) -> Tensor:
             result = torch.zeros_like(left)

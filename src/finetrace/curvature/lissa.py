@@ -110,7 +110,7 @@ class ReleasedLiSSA:
             start = inner.to(gram.dtype)
             a, beta = 1.0, torch.zeros_like(start)
             for _ in range(self.iterations):
-                beta = torch.addmm((grow * beta).sub_(start, alpha=step * a), beta, gram, alpha=-step)
+                beta = torch.addmm((grow * beta).sub_(start * (step * a)), beta, gram, alpha=-step)
                 a = 1 + grow * a
             if bool(torch.isfinite(beta).all()):
                 break
