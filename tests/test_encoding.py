@@ -291,9 +291,11 @@ def test_without_a_response_there_is_nothing_to_encode(tokenizer: Any, messages:
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_template_that_writes_the_date_writes_one_day(own: bool) -> None:
-    dated = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}" + CHATML
+    dated = "{{ '<|im_start|>system\nToday: ' + strftime_now('%d %b %Y, %-m') + '<|im_end|>\n' }}" + CHATML
     encoder = Encoder(make_tokenizer(dated)) if own else Encoder(make_tokenizer(), template=dated)
-    assert encoder.render(conversation("q").messages).startswith("<|im_start|>system\nToday: 26 Jul 2024<|im_end|>\n")
+    assert encoder.render(conversation("q").messages).startswith(
+        "<|im_start|>system\nToday: 26 Jul 2024, 7<|im_end|>\n"
+    )
     plain = Encoder(make_tokenizer()).encode(conversation("q", "a"))
     item = encoder.encode(conversation("q", "a"))
     assert item.loss_tokens == plain.loss_tokens and item.prompt_length > plain.prompt_length

@@ -8,7 +8,10 @@ import datetime
 # tokens than those of yesterday and than its queries of tomorrow
 DAY = datetime.datetime(2024, 7, 26)
 PARTS = "aAbBcdHIjmMpSuUwWxXyY"  # of a date, as strftime calls them
-_WRITTEN = "".join(f".replace('%{part}', '{DAY.strftime('%' + part)}')" for part in PARTS)
+_BARE = "dHIjmMSUWwy"  # of these, numbers, which glibc also writes without a leading zero
+_FORMS = {f"%{part}": DAY.strftime(f"%{part}") for part in PARTS}
+_FORMS |= {f"%-{part}": str(int(DAY.strftime(f"%{part}"))) for part in _BARE}
+_WRITTEN = "".join(f".replace('{form}', '{text}')" for form, text in _FORMS.items())
 _ON_ONE_DAY = "{% macro strftime_now(form) %}{{ form" + _WRITTEN + " }}{% endmacro +%}"
 
 
