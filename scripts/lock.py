@@ -1,11 +1,15 @@
-"""Rewrite requirements/lock.txt and lock-3.10.txt: python scripts/lock.py.
+"""Rewrite requirements/lock.txt and lock-3.10.txt: python scripts/lock.py [--python310 PATH].
 
-Asks pip to resolve what pyproject.toml and the development tools need, with torch pinned, without installing anything.
+Asks pip to resolve what pyproject.toml and the development tools need, with torch pinned, without installing anything. Each
+file is resolved by an interpreter of its own: with `--python-version` alone, pip takes what the running one does not need
+for unneeded there, too.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -28,14 +32,12 @@ def dependencies() -> list[str]:
     return [each for each in wanted if not each.startswith("torch")]
 
 
-def resolve(version: str | None) -> list[str]:
-    """Pinned requirements for one Python; `None` is the running one."""
+def resolve(python: str) -> list[str]:
+    """Pinned requirements for an interpreter that has pip."""
     with tempfile.TemporaryDirectory() as work:
         report = Path(work) / "report.json"
-        command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet"]
+        command = [python, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--only-binary=:all:"]
         command += ["--report", str(report), *PINS, *dependencies(), TORCH]
-        if version is not None:
-            command += ["--python-version", version, "--only-binary=:all:", "--target", work]
         subprocess.run(command, check=True)
         found = json.loads(report.read_text())["install"]
     names = {item["metadata"]["name"].lower(): item["metadata"]["version"] for item in found}
@@ -49,9 +51,13 @@ def keep(name: str) -> bool:
 
 def main() -> None:
     """Write both files."""
-    for name, version in (("lock.txt", None), ("lock-3.10.txt", "3.10")):
-        lines = resolve(version)
-        label = version or "3.11 to 3.13"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python310", default="python3.10", help="an interpreter of Python 3.10")
+    older = shutil.which(parser.parse_args().python310)
+    if older is None:
+        parser.error("no Python 3.10 was found; name one with --python310.")
+    for name, python, label in (("lock.txt", sys.executable, "3.11 to 3.13"), ("lock-3.10.txt", older, "3.10")):
+        lines = resolve(python)
         (ROOT / "requirements" / name).write_text(HEADER.format(version=label) + "\n".join(lines) + "\n")
 
 
