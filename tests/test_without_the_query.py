@@ -1,4 +1,4 @@
-"""`benchmarks/without_the_query.py`: what is left of a result when each query has the scores of the others."""
+"""`benchmarks/without_the_query.py` and `by_opening.py`: what is left of a result without the query, and by the answers' openings."""
 
 from __future__ import annotations
 
@@ -68,3 +68,13 @@ def test_a_method_that_looks_at_the_query_loses_its_scores_where_queries_differ(
     assert found["planted", "repsim"] == [1] * 8
     assert found["planted", "gradnorm:at=start"] == [1] * 8
     assert found["classes", "gradnorm:at=start"][2] == 0.5
+
+
+def test_answers_open_alike_where_a_row_of_their_own_class_does(script: Any) -> None:
+    by_opening = import_module("by_opening")
+    train = [
+        Example.from_prompt("p", text, id=str(i), label=label)
+        for i, (text, label) in enumerate([("Sure! Do it.", "unsafe"), ("No.", "benign")])
+    ]
+    asked = [Example.from_prompt("q", text, label="unsafe") for text in ('"Sure, I can', "no way", "...", "Surely not")]
+    assert by_opening.alike(train, asked) == [True, False, False, False]
