@@ -141,7 +141,7 @@ def test_a_failed_write_leaves_the_old_page_and_no_temporary_file(
     def fail(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("os.replace", fail)
+    monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(FinetraceError, match="disk full"):
         write_report(path, small())
     assert path.read_text() == "old"

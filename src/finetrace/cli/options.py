@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -75,14 +75,14 @@ def command(work: Callable[..., None], like: Callable[..., None] | None = None) 
     Where `work` takes `**options`, it gets the options of the command `like` as well, in front of its own; one that both
     have is its own.
     """
-    hints = get_type_hints(work, include_extras=True)
     shown: list[inspect.Parameter] = []
-    for each in inspect.signature(work).parameters.values():
+    # not `get_type_hints`, which on Python 3.10 hides what is `Annotated` in an `Optional` where the default is `None`
+    for each in inspect.signature(work, eval_str=True).parameters.values():
         if each.kind is inspect.Parameter.VAR_KEYWORD and like is not None:
             own = {one.name for one in shown}
             shown = [*(one for one in inspect.signature(like).parameters.values() if one.name not in own), *shown]
-        elif hasattr(hints.get(each.name), "__metadata__"):
-            shown.append(each.replace(annotation=hints[each.name], kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
+        elif hasattr(each.annotation, "__metadata__"):
+            shown.append(each.replace(kind=inspect.Parameter.POSITIONAL_OR_KEYWORD))
 
     @functools.wraps(work)
     def wrapped(*args: Any, **kwargs: Any) -> None:
