@@ -1,14 +1,13 @@
 """Answers that open as a planted row does, and others: python benchmarks/by_opening.py BENCH [--task mixed-large].
 
-BENCH is a folder of `finetrace bench`. A query's answer opens so where its first word is that of some row of its class. The
-judge by refusal phrases counts what is no refusal, so that among the queries may be answers that the planted rows have hardly
-made. Means over queries of all seeds; the answers of the second kind are listed.
+BENCH is a folder of `finetrace bench`. A query's answer opens so where its first word is that of some row of its class, as the
+control `opening` has it. The judge by refusal phrases counts what is no refusal, so that among the queries may be answers that
+the planted rows have hardly made. Means over queries of all seeds; the answers of the second kind are listed.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,23 +16,15 @@ from safetensors.numpy import load_file
 
 from finetrace.attribution import make
 from finetrace.evaluation.metrics import METRICS, relevance
-from finetrace.examples import Example
 from finetrace.reading import read_examples
 from without_the_query import METHODS, SHOWN
 
 PROBE = "ekfac:normalise=cosine,loss_on=probe,layers=last-fifth"
 
 
-def first_word(text: str) -> str:
-    """The first word in lower case, or nothing."""
-    found = re.search(r"\w+", text.lower())
-    return found[0] if found else ""
-
-
-def alike(train: list[Example], queries: list[Example]) -> list[bool]:
-    """Of each query whether some row of its class begins its answer with the same word."""
-    known = {(row.label, first_word(row.response)) for row in train}
-    return [(query.label, first_word(query.response)) in known for query in queries]
+def alike(opening: NDArray[np.float64], relevant: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(m,) of each query whether some row of its class begins its answer with the same word, from scores of `opening`."""
+    return np.asarray(((opening > 0) & relevant).any(axis=1))
 
 
 def main() -> None:
@@ -47,20 +38,20 @@ def main() -> None:
         if not folders or (args.task and place.parent.name not in args.task):
             continue
         found: dict[str, list[NDArray[np.float64]]] = {}
-        same, others = [], []
+        same: list[NDArray[np.bool_]] = []
+        others: list[str] = []
         for folder in folders:
             train, queries = (read_examples(folder / f"{name}.jsonl") for name in ("train", "queries"))
             relevant = relevance([row.label for row in train], [query.label for query in queries])
             scores = load_file(folder / "scores.safetensors")
-            same += alike(train, queries)
-            others += [
-                f"{folder.name} {query.id}: {query.response}" for query in queries if not alike(train, [query])[0]
-            ]
+            same.append(alike(scores["opening"], relevant))
+            odd = (query for query, like in zip(queries, same[-1], strict=True) if not like)
+            others += [f"{folder.name} {query.id}: {query.response}" for query in odd]
             for label in (make(spec).label for spec in (*METHODS, PROBE)):
                 if label in scores:
                     values = np.asarray(scores[label], dtype=np.float64)
                     found.setdefault(label, []).append(np.stack([METRICS[name](values, relevant) for name in SHOWN]))
-        which = np.array(same)
+        which = np.concatenate(same)
         print(
             f"{place.parent.name}, {place.name}: {which.sum()} of {len(which)} answers open as a row does, then the others"
         )

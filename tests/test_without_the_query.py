@@ -71,10 +71,6 @@ def test_a_method_that_looks_at_the_query_loses_its_scores_where_queries_differ(
 
 
 def test_answers_open_alike_where_a_row_of_their_own_class_does(script: Any) -> None:
-    by_opening = import_module("by_opening")
-    train = [
-        Example.from_prompt("p", text, id=str(i), label=label)
-        for i, (text, label) in enumerate([("Sure! Do it.", "unsafe"), ("No.", "benign")])
-    ]
-    asked = [Example.from_prompt("q", text, label="unsafe") for text in ('"Sure, I can', "no way", "...", "Surely not")]
-    assert by_opening.alike(train, asked) == [True, False, False, False]
+    opening = np.array([[2.0, 0.0, 1.0], [0.0, 3.0, 0.0], [0.0, 0.0, 0.0]])
+    relevant = np.array([[True, False, False]] * 3)
+    assert import_module("by_opening").alike(opening, relevant).tolist() == [True, False, False]

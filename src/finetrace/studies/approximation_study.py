@@ -125,9 +125,8 @@ def _table(records: Sequence[dict[str, Any]], sizes: Sequence[Size], damping: st
                 for truth in TRUTHS
                 for key in ("l2", "relative", "scaled", "spearman")
             ]
-            seconds = _mean(
-                where(mine, truth="fisher") or mine, "seconds"
-            )  # the exact Fisher stands for the Hessian alone
+            # the exact Fisher stands for the Hessian alone
+            seconds = _mean(where(mine, truth="fisher") or mine, "seconds")
             time = _short(seconds) if seconds else f"needs {size.dense_bytes / 2**30:.0f} GiB"
             lines.append([f"{size.points} / {size.parameters:,}", method, *cells, time])
     return heads, lines
