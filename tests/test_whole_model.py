@@ -18,7 +18,6 @@ from finetrace.collection import Collector, track
 from finetrace.collection.layers import ALL_LINEAR
 from finetrace.collection.projection import Projection
 from finetrace.collection.representations import DEFAULT_REPRESENTATIONS
-from finetrace.doctor.machine import memory
 from finetrace.encoding import Encoder
 from finetrace.errors import FinetraceError
 from finetrace.index import Index, build_index, open_index, sizing
@@ -180,57 +179,6 @@ def test_sizes_are_read(text: str, size: int) -> None:
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(FinetraceError, match="not a size; write it as 20GB or 500MB"):
         parse_bytes("--disk", text)
-
-
-def test_memory_of_this_machine_is_known() -> None:
-    found = sizing.available_memory()
-    assert found is not None
-    assert found > 1 << 20
-
-
-def test_files_that_were_read_do_not_count_as_memory_that_a_container_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text(f"{100 << 20}\n")
-    (tmp_path / "memory.current").write_text(f"{90 << 20}\n")
-    assert sizing.available_memory() == 10 << 20
-    (tmp_path / "memory.stat").write_text(f"anon {20 << 20}\ninactive_file {50 << 20}\nactive_file {20 << 20}\n")
-    assert sizing.available_memory() == 80 << 20
-
-
-def test_a_limit_of_the_first_version_of_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{100 << 20}\n")
-    (tmp_path / "memory" / "memory.usage_in_bytes").write_text(f"{90 << 20}\n")
-    assert sizing.available_memory() == 10 << 20
-    stat = f"inactive_file 0\ntotal_inactive_file {50 << 20}\ntotal_active_file {20 << 20}\n"
-    (tmp_path / "memory" / "memory.stat").write_text(stat)
-    assert sizing.available_memory() == 80 << 20
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_the_limit_of_a_job_within_others_counts(version: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the jobs of a cluster have it, in a group of their own below that of the machine, which has none."""
-    named = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes"), 2: ("memory.max", "memory.current")}[version]
-    root = tmp_path / "memory" if version == 1 else tmp_path
-    job = root / "slice" / "job_7" / "step_0"
-    job.mkdir(parents=True)
-    for place, most, taken in ((job, "max", 5 << 20), (job.parent, 60 << 20, 25 << 20), (root, 1 << 62, 90 << 20)):
-        (place / named[0]).write_text(f"{most}\n")
-        (place / named[1]).write_text(f"{taken}\n")
-    own = {1: "9:name=systemd:/\n4:cpu,memory:/slice/job_7/step_0\n0::/\n", 2: "0::/slice/job_7/step_0\n"}[version]
-    (tmp_path / "own").write_text(own)
-    monkeypatch.setattr(sizing, "CGROUP", tmp_path)
-    monkeypatch.setattr(sizing, "OWN", tmp_path / "own", raising=False)
-    assert sizing.available_memory() == 35 << 20
-    assert f"the container may use {(60 << 20) / 1e9:.1f} GB" in memory().what
-    (tmp_path / "own").write_text("0::/../elsewhere\n1:memory:/no/such/group\n")  # seen from within a container
-    (root / named[0]).write_text(f"{100 << 20}\n")
-    assert sizing.available_memory() == 10 << 20
-    (tmp_path / "own").unlink()
-    assert sizing.available_memory() == 10 << 20
 
 
 def test_what_auto_chose_stays(whole: Loaded, tmp_path: Path) -> None:

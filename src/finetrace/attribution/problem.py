@@ -24,9 +24,9 @@ from finetrace.curvature.products import Gradients, Kept, Made, inner_products, 
 from finetrace.encoding import LengthReport
 from finetrace.errors import FinetraceError
 from finetrace.examples import Example
+from finetrace.host_memory import available_memory
 from finetrace.index.cache import Cache
 from finetrace.index.rows import Rows
-from finetrace.index.sizing import available_memory
 from finetrace.index.store import Index
 from finetrace.index.views import kronecker_factors, view
 from finetrace.moments import each_moment

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from finetrace.doctor.finding import Finding
-from finetrace.index.sizing import container_limit
+from finetrace.host_memory import container_limit
 from finetrace.models import resolve_dtype
 
 FLAGS = ("avx2", "avx512_f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "bf16", "sve_bf16")

@@ -21,9 +21,10 @@ from finetrace.collection.factor_sizes import (
 )
 from finetrace.collection.factors import Labels
 from finetrace.errors import FinetraceError
+from finetrace.host_memory import available_memory
 from finetrace.index import factors, sums
 from finetrace.index.manifest import Manifest
-from finetrace.index.sizing import available_memory, free_disk
+from finetrace.index.sizing import free_disk
 from finetrace.units import size
 
 

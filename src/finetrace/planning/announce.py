@@ -13,7 +13,7 @@ import torch
 
 from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
-from finetrace.index.sizing import available_memory
+from finetrace.host_memory import available_memory
 from finetrace.planning import measure, words
 from finetrace.planning.counts import Piece
 from finetrace.planning.extrapolation import extrapolate, measure_plan

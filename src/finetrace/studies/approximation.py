@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from finetrace.curvature import Damping, DampingRule, DataInf, LiSSA, Products, ReleasedLiSSA
 from finetrace.curvature.fisher import FisherDual
-from finetrace.index.sizing import available_memory
+from finetrace.host_memory import available_memory
 from finetrace.studies.mnist import (
     CLASSES,
     Digits,
