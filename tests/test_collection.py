@@ -480,7 +480,7 @@ def test_an_infinite_gradient_is_named() -> None:
             output.register_hook(lambda delta: delta / 0)
 
     model.get_output_embeddings().register_forward_hook(poison)
-    with pytest.raises(FinetraceError, match=r"example r0 .*: its gradient is not finite"):
+    with pytest.raises(FinetraceError, match=r"example r1 .*: its gradient is not finite"):
         collect(model, items, budget=1)
 
 

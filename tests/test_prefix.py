@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,22 @@ def test_another_loss_of_the_same_batches_starts_above_and_gives_the_same_bits()
     counted = runs(layer)
     assert torch.equal(gradients("all"), whole)
     assert len(counted) == 1  # the trial that asks whether the prefix is sound
+
+
+def test_threads_keep_states_and_make_room_for_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there is room for, so that each that is kept drops another thread's."""
+    monkeypatch.setattr(prefix, "CAPACITY", 4 * 1024)
+    states: dict[bytes, torch.Tensor] = {}
+    kept = prefix.Prefix(torch.nn.Identity(), [], 1, False, states)
+
+    def ask(thread: int) -> bool:
+        found = []
+        for number in range(300):
+            key = (number % 7 + thread).to_bytes(2, "big")
+            want = torch.full((256,), float(number % 7 + thread))
+            found.append(torch.equal(kept.remembered(key, lambda want=want: want), want))
+        return all(found)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+    assert 0 < sum(each.nbytes for each in states.values()) <= 4 * 1024

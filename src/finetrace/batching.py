@@ -36,8 +36,8 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions grouped into batches of similar length whose padded size stays within `budget` tokens.
 
     An item longer than the budget travels alone, and a batch that is half full takes nothing that would make more than
-    a sixteenth of it padding. The result depends on the lengths alone (ties by position), so the same rows always share
-    the same batches.
+    a sixteenth of it padding. The largest batch comes first, so that those who share them out are done at the same time. The
+    result depends on the lengths alone (ties by position), so the same rows always share the same batches.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     batches: list[list[int]] = []
@@ -53,4 +53,4 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         tokens += lengths[i]
     if current:
         batches.append(current)
-    return batches
+    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[-1]])

@@ -74,3 +74,12 @@ def available_memory() -> int | None:
         with contextlib.suppress(AttributeError, ValueError, OSError):
             return os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") // share
     return None
+
+
+def total_memory() -> int | None:
+    """Bytes of this machine, or of a container's limit where that is lower; `None` where the system does not say."""
+    limit = container_limit()
+    with contextlib.suppress(AttributeError, ValueError, OSError):
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return whole if limit is None else min(whole, limit)
+    return limit

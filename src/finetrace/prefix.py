@@ -7,6 +7,7 @@ output, which never changes.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,9 +73,10 @@ class Prefix:
             yield
 
     def remembered(self, key: bytes, compute: Callable[[], Tensor]) -> Tensor:
-        """The states of a batch that are known by `key`; `compute` makes them the first time."""
-        if key in self.states:
-            return self.states[key]
+        """The states of a batch that are known by `key`; `compute` makes them the first time. Threads may ask at once."""
+        known = self.states.get(key)
+        if known is not None:
+            return known
         made = compute()
         self._keep(key, made)
         return made
@@ -99,10 +101,11 @@ class Prefix:
 
     def _keep(self, key: bytes, hidden: Tensor) -> None:
         """Keep a batch; the oldest ones make room for it."""
-        while self.states and _size(self.states) + hidden.nbytes > CAPACITY:
-            del self.states[next(iter(self.states))]
-        if hidden.nbytes <= CAPACITY:
-            self.states[key] = hidden
+        with _keeping:
+            while self.states and _size(self.states) + hidden.nbytes > CAPACITY:
+                del self.states[next(iter(self.states))]
+            if hidden.nbytes <= CAPACITY:
+                self.states[key] = hidden
 
     @contextmanager
     def watching(self, heard: Callable[[Tensor], None]) -> Iterator[None]:
@@ -169,6 +172,9 @@ class Prefix:
             return None  # another architecture than these lines know; its passes stay whole
         close = torch.allclose(whole, short, rtol=TOLERANCE, atol=TOLERANCE * float(whole.abs().max()))
         return entered[0] if close and torch.equal(entered[0], entered[-1]) else None
+
+
+_keeping = threading.Lock()
 
 
 class _EnoughError(Exception):

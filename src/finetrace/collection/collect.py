@@ -8,30 +8,29 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from finetrace.batching import batches
+from finetrace.collection.batch_pass import BatchPass, Measured
 from finetrace.collection.factor_sizes import WITHOUT, both_sides, largest
-from finetrace.collection.factors import FactorSums, Labels, sampled_loss, sampled_targets
+from finetrace.collection.factors import FactorSums, Labels
 from finetrace.collection.faults import halves, not_finite, unless_out_of_memory
 from finetrace.collection.features import Features, Gathering
 from finetrace.collection.fused import Fused
 from finetrace.collection.hooks import GradientRecorder
+from finetrace.collection.lanes import Ahead, Lanes
 from finetrace.collection.modules import Tracking
-from finetrace.collection.precision import HALF, Narrowing, wide_prefix, wide_residual
-from finetrace.collection.representations import FINAL, Representation, pool
-from finetrace.collection.unseen import Looked, refuse_read
-from finetrace.cross_entropy import cross_entropy
+from finetrace.collection.precision import HALF, wide_prefix, wide_residual
+from finetrace.collection.representations import FINAL, Representation
+from finetrace.collection.unseen import Looked
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
-from finetrace.forward import Batch, example_losses, token_logits
 from finetrace.prefix import Prefix
 from finetrace.reproducible import reproducible
 from finetrace.rotary import batch_tokens_within
 from finetrace.units import size
 
 BY_HAND = (torch.bfloat16, torch.float32)
-FLOAT16_LOSS_SCALE = 1024.0  # keeps small gradients out of float16's subnormals; divided out again exactly
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Collector:
         first: int = 0,
         left_out: Mapping[int, str] = {},
         skip_bad: bool = False,
+        made: Sequence[list[int]] | None = None,
     ) -> Features:
         """Features of `items`, in their order, on the CPU; `on_batch` hears how many rows each batch finished.
 
@@ -83,6 +83,7 @@ class Collector:
             first: The row of the data that `items` begin with, for messages.
             left_out: Positions in `items` that are left out whatever their values, with the reason.
             skip_bad: Leave out a row that is not finite, and note it in `Features.left_out`, in place of stopping.
+            made: Positions in `items` of the batches, where they are not to be made by length.
 
         Raises:
             FinetraceError: There is no item, a row is not finite, or does not fit in memory by itself; the row is named.
@@ -91,47 +92,66 @@ class Collector:
             raise FinetraceError("there is no example to take gradients of; give at least one with a response.")
         gathered = self._room(len(items), factors is not None and factors.labels == "model")
         fused = self._fused()
+        lanes = self._lanes(fused)
         prefix = self._prefix()
-        todo = deque(batches(items, batch_tokens_within(self.model, items, self.batch_tokens, ids)))
+        made = batches(items, batch_tokens_within(self.model, items, self.batch_tokens, ids)) if made is None else made
+        todo = deque(made)
         with (
             reproducible(next(self.model.parameters()).device),
             GradientRecorder(self.model, self.tracking, self.dtype, self._looked) as recorder,
             wide_residual(self.model) as narrowing,
         ):
-            recorder.factors = factors
-            while todo:
-                chosen = todo.popleft()
-                names = [ids[i] for i in chosen]
-                one = [items[i] for i in chosen]
-                found = unless_out_of_memory(
-                    partial(self._measure, recorder, one, names, narrowing, prefix, fused),
-                    partial(_forget, recorder, fused),
-                )
-                if found is None:
-                    if len(chosen) == 1:
-                        raise FinetraceError(_too_large(ids[chosen[0]], first + chosen[0], one[0]))
-                    todo.extendleft(reversed(halves(chosen)))
-                    gathered.halved += 1
-                    continue
-                gathered.put(chosen, found)
-                bad = {chosen[row]: reason for row, reason in not_finite(found).items()}
-                known = {i: left_out[i] for i in chosen if i in left_out}
-                if len(chosen) == 1 and bad and not known:
-                    if not skip_bad:
-                        raise FinetraceError(_not_finite(ids[chosen[0]], first + chosen[0], bad[chosen[0]]))
-                    known = bad
-                gathered.left_out |= known
-                if known:
-                    on_batch(len(known))
-                if bad or known:
-                    rest = [i for i in chosen if i not in bad and i not in known]
-                    todo.extendleft([i] for i in reversed(chosen) if i in bad and i not in known)
-                    todo.extendleft([rest] if rest else [])
-                    continue
-                if factors is not None:
-                    factors.commit()
-                on_batch(len(chosen))
+            one = BatchPass(self.model, self.representations, self.dtype, recorder, narrowing, prefix, fused)
+            passes = [one, *(one.beside() for _ in range(1, lanes.count))]
+
+            def measure(lane: int, chosen: list[int]) -> Measured | None:
+                rows, names = [items[i] for i in chosen], [ids[i] for i in chosen]
+                return unless_out_of_memory(partial(passes[lane].measure, rows, names, factors), passes[lane].forget)
+
+            def alone(chosen: list[int]) -> Measured | None:
+                for other in passes[1:]:
+                    other.clear()
+                return measure(0, chosen)
+
+            by_hand = [each for each in todo if fused is not None and fused.fits([items[i] for i in each])]
+            with Ahead(measure, by_hand, lanes) as ahead:
+                while todo:
+                    chosen = todo.popleft()
+                    measured = ahead.take(chosen) or alone(chosen)
+                    if measured is None:
+                        if len(chosen) == 1:
+                            raise FinetraceError(_too_large(ids[chosen[0]], first + chosen[0], items[chosen[0]]))
+                        todo.extendleft(reversed(halves(chosen)))
+                        gathered.halved += 1
+                        continue
+                    found = measured.features
+                    gathered.put(chosen, found)
+                    bad = {chosen[row]: reason for row, reason in not_finite(found).items()}
+                    known = {i: left_out[i] for i in chosen if i in left_out}
+                    if len(chosen) == 1 and bad and not known:
+                        if not skip_bad:
+                            raise FinetraceError(_not_finite(ids[chosen[0]], first + chosen[0], bad[chosen[0]]))
+                        known = bad
+                    gathered.left_out |= known
+                    if known:
+                        on_batch(len(known))
+                    if bad or known:
+                        rest = [i for i in chosen if i not in bad and i not in known]
+                        todo.extendleft([i] for i in reversed(chosen) if i in bad and i not in known)
+                        todo.extendleft([rest] if rest else [])
+                        continue
+                    if measured.sums is not None:
+                        measured.sums.commit()
+                    on_batch(len(chosen))
         return gathered.features()
+
+    def at_once(self, items: Sequence[Encoded]) -> int:
+        """How many batches like `items` are collected side by side."""
+        fused = self._fused()
+        return self._lanes(fused).count if fused is not None and fused.fits(items) else 1
+
+    def _lanes(self, fused: Fused | None) -> Lanes:
+        return Lanes(1, torch.get_num_threads()) if fused is None else Lanes.of(fused.batch_bytes(self.batch_tokens))
 
     def factor_sums(self, labels: Labels) -> FactorSums:
         """Empty sums for `collect` to add to.
@@ -169,70 +189,6 @@ class Collector:
             return None
         wanted = [parameter for layer in self.tracking.layers for parameter in layer.module.parameters()]
         return wide_prefix(self.model, wanted)
-
-    def _measure(
-        self,
-        recorder: GradientRecorder,
-        items: Sequence[Encoded],
-        ids: Sequence[str],
-        narrowing: Narrowing,
-        prefix: Prefix | None,
-        fused: Fused | None,
-    ) -> Features:
-        """The features of one batch, on the CPU."""
-        batch = Batch.of(items).to(next(self.model.parameters()).device)
-        if fused is not None and fused.fits(batch):
-            wanted = {each.place for each in self.representations}
-            loss, rows, hidden = fused.run(recorder, batch, ids, wanted, prefix)
-        else:
-            loss, rows, hidden = self._pass(recorder, batch, ids, narrowing, prefix)
-        sampling = recorder.factors is not None and recorder.factors.labels == "model"
-        pooled = {
-            each.name: pool(hidden[each.place], batch, each.pooling).to(self.dtype).cpu()
-            for each in self.representations
-        }
-        return Features(
-            rows.cpu(), loss.to(self.dtype).cpu(), pooled, sampled=recorder.rows.cpu() if sampling else None
-        )
-
-    def _pass(
-        self,
-        recorder: GradientRecorder,
-        batch: Batch,
-        ids: Sequence[str],
-        narrowing: Narrowing,
-        prefix: Prefix | None,
-    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
-        """Losses (B,), gradients (B, D) and the hidden states wanted, by layer.
-
-        Where the factors want labels of the model's own, `recorder.rows` holds the gradients of the sampled loss.
-        """
-        recorder.expect(batch)
-        half = next(self.model.parameters()).dtype == torch.float16
-        recorder.scale = FLOAT16_LOSS_SCALE if half else 1.0
-        wanted = {each.place for each in self.representations}
-        sampling = recorder.factors is not None and recorder.factors.labels == "model"
-        with torch.enable_grad():
-            with narrowing():
-                logits, hidden = token_logits(self.model, batch, hidden_states=bool(wanted - {-1}), prefix=prefix)
-            token = cross_entropy(logits, batch.targets)
-            loss = example_losses(batch, token)
-            recorder.listening = not sampling
-            (loss.sum() * recorder.scale).backward(retain_graph=sampling)
-            rows = recorder.rows
-            if sampling:
-                recorder.clear()
-                recorder.listening = True
-                drawn = cross_entropy(logits, sampled_targets(logits, batch, ids))
-                (sampled_loss(drawn, batch) * recorder.scale).backward()
-        recorder.check(lambda layers: refuse_read(self.model, layers, batch, narrowing))
-        return loss.detach(), rows, {layer: hidden[layer].detach() for layer in wanted}
-
-
-def _forget(recorder: GradientRecorder, fused: Fused | None) -> None:
-    recorder.forget()
-    if fused is not None:
-        fused.workspace.clear()
 
 
 def features_dtype(model: nn.Module) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from typing import Literal
@@ -55,6 +56,12 @@ class FactorSums:
         self._seen: dict[tuple[torch.device, int, tuple[int, ...]], tuple[Tensor, Tensor]] = {}
         self._products: list[tuple[Tensor, Tensor | int]] = []  # what the batch adds, and to which sum
         self._counts: list[tuple[str, int]] = []
+
+    def beside(self) -> FactorSums:
+        """The same sums for a batch of its own, which adds to them when it is committed."""
+        other = copy.copy(self)
+        other._seen, other._products, other._counts = {}, [], []
+        return other
 
     def begin(self) -> None:
         """A new batch: what was seen of one that was not committed is in no sum."""

@@ -22,6 +22,7 @@ from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.fused_plan import Plan, plan
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.modules import Tracking
+from finetrace.encoding import Encoded
 from finetrace.forward import LEAST_ROWS, Batch, example_losses
 from finetrace.prefix import Prefix
 
@@ -47,12 +48,28 @@ class Fused:
         found = plan(model, tracking)
         return None if found is None else cls(found)
 
-    def fits(self, batch: Batch) -> bool:
-        """Whether the batch is padded on the right alone and short enough to keep its attention."""
+    def beside(self) -> Fused:
+        """The same pass with memory of its own, for a batch at the same time."""
+        return Fused(self.plan)
+
+    def fits(self, items: Sequence[Encoded]) -> bool:
+        """Whether a batch is padded on the right alone and short enough to keep its attention."""
         heads = max(layer.shape.heads for layer in self.plan.layers)
-        count, width = batch.ids.shape
-        short = width <= LONGEST and count * heads * width**2 <= MOST_WEIGHTS
-        return batch.mask is None and short and min(batch.prompt_lengths) > 0
+        width = max(len(item.ids) for item in items)
+        short = width <= LONGEST and len(items) * heads * width**2 <= MOST_WEIGHTS
+        return short and all(item.padding == 0 and item.prompt_length > 0 for item in items)
+
+    def batch_bytes(self, tokens: int) -> int:
+        """What a batch of so many tokens holds at most, about: of layers what their backward pass needs, and logits.
+
+        Attention is taken to be as wide as it may be, so that batches of one size have one size here.
+        """
+        kept = 0
+        for layer in self.plan.layers[self.plan.lowest :]:
+            heads = layer.shape.heads * LONGEST + (layer.shape.heads + 2 * layer.shape.groups) * layer.shape.width
+            narrow = heads + 2 * len(layer.gate.weight)
+            kept += 2 * layer.qkv.weight.shape[1] * self.plan.wide.itemsize + narrow * self.plan.head.dtype.itemsize
+        return tokens * kept + HEAD_ROWS * len(self.plan.head) * self.plan.head.dtype.itemsize
 
     @torch.no_grad()
     def run(

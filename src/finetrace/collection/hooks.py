@@ -68,6 +68,10 @@ class GradientRecorder:
         for module in self._training:
             module.training = True
 
+    def beside(self) -> GradientRecorder:
+        """One for another batch at the same time, whose gradients are handed to it: it hears no pass."""
+        return GradientRecorder(self.model, self.tracking, self.dtype, self._looked)
+
     def expect(self, batch: Batch) -> None:
         """Get ready for one forward pass of `batch`, and a backward pass."""
         self._batch = batch

@@ -85,7 +85,7 @@ class Announcer:
         self._warn(plan)
         probes = measure.choose(plan.left.pieces, plan.shape)
         share = SHARE if self._engine.in_process else WORKERS_SHARE
-        if probes and sum(piece.padded for piece in probes) <= share * plan.left.padded:
+        if probes and plan.at_once * sum(piece.padded for piece in probes) <= share * plan.left.padded:
             plan = self._measured(plan, collector, encoded, len(probes))
         elif self._engine.in_process:
             left = set(plan.left.shards)
@@ -150,8 +150,8 @@ class Announcer:
         self._seen.append(piece)
         operations = sum(plan.shape.collection(*each.shape, plan.labels) for each in self._seen)
         whole = sum(plan.shape.collection(*each.shape, plan.labels) for each in plan.left.pieces)
-        if len(self._seen) < BATCHES or operations < SHARE * whole:
-            return
+        if len(self._seen) < BATCHES or operations < SHARE * whole or len(self._seen) % plan.at_once:
+            return  # batches that go side by side end together
         self._coming.clear()
         padded, tokens = sum(each.padded for each in self._seen), sum(each.tokens for each in self._seen)
         timing = Timing(operations, padded, tokens, now[0] - self._clock[0], now[1] - self._clock[1])

@@ -20,6 +20,8 @@ from finetrace.planning.disk import shard_sizes
 from finetrace.planning.measure import Fit, Timing
 from finetrace.planning.plan import Measured, Memory, Plan
 
+LITTLE = 0.1  # of the work, for which no batch is measured by itself
+
 if TYPE_CHECKING:
     from finetrace.collection import Collector
     from finetrace.encoding import Encoded
@@ -58,12 +60,16 @@ def measure_plan(
     now, loaded = measure.memory_now(), measure.peak_memory()
     with at_moment(model, plan.about.model.at):
         timings = [measure.run(collector, encoded, piece, shape, sums, labels) for piece in chosen][1:]
+        slower = 1.0
+        if chosen and plan.alone > LITTLE:
+            by_itself = measure.run(collector, encoded, chosen[-1], shape, sums, labels, alone=True)
+            slower = max(1.0, by_itself.seconds / timings[-1].seconds)
     high = measure.peak_memory()
     activations = high - now if now and high > loaded else 0  # else the system does not say what the batches had
     on_device = max((int(torch.cuda.max_memory_allocated(card)) for card in cards), default=0)
     if device.type == "cpu" and not activations:
         half = plan.about.model.dtype in ("bfloat16", "float16")
-        activations = max((shape.activations(*piece.shape, half) for piece in chosen), default=0)
+        activations = plan.at_once * max((shape.activations(*piece.shape, half) for piece in chosen), default=0)
     disk, sides = plan.disk, [side for matrix in shape.tracked for side in matrix]
     if sums is not None:  # layers that see the same input have one eigenbasis of it
         shared = _shared(sums)
@@ -76,17 +82,23 @@ def measure_plan(
         startup=startup,
         encoding=encoding,
         disk=disk,
-        measured=extrapolate(plan, timings, folder, memory, sides),
+        measured=extrapolate(plan, timings, folder, memory, sides, slower),
     )
     return replace(made, workers=tuple(made.with_workers(count) for count in workers))
 
 
 def extrapolate(
-    plan: Plan, timings: Sequence[Timing], folder: Path, memory: Memory | None, sides: Sequence[int] | None = None
+    plan: Plan,
+    timings: Sequence[Timing],
+    folder: Path,
+    memory: Memory | None,
+    sides: Sequence[int] | None = None,
+    slower: float = 1.0,
 ) -> Measured:
     """Seconds of all that is left, from some batches; how fast the disk and the decompositions are is tried here.
 
     `sides` are those of the matrices that are decomposed for Kronecker factors; without them, both sides of every block.
+    A batch by itself takes `slower` times its share of the time of batches side by side.
     """
     labels, shape = plan.labels, plan.shape
     sides = sides if sides is not None else [side for matrix in shape.tracked for side in matrix]
@@ -96,7 +108,13 @@ def extrapolate(
     clocks = [each.seconds for each in timings], [each.cpu_seconds for each in timings]
     fits = [Fit.to(operations, clock) if timings else Fit(0.0, 0.0) for clock in clocks]
     passes = [
-        [sum(fit.seconds(shape.collection(*piece.shape, labels)) for piece in shard) for shard in plan.left.shards]
+        [
+            sum(
+                fit.seconds(shape.collection(*piece.shape, labels)) * (slower if place >= plan.together(shard) else 1)
+                for place, piece in enumerate(shard)
+            )
+            for shard in plan.left.shards
+        ]
         for fit in fits
     ]
     row = plan.row.row_bytes() + (plan.row.row_bytes("gradients") if labels == "model" else 0)

@@ -30,7 +30,10 @@ WRITTEN = 32 << 20  # bytes written to see how fast the disk is
 
 @dataclass(frozen=True)
 class Timing:
-    """One measured batch: its operations by `Shape`, tokens computed and not padding, wall-clock and processor time."""
+    """One measured batch: its operations by `Shape`, tokens computed and not padding, wall-clock and processor time.
+
+    Of batches that go side by side, each has its share of the time that they take together.
+    """
 
     operations: float
     padded: int
@@ -105,16 +108,21 @@ def run(
     shape: Shape,
     sums: FactorSums | None = None,
     labels: Labels | None = None,
+    *,
+    alone: bool = False,
 ) -> Timing:
-    """Collect one batch, and say how long it took."""
+    """Collect one batch, as often at the same time as the index will, and say how long each took; `alone`, by itself."""
     items = [encoded[i] for i in piece.rows]
     names = [f"row {i + 1}" for i in piece.rows]
+    count, size = 1 if alone else collector.at_once(items), len(items)
+    made = [list(range(size * k, size * (k + 1))) for k in range(count)]
     device = next(collector.model.parameters()).device
     _wait(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    collector.collect(items, names, factors=sums, skip_bad=True)  # a bad row is named where it is collected
+    # a bad row is named where it is collected
+    collector.collect(items * count, names * count, factors=sums, skip_bad=True, made=made)
     _wait(device)
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = (time.perf_counter() - wall) / count, (time.process_time() - cpu) / count
     operations = shape.collection(*piece.shape, labels)
     return Timing(operations, piece.padded, piece.tokens, wall, cpu)
 

@@ -13,11 +13,12 @@ import torch
 
 from finetrace import placement
 from finetrace.collection.factor_sizes import factor_bytes
+from finetrace.collection.lanes import Lanes
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, shards, sums
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
-from finetrace.planning.counts import Work, pieces_of
+from finetrace.planning.counts import Piece, Work, pieces_of
 from finetrace.planning.disk import (
     Disk,
     RowFormat,
@@ -100,6 +101,7 @@ class Plan:
         there: Bytes that an unfinished index in the same folder takes already.
         row: What a shard holds of one example.
         summed: Bytes that the sums for Kronecker factors write for each shard, folding included.
+        at_once: Batches that are collected side by side.
         startup: Seconds of loading the program and the model.
         encoding: Seconds of reading and encoding the data.
         measured: `None` where nothing was measured.
@@ -119,10 +121,21 @@ class Plan:
     row: RowFormat
     summed: int = 0
     there: int = 0
+    at_once: int = 1
     startup: float = 0.0
     encoding: float = 0.0
     measured: Measured | None = None
     workers: tuple[Schedule, ...] = field(default=())
+
+    def together(self, shard: Sequence[Piece]) -> int:
+        """How many of a shard's batches, the first ones, go side by side; those after them go by themselves."""
+        return Lanes(self.at_once).rounds(len(shard))
+
+    @property
+    def alone(self) -> float:
+        """Share of the work that is left which goes by itself where batches go side by side."""
+        last = [piece for shard in self.left.shards for piece in shard[self.together(shard) :]]
+        return sum(piece.padded for piece in last) / self.left.padded if self.at_once > 1 and last else 0.0
 
     def with_workers(self, count: int) -> Schedule:
         """So many machines like this one, each with the whole of its cores or its device."""
@@ -147,6 +160,7 @@ class Plan:
             "padding_share": self.whole.padding,
             "loss_tokens": self.whole.loss_tokens,
             "batches": len(self.whole.pieces),
+            "batches_at_once": self.at_once,
             "shards": len(self.whole.shards),
             "rows_per_shard": self.about.rows_per_shard,
             "longest": {"id": self.longest[0], "tokens": self.longest[1]},
@@ -213,6 +227,7 @@ def plan_index(
         free=_free(folder),
         row=row,
         summed=summed if unfitted is not None else 0,
+        at_once=max((collector.at_once([encoded[i] for i in shard[0].rows]) for shard in pieces[:1]), default=1),
         there=_bytes_in(folder) if begun is not None else 0,
     )
 
