@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from finetrace.collection import Collector, Representation
+from finetrace.collection import Representation
 from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
 from finetrace.execution.dispatch import Event, Pool
@@ -226,14 +226,14 @@ def test_rows_appended_by_workers(loaded: Loaded, tmp_path: Path, carried: Engin
 def test_halved_batches_of_workers_are_counted(
     loaded: Loaded, tmp_path: Path, carried: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measure = Collector._measure
+    measure = BatchPass.measure
 
-    def small(self: Collector, recorder: Any, items: Any, *rest: Any) -> Any:
+    def small(self: BatchPass, items: Any, *rest: Any) -> Any:
         if len(items) > 2:
             raise MemoryError
-        return measure(self, recorder, items, *rest)
+        return measure(self, items, *rest)
 
-    monkeypatch.setattr(Collector, "_measure", small)
+    monkeypatch.setattr(BatchPass, "measure", small)
     said: dict[str, list[str]] = {"one": [], "two": []}
     build(loaded, tmp_path / "one", make_examples(8), say=said["one"].append)
     build(loaded, tmp_path / "two", make_examples(8), say=said["two"].append, engine=carried)
