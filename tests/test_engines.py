@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from finetrace.collection import Representation
+from finetrace.collection.batch_pass import BatchPass
 from finetrace.errors import FinetraceError
 from finetrace.execution import Engine
 from finetrace.execution.dispatch import Event, Pool
