@@ -353,6 +353,15 @@ def test_batches_hold_everything_once_within_the_budget(lengths: list[int], budg
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
 
 
+@pytest.mark.parametrize(
+    ("lengths", "budget", "sizes"),
+    [([50] * 41, 2000, [21, 20]), ([50] * 40, 2000, [40]), ([50] * 79, 2000, [40, 39]), ([10] * 3 + [90], 100, [1, 3])],
+)
+def test_batches_are_alike_and_the_largest_comes_first(lengths: list[int], budget: int, sizes: list[int]) -> None:
+    """One row that is too many for a batch does not travel by itself, where its length does not ask for it."""
+    assert [len(batch) for batch in length_batches(lengths, budget)] == sizes
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_padding_stays_under_a_twentieth(seed: int) -> None:
     draw = random.Random(seed)

@@ -36,10 +36,25 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
     """Positions grouped into batches of similar length whose padded size stays within `budget` tokens.
 
     An item longer than the budget travels alone, and a batch that is half full takes nothing that would make more than
-    a sixteenth of it padding. The largest batch comes first, so that those who share them out are done at the same time. The
-    result depends on the lengths alone (ties by position), so the same rows always share the same batches.
+    a sixteenth of it padding. Of all that take as many batches, the tightest budget is kept to, which makes them alike, and
+    the largest comes first, so that those who share them out are done at the same time. The result depends on the lengths
+    alone (ties by position), so the same rows always share the same batches.
     """
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    made, low, high = _filled(order, lengths, budget), 0, budget
+    most = len(made)
+    while high - low > max(1, budget // 64):
+        middle = (low + high) // 2
+        tighter = _filled(order, lengths, middle)
+        if len(tighter) <= most:
+            made, high = tighter, middle
+        else:
+            low = middle
+    return sorted(made, key=lambda batch: -len(batch) * lengths[batch[-1]])
+
+
+def _filled(order: Sequence[int], lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Batches that are filled one after another."""
     batches: list[list[int]] = []
     current: list[int] = []
     tokens = 0
@@ -53,4 +68,4 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
         tokens += lengths[i]
     if current:
         batches.append(current)
-    return sorted(batches, key=lambda batch: -len(batch) * lengths[batch[-1]])
+    return batches
