@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from finetrace.collection.factors import FactorSums, sampled_loss, sampled_targets
 from finetrace.collection.features import Features
 from finetrace.collection.fused import Fused
+from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.precision import Narrowing
 from finetrace.collection.representations import Representation, pool
@@ -53,10 +54,10 @@ class BatchPass:
     prefix: Prefix | None
     fused: Fused | None
 
-    def beside(self) -> BatchPass:
-        """For batches at the same time that fit the pass by hand."""
+    def beside(self, workspace: Workspace) -> BatchPass:
+        """For batches at the same time that fit the pass by hand, in memory of their own."""
         assert self.fused is not None, "autograd's hooks hear one batch at a time"
-        return replace(self, recorder=self.recorder.beside(), fused=self.fused.beside())
+        return replace(self, recorder=self.recorder.beside(), fused=self.fused.within(workspace))
 
     def forget(self) -> None:
         """Let go of what a pass left that did not come to its end."""

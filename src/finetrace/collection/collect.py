@@ -17,6 +17,7 @@ from finetrace.collection.factors import FactorSums, Labels
 from finetrace.collection.faults import halves, not_finite, unless_out_of_memory
 from finetrace.collection.features import Features, Gathering
 from finetrace.collection.fused import Fused
+from finetrace.collection.fused_parts import Workspace
 from finetrace.collection.hooks import GradientRecorder
 from finetrace.collection.lanes import Ahead, Lanes
 from finetrace.collection.modules import Tracking
@@ -51,6 +52,7 @@ class Collector:
     representations: tuple[Representation, ...] = FINAL
     batch_tokens: int = 2048
     fused: bool | None = None
+    _workspaces: list[Workspace] = field(default_factory=list, init=False, repr=False, compare=False)
     _looked: Looked = field(default_factory=Looked, init=False, repr=False, compare=False)
 
     @property
@@ -101,17 +103,22 @@ class Collector:
             GradientRecorder(self.model, self.tracking, self.dtype, self._looked) as recorder,
             wide_residual(self.model) as narrowing,
         ):
+            self._workspaces.extend(Workspace() for _ in range(len(self._workspaces), lanes.count))
+            fused = fused.within(self._workspaces[0]) if fused is not None else None
             one = BatchPass(self.model, self.representations, self.dtype, recorder, narrowing, prefix, fused)
-            passes = [one, *(one.beside() for _ in range(1, lanes.count))]
+            passes = [one, *(one.beside(self._workspaces[lane]) for lane in range(1, lanes.count))]
 
             def measure(lane: int, chosen: list[int]) -> Measured | None:
                 rows, names = [items[i] for i in chosen], [ids[i] for i in chosen]
                 return unless_out_of_memory(partial(passes[lane].measure, rows, names, factors), passes[lane].forget)
 
             def alone(chosen: list[int]) -> Measured | None:
-                for other in passes[1:]:
-                    other.clear()
-                return measure(0, chosen)
+                found = measure(0, chosen)
+                if found is None and len(passes) > 1:
+                    for other in passes[1:]:
+                        other.clear()
+                    found = measure(0, chosen)
+                return found
 
             by_hand = [each for each in todo if fused is not None and fused.fits([items[i] for i in each])]
             with Ahead(measure, by_hand, lanes) as ahead:
@@ -152,6 +159,10 @@ class Collector:
 
     def _lanes(self, fused: Fused | None) -> Lanes:
         return Lanes(1, torch.get_num_threads()) if fused is None else Lanes.of(fused.batch_bytes(self.batch_tokens))
+
+    def release(self) -> None:
+        """Give back the memory that one call of `collect` leaves to the next."""
+        self._workspaces.clear()
 
     def factor_sums(self, labels: Labels) -> FactorSums:
         """Empty sums for `collect` to add to.

@@ -48,9 +48,9 @@ class Fused:
         found = plan(model, tracking)
         return None if found is None else cls(found)
 
-    def beside(self) -> Fused:
-        """The same pass with memory of its own, for a batch at the same time."""
-        return Fused(self.plan)
+    def within(self, workspace: Workspace) -> Fused:
+        """The same pass in other memory, for a batch at the same time."""
+        return Fused(self.plan, workspace)
 
     def fits(self, items: Sequence[Encoded]) -> bool:
         """Whether a batch is padded on the right alone and short enough to keep its attention."""

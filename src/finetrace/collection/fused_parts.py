@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +12,9 @@ import torch
 from torch import Tensor
 
 from finetrace.collection.fused_layout import Pair, matched
+
+HEADROOM = 4  # a buffer is longer than asked for by one in so many parts
+LARGE = 4 << 20  # bytes for which large pages are asked
 
 
 class Workspace:
@@ -29,7 +34,7 @@ class Workspace:
         if held is None or held.numel() < size or held.dtype != dtype:
             self._held.pop(name, None)
             self._last.pop(name, None)
-            held = self._held[name] = torch.empty(size, dtype=dtype)
+            held = self._held[name] = self._fresh(size, dtype)
         self._last[name] = held[:size].view(*shape)
         return self._last[name]
 
@@ -37,6 +42,19 @@ class Workspace:
         """Give it back."""
         self._held.clear()
         self._last.clear()
+
+    def _fresh(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Of large pages where the system has them, since a processor enters each for itself.
+
+        It is longer than asked for, so that a batch a little larger finds room; what is never written takes no memory.
+        """
+        size += size // HEADROOM
+        if hasattr(mmap, "MADV_HUGEPAGE") and size * dtype.itemsize >= LARGE:
+            pages = mmap.mmap(-1, size * dtype.itemsize)
+            with contextlib.suppress(OSError):
+                pages.madvise(mmap.MADV_HUGEPAGE)
+            return torch.frombuffer(pages, dtype=dtype)
+        return torch.empty(size, dtype=dtype)
 
 
 @dataclass(frozen=True)
