@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import get_args
@@ -15,7 +16,7 @@ from finetrace.execution import Engine
 from finetrace.index import factors, manifest, sums
 from finetrace.index.manifest import Arrival, Manifest
 from finetrace.index.notes import Notes
-from finetrace.index.work import Collected, Piece, ShardWork, collect_piece, sweep
+from finetrace.index.work import Collected, Gathered, Piece, ShardWork, gather_piece, sweep, write_piece
 from finetrace.models import ModelSpec
 from finetrace.progress import Tracker
 
@@ -72,39 +73,44 @@ def collect_shards(
     tracker = Tracker("collecting gradients", len(examples), "examples")
     ids = [example.id for example in examples]
 
-    def here(piece: Piece) -> Collected:
-        return collect_piece(
-            folder, started, collector, ids, encoded, piece, unfitted, tracker.advance, skip_bad=skip_bad
-        )
-
-    local = engine.in_process or spec is None
-    work: Callable[[Piece], Collected] = here
-    if spec is not None and not local:
-        work = ShardWork(folder.resolve(), started, spec, unfitted, skip_bad)
     halved = 0
+
+    def arrived(piece: Piece, found: Collected) -> None:
+        nonlocal halved
+        halved += found.halved
+        if found.shard is not None:
+            if before.get(found.shard.start, found.shard.sha256) != found.shard.sha256:
+                _forget_factors(folder, say)
+            done[found.shard.start] = found.shard
+            notes.add(Arrival(shard=found.shard, left_out=tuple(found.left_out)))
+        if running is not None:
+            running.arrived(done[piece.start])
+
+    def gather(piece: Piece) -> Gathered:
+        return gather_piece(started, collector, ids, encoded, piece, unfitted, tracker.advance, skip_bad=skip_bad)
+
+    def write(gathered: Gathered) -> None:
+        arrived(gathered.piece, write_piece(folder, started, ids, gathered))
+
     sweep(folder)
     try:
-        each_piece = (Engine() if local else engine).run_each(
-            work, pieces, name=lambda piece: piece.name, shared=folder
-        )
-        with tracker, closing(each_piece) as arriving:
+        with tracker:
             for shard in there:
                 tracker.advance(shard.stop - shard.start)
                 if running is not None:
                     running.arrived(shard)
-            for place, found in arriving:
-                if not local:
-                    tracker.advance(pieces[place].stop - pieces[place].start)
-                halved += found.halved
-                if found.shard is not None:
-                    if before.get(found.shard.start, found.shard.sha256) != found.shard.sha256:
-                        _forget_factors(folder, say)
-                    done[found.shard.start] = found.shard
-                    notes.add(Arrival(shard=found.shard, left_out=tuple(found.left_out)))
-                if running is not None:
-                    running.arrived(done[pieces[place].start])
+            if spec is None or engine.in_process:
+                _here(pieces, gather, write)
+            else:
+                work = ShardWork(folder.resolve(), started, spec, unfitted, skip_bad)
+                each_piece = engine.run_each(work, pieces, name=lambda piece: piece.name, shared=folder)
+                with closing(each_piece) as arriving:
+                    for place, found in arriving:
+                        tracker.advance(pieces[place].stop - pieces[place].start)
+                        arrived(pieces[place], found)
     finally:
         sweep(folder)
+    collector.release()
     if halved:
         say(f"{halved} batches did not fit in memory and were halved; smaller --batch-tokens spare the attempts.")
     notes.fold()
@@ -117,6 +123,23 @@ def collect_shards(
         factors.finish(folder, finished, unfitted)
     elif labels is not None:
         sums.tidy(folder, labels)  # what a run left that was killed while it removed them
+
+
+def _here(pieces: Sequence[Piece], gather: Callable[[Piece], Gathered], write: Callable[[Gathered], None]) -> None:
+    """Collect the pieces in this process; each is written, and noted, while the next one is collected.
+
+    What was collected is written whatever befalls the next piece.
+    """
+    written: Future[None] | None = None
+    with ThreadPoolExecutor(1, "writing") as thread:
+        for piece in pieces:
+            gathered = gather(piece)
+            if written is not None:
+                written.result()
+            written = thread.submit(write, gathered)
+            del gathered
+        if written is not None:
+            written.result()
 
 
 def _forget_factors(folder: Path, say: Callable[[str], None]) -> None:

@@ -11,8 +11,8 @@ from functools import cached_property
 from pathlib import Path
 
 from finetrace.atomic import part_of, remove_part
-from finetrace.collection import Collector, Representation
-from finetrace.collection.factors import Labels
+from finetrace.collection import Collector, Features, Representation
+from finetrace.collection.factors import FactorSums, Labels
 from finetrace.encoding import Encoded
 from finetrace.errors import FinetraceError
 from finetrace.execution.worker import SEEN
@@ -61,8 +61,16 @@ class Collected:
     halved: int = 0
 
 
-def collect_piece(
-    folder: Path,
+@dataclass(frozen=True)
+class Gathered:
+    """What was collected of a piece and is not written yet."""
+
+    piece: Piece
+    features: Features
+    sums: FactorSums | None
+
+
+def gather_piece(
     about: Manifest,
     collector: Collector,
     ids: Sequence[str],
@@ -72,24 +80,20 @@ def collect_piece(
     on_batch: Callable[[int], None] = lambda count: None,
     *,
     skip_bad: bool = False,
-    writer: str = "",
-) -> Collected:
-    """Collect one piece and write its files, each in one step; the manifest is the coordinator's.
+) -> Gathered:
+    """Collect one piece.
 
     Args:
-        folder: The index, with its manifest and examples.
         about: What the manifest says.
         collector: Of the index's model.
         ids, encoded: Of all rows.
         piece: Which rows.
         labels: Of the Kronecker factors, where some are wanted.
         on_batch: Hears how many rows each batch finished.
-        skip_bad: Leave out rows that are not finite, and say so in what is returned; of a shard that is there no further row
-            is left out.
-        writer: A name that no other writer has, where several may be at the same shard.
+        skip_bad: Leave out rows that are not finite, and say so; of a shard that is there no further row is left out.
 
     Raises:
-        FinetraceError: As in `Collector.collect`, or a file cannot be written.
+        FinetraceError: As in `Collector.collect`.
     """
     start, stop = piece.start, piece.stop
     summed = collector.factor_sums(labels) if labels is not None and piece.sums else None
@@ -103,10 +107,28 @@ def collect_piece(
             left_out={row - start: reason for row, reason in piece.left_out.items()},
             skip_bad=skip_bad and piece.there is None,
         )
+    return Gathered(piece, features, summed)
+
+
+def write_piece(folder: Path, about: Manifest, ids: Sequence[str], gathered: Gathered, writer: str = "") -> Collected:
+    """Write what was collected of a piece, each file in one step; the manifest is the coordinator's.
+
+    Args:
+        folder: The index, with its manifest and examples.
+        about: What the manifest says.
+        ids: Of all rows.
+        gathered: Of the piece.
+        writer: A name that no other writer has, where several may be at the same shard.
+
+    Raises:
+        FinetraceError: A file cannot be written.
+    """
+    piece, features = gathered.piece, gathered.features
+    start, stop = piece.start, piece.stop
     kept = [ids[row] for row in range(start, stop) if row - start not in features.left_out]
     shard = piece.there or shards.write(folder, features, start, stop, about, writer, kept)
-    if summed is not None:
-        sums.write_part(folder, summed, features.sampled, shard, about, writer)
+    if gathered.sums is not None:
+        sums.write_part(folder, gathered.sums, features.sampled, shard, about, writer)
     if piece.there is not None:
         return Collected(None, halved=features.halved)
     gone = sorted(features.left_out.items())
@@ -119,14 +141,14 @@ def collect_piece(
 
 @dataclass(frozen=True)
 class ShardWork:
-    """`collect_piece` in a worker: what it needs is in the folder of the index, which the worker sees, and the base model.
+    """A piece collected and written in a worker: what it needs is in the folder of the index, and the base model.
 
     Attributes:
         folder: The index, by its whole path.
         about: Its manifest when collection began.
         spec: How the coordinator loaded the model (`Loaded.elsewhere`); a worker takes the adapter that the index keeps.
         labels: Of the Kronecker factors, where some are wanted.
-        skip_bad: As in `collect_piece`.
+        skip_bad: As in `gather_piece`.
     """
 
     folder: Path
@@ -138,17 +160,8 @@ class ShardWork:
     def __call__(self, piece: Piece) -> Collected:
         """Collect one piece; the model and the rows are loaded with the first."""
         ids, encoded = self._rows.ids, self._rows.encoded
-        return collect_piece(
-            self.folder,
-            self.about,
-            self._collector,
-            ids,
-            encoded,
-            piece,
-            self.labels,
-            skip_bad=self.skip_bad,
-            writer=writer_name(),
-        )
+        gathered = gather_piece(self.about, self._collector, ids, encoded, piece, self.labels, skip_bad=self.skip_bad)
+        return write_piece(self.folder, self.about, ids, gathered, writer_name())
 
     @cached_property
     def _rows(self) -> rows.Rows:

@@ -131,13 +131,16 @@ def extrapolate(
 
 
 def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: int, device: int) -> Memory:
-    """Peak memory: with the features of a whole shard beside a batch, while a shard is written, while factors are made."""
+    """Peak memory: while the batches of a shard run and the one before it is written, while the last one is, while factors are
+    made.
+    """
     row = collector.tracking.width * collector.dtype.itemsize
     row *= 2 if plan.labels == "model" else 1  # the drawn labels' gradients beside the data's
     row += plan.row.row_bytes("representation") + plan.row.row_bytes("losses")
     features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
     made = finishing_bytes(plan.shape.tracked, collector.dtype.itemsize) if plan.labels is not None else 0
-    peak = max(high, now + activations + features, now + 2 * features, now + made)
+    shards = min(2, len(plan.left.shards))  # one is written while the next one is collected
+    peak = max(high, now + activations + shards * features, now + 2 * features, now + made)
     weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
     return Memory(peak, weights, activations, features, device)
 
