@@ -137,7 +137,8 @@ def _rows(plan: Plan) -> Sequence[tuple[str, list[str]]]:
     if measured.memory is not None:
         memory = measured.memory
         peak = f"{size(memory.peak)} at most" + (f", {size(memory.device)} on the device" if memory.device else "")
-        parts = f"weights {size(memory.weights)}, a batch {size(memory.activations)}, a shard {size(memory.features)}"
+        batches = "a batch" if plan.at_once == 1 else f"{plan.at_once} batches at a time"
+        parts = f"weights {size(memory.weights)}, {batches} {size(memory.activations)}, a shard {size(memory.features)}"
         lines.append(("memory", [peak, parts]))
     if measured.timings:
         rate = left.tokens / measured.seconds
