@@ -58,7 +58,7 @@ def test_memory_of_a_name_is_lent_again() -> None:
     narrow = workspace.take("a", (2, 3), torch.bfloat16)
     assert narrow.dtype == torch.bfloat16 and narrow.shape == (2, 3)
     assert torch.equal(other, torch.full((2, 3), 2.0))
-    wide = workspace.take("wide", (1 << 21,), torch.float32)  # of large pages, where there are some
+    wide = workspace.take("wide", (1 << 21,), torch.float32)
     assert (
         workspace.take("wide", ((5 << 21) // 4,), torch.float32).data_ptr() == wide.data_ptr()
     )  # a little more fits, too

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from finetrace.collection import Collector, Representation, lanes, track
+from finetrace.collection.batch_pass import BatchPass
 from finetrace.collection.fused import Fused
 from finetrace.collection.lanes import Ahead, Lanes
 from finetrace.encoding import Encoder
@@ -19,9 +20,10 @@ from finetrace.index import build_index
 from finetrace.models import Loaded
 from finetrace.planning import measure
 from finetrace.planning.cost import Shape
-from finetrace.planning.counts import pieces_of
+from finetrace.planning.counts import Piece, pieces_of
+from finetrace.planning.rounds import Rounds
 from fused_models import ITEMS, MODELS
-from tiny import make_examples, make_llama, names, with_lora
+from tiny import make_encoded, make_examples, make_llama, names, with_lora
 
 BUDGET = 60  # tokens, so that the rows of the tests make eight batches
 
@@ -125,6 +127,51 @@ def test_rows_that_are_left_out_are_in_no_sum() -> None:
     assert len(beside["losses"]) == len(ITEMS["a common opening"]) - 2
 
 
+def test_batches_by_hand_come_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which then have all threads; a row among them that is left out has its batch again with all of them, too."""
+    model, modules = MODELS["lora"]()
+    items = [*ITEMS["a common opening"], *make_encoded([300, 270])]
+    seen: list[tuple[bool, int]] = []
+    measure = BatchPass.measure
+
+    def noting(self: BatchPass, its: Any, *given: Any) -> Any:
+        seen.append((max(len(item.ids) for item in its) <= 256, torch.get_num_threads()))
+        return measure(self, its, *given)
+
+    monkeypatch.setattr(BatchPass, "measure", noting)
+    collector = Collector(model.float(), track(model, modules), (), BUDGET, fused=True)
+    found = collector.collect(items, names(items))
+    assert [hand for hand, _ in seen] == sorted((hand for hand, _ in seen), reverse=True)
+    assert {threads for hand, threads in seen if hand} == {1}
+    assert [threads for hand, threads in seen if not hand] == [3, 3]
+    shards = pieces_of(items, 100, BUDGET, collector.side_by_side()[1])
+    assert [piece.beside for piece in shards[0]] == [hand for hand, _ in seen]
+    seen.clear()
+    gone = next(piece.rows[0] for piece in shards[0] if len(piece.rows) > 1)
+    again = collector.collect(items, names(items), left_out={gone: "told so"})
+    assert {threads for hand, threads in seen if hand} == {1, 3}
+    kept = [i for i in range(len(items)) if i != gone]
+    assert torch.allclose(again.gradients, found.gradients[kept], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 8])
+@pytest.mark.parametrize("batches", range(1, 18))
+def test_time_is_that_of_rounds(batches: int, at_once: int) -> None:
+    """Batches of a second each with one lane's threads, of a share of it, here a quarter more, with all of them."""
+    shard = [Piece((k,), 10, 10, 1) for k in range(batches)]
+    rounds = Rounds(at_once)
+    together = rounds.together(shard)
+    true = -(-together // at_once) + (batches - together) * 1.25 / at_once
+    if at_once == 1:
+        true = batches
+    said = sum(rounds.share(shard, k, 1.25) / at_once for k in range(batches))
+    assert said == pytest.approx(true)
+    finished = [k // at_once + 1 if k < together else -(-together // at_once) + k + 1 for k in range(batches)]
+    for k in range(batches - 1):
+        assert not rounds.ends(shard, k) or finished[k + 1] > finished[k]
+    assert rounds.ends(shard, batches - 1)
+
+
 def test_an_error_in_a_lane_comes_through(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(self: Fused, *given: Any) -> Any:
         raise ValueError("not this one")
@@ -202,7 +249,7 @@ def test_a_batch_that_is_measured_has_company(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Fused, "run", slow)
     shape = Shape.of(model, collector.tracking)
     beside = measure.run(collector, items, piece, shape)
-    assert calls == [collector.at_once([items[i] for i in piece.rows])] == [3]
+    assert calls == [collector.side_by_side()[0]] == [3]
     alone = measure.run(collector, items, piece, shape, alone=True)
     assert calls == [4]
     assert beside.seconds < 0.25 < 0.3 <= alone.seconds

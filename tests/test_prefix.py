@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -263,14 +264,22 @@ def test_another_loss_of_the_same_batches_starts_above_and_gives_the_same_bits()
 
 
 def test_threads_keep_states_and_make_room_for_them_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """More than there is room for, so that each that is kept drops another thread's."""
+    """More than there is room for, so that each that is kept drops another thread's; threads meet while they look for room."""
+    size = prefix._size
+
+    def slow(states: dict[bytes, torch.Tensor]) -> int:
+        found = size(states)
+        time.sleep(1e-4)
+        return found
+
+    monkeypatch.setattr(prefix, "_size", slow)
     monkeypatch.setattr(prefix, "CAPACITY", 4 * 1024)
     states: dict[bytes, torch.Tensor] = {}
     kept = prefix.Prefix(torch.nn.Identity(), [], 1, False, states)
 
     def ask(thread: int) -> bool:
         found = []
-        for number in range(300):
+        for number in range(40):
             key = (number % 7 + thread).to_bytes(2, "big")
             want = torch.full((256,), float(number % 7 + thread))
             found.append(torch.equal(kept.remembered(key, lambda want=want: want), want))

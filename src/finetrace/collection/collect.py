@@ -97,6 +97,8 @@ class Collector:
         lanes = self._lanes(fused)
         prefix = self._prefix()
         made = batches(items, batch_tokens_within(self.model, items, self.batch_tokens, ids)) if made is None else made
+        fits = self.fits_hand(fused)
+        made = sorted(made, key=lambda chosen: not fits([items[i] for i in chosen]))  # those side by side come first
         todo = deque(made)
         with (
             reproducible(next(self.model.parameters()).device),
@@ -120,7 +122,7 @@ class Collector:
                     found = measure(0, chosen)
                 return found
 
-            by_hand = [each for each in todo if fused is not None and fused.fits([items[i] for i in each])]
+            by_hand = [each for each in made if fits([items[i] for i in each])]
             with Ahead(measure, by_hand, lanes) as ahead:
                 while todo:
                     chosen = todo.popleft()
@@ -152,13 +154,22 @@ class Collector:
                     on_batch(len(chosen))
         return gathered.features()
 
-    def at_once(self, items: Sequence[Encoded]) -> int:
-        """How many batches like `items` are collected side by side."""
+    def side_by_side(self) -> tuple[int, Callable[[Sequence[Encoded]], bool]]:
+        """How many batches are collected side by side, and which; the others go after them, by themselves."""
         fused = self._fused()
-        return self._lanes(fused).count if fused is not None and fused.fits(items) else 1
+        return self._lanes(fused).count, self.fits_hand(fused)
+
+    @staticmethod
+    def fits_hand(fused: Fused | None) -> Callable[[Sequence[Encoded]], bool]:
+        """Whether a batch is computed by hand."""
+        return (lambda items: False) if fused is None else fused.fits
 
     def _lanes(self, fused: Fused | None) -> Lanes:
-        return Lanes(1, torch.get_num_threads()) if fused is None else Lanes.of(fused.batch_bytes(self.batch_tokens))
+        """With or without Kronecker factors, which each batch adds to by itself: equal shards are to have equal bits."""
+        if fused is None:
+            return Lanes(1, torch.get_num_threads())
+        sums = both_sides([block.matrix for block in self.tracking.blocks]) * self.dtype.itemsize
+        return Lanes.of(fused.batch_bytes(self.batch_tokens) + sums)
 
     def release(self) -> None:
         """Give back the memory that one call of `collect` leaves to the next."""

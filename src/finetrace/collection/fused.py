@@ -27,6 +27,7 @@ from finetrace.forward import LEAST_ROWS, Batch, example_losses
 from finetrace.prefix import Prefix
 
 HEAD_ROWS = 256  # of logits at a time, all of which pass over the whole vocabulary matrix
+PASSING = 4  # layers' worth of what is under way in one
 CHANCE_ROWS = 8  # of chances at a time, which stay in the processor's cache
 
 
@@ -64,12 +65,15 @@ class Fused:
 
         Attention is taken to be as wide as it may be, so that batches of one size have one size here.
         """
-        kept = 0
-        for layer in self.plan.layers[self.plan.lowest :]:
+        kept = []
+        for layer in self.plan.layers:
             heads = layer.shape.heads * LONGEST + (layer.shape.heads + 2 * layer.shape.groups) * layer.shape.width
             narrow = heads + 2 * len(layer.gate.weight)
-            kept += 2 * layer.qkv.weight.shape[1] * self.plan.wide.itemsize + narrow * self.plan.head.dtype.itemsize
-        return tokens * kept + HEAD_ROWS * len(self.plan.head) * self.plan.head.dtype.itemsize
+            kept.append(
+                2 * layer.qkv.weight.shape[1] * self.plan.wide.itemsize + narrow * self.plan.head.dtype.itemsize
+            )
+        most = sum(kept[self.plan.lowest :]) + PASSING * max(kept)
+        return tokens * most + HEAD_ROWS * len(self.plan.head) * self.plan.head.dtype.itemsize
 
     @torch.no_grad()
     def run(
@@ -105,7 +109,8 @@ class Fused:
             if layer.number - len(layers) - 1 in wanted:
                 hidden[layer.number - len(layers) - 1] = _pooled(x[layout.wanted :], layout)
 
-        x = below() if prefix is None or wanted - {-1} else prefix.remembered(layout.key, below)
+        key = b"%d " % torch.get_num_threads() + layout.key  # more threads may round otherwise
+        x = below() if prefix is None or wanted - {-1} else prefix.remembered(key, below)
         # factors count the last layer's other tokens too, and few rows are multiplied less exactly
         short = self.plan.lean and len(batch.rows) >= LEAST_ROWS
         upper = layout.wanted if short else 0

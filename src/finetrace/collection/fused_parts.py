@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,8 +11,7 @@ from torch import Tensor
 
 from finetrace.collection.fused_layout import Pair, matched
 
-HEADROOM = 4  # a buffer is longer than asked for by one in so many parts
-LARGE = 4 << 20  # bytes for which large pages are asked
+HEADROOM = 4  # a buffer is longer than asked for by one in so many parts; what is never written takes no memory
 
 
 class Workspace:
@@ -34,7 +31,7 @@ class Workspace:
         if held is None or held.numel() < size or held.dtype != dtype:
             self._held.pop(name, None)
             self._last.pop(name, None)
-            held = self._held[name] = self._fresh(size, dtype)
+            held = self._held[name] = torch.empty(size + size // HEADROOM, dtype=dtype)
         self._last[name] = held[:size].view(*shape)
         return self._last[name]
 
@@ -42,19 +39,6 @@ class Workspace:
         """Give it back."""
         self._held.clear()
         self._last.clear()
-
-    def _fresh(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Of large pages where the system has them, since a processor enters each for itself.
-
-        It is longer than asked for, so that a batch a little larger finds room; what is never written takes no memory.
-        """
-        size += size // HEADROOM
-        if hasattr(mmap, "MADV_HUGEPAGE") and size * dtype.itemsize >= LARGE:
-            pages = mmap.mmap(-1, size * dtype.itemsize)
-            with contextlib.suppress(OSError):
-                pages.madvise(mmap.MADV_HUGEPAGE)
-            return torch.frombuffer(pages, dtype=dtype)
-        return torch.empty(size, dtype=dtype)
 
 
 @dataclass(frozen=True)

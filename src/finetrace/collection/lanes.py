@@ -76,9 +76,12 @@ class Ahead(Generic[Result]):
 
     def __enter__(self) -> Ahead[Result]:
         if self._waiting:
-            torch.set_num_threads(self._lanes.threads)
             self._pool = ThreadPoolExecutor(self._lanes.count, "collecting")
-            self._fill()
+            try:
+                self._fill()
+            except BaseException:
+                self._close()
+                raise
         return self
 
     def __exit__(
@@ -87,19 +90,21 @@ class Ahead(Generic[Result]):
         self._close()
 
     def take(self, batch: list[int]) -> Result | None:
-        """The result of a batch, in the order given; `None` leaves it to the caller, while no other is under way."""
-        if not self._taken or self._taken[0][0] is not batch:
-            wait([future for _, future in self._taken])
-            return None
-        found = self._taken.popleft()[1].result()
-        if found is None:
+        """The result of a batch, in the order given; `None` leaves it to the caller, with all threads, no other under way."""
+        mine = bool(self._taken) and self._taken[0][0] is batch
+        found = self._taken.popleft()[1].result() if mine else None
+        if mine and found is None:
             self._waiting.clear()  # one after another from here on
+        if found is None:
             wait([future for _, future in self._taken])
-        self._fill()
+            torch.set_num_threads(self._threads)
+        else:
+            self._fill()
         return found
 
     def _fill(self) -> None:
         while self._pool is not None and self._waiting and len(self._taken) <= self._lanes.count:  # one of them is next
+            torch.set_num_threads(self._lanes.threads)
             batch = self._waiting.popleft()
             self._taken.append((batch, self._pool.submit(self._run, batch)))
         if not self._taken:
@@ -107,6 +112,7 @@ class Ahead(Generic[Result]):
 
     def _run(self, batch: list[int]) -> Result | None:
         lane = self._free.get()
+        torch.set_num_threads(self._lanes.threads)  # each thread of a program is told for itself
         try:
             return self._measure(lane, batch)
         finally:
@@ -114,6 +120,8 @@ class Ahead(Generic[Result]):
 
     def _close(self) -> None:
         if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
-            self._pool = None
-            torch.set_num_threads(self._threads)
+            try:
+                self._pool.shutdown(cancel_futures=True)
+            finally:
+                self._pool = None
+                torch.set_num_threads(self._threads)

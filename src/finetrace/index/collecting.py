@@ -16,6 +16,7 @@ from finetrace.execution import Engine
 from finetrace.index import factors, manifest, sums
 from finetrace.index.manifest import Arrival, Manifest
 from finetrace.index.notes import Notes
+from finetrace.index.sizing import SHARD_BYTES
 from finetrace.index.work import Collected, Gathered, Piece, ShardWork, gather_piece, sweep, write_piece
 from finetrace.models import ModelSpec
 from finetrace.progress import Tracker
@@ -128,7 +129,8 @@ def collect_shards(
 def _here(pieces: Sequence[Piece], gather: Callable[[Piece], Gathered], write: Callable[[Gathered], None]) -> None:
     """Collect the pieces in this process; each is written, and noted, while the next one is collected.
 
-    What was collected is written whatever befalls the next piece.
+    What is being written is written and noted whatever befalls the next piece. A large piece, and one with sums beside its
+    rows, is written before the next one begins, so that memory holds one of them.
     """
     written: Future[None] | None = None
     with ThreadPoolExecutor(1, "writing") as thread:
@@ -137,6 +139,8 @@ def _here(pieces: Sequence[Piece], gather: Callable[[Piece], Gathered], write: C
             if written is not None:
                 written.result()
             written = thread.submit(write, gathered)
+            if gathered.sums is not None or gathered.features.gradients.nbytes > 2 * SHARD_BYTES:
+                written.result()
             del gathered
         if written is not None:
             written.result()

@@ -55,6 +55,8 @@ class Announcer:
         self._coming: list[Piece | int] = []  # batches, or the rows of a shard that is there already
         self._seen: list[Piece] = []
         self._clock = (0.0, 0.0)
+        self._warm = 0
+        self._ends: set[tuple[int, ...]] = set()  # batches after which none is under way that began with them
 
     @contextmanager
     def announcing(
@@ -92,6 +94,9 @@ class Announcer:
             there = [shard for shard in plan.whole.shards if shard not in left]
             self._coming = [sum(len(piece.rows) for piece in shard) for shard in there]  # they are heard of first
             self._coming += [piece for shard in plan.whole.shards if shard in left for piece in shard]
+            self._ends = {
+                shard[k].rows for shard in plan.left.shards for k in range(len(shard)) if plan.rounds.ends(shard, k)
+            }
             self._coming.reverse()
         self._plan = plan
         self._worked = time.perf_counter()
@@ -107,6 +112,8 @@ class Announcer:
         finally:
             if not self._engine.in_process and torch.cuda.is_available():
                 torch.cuda.empty_cache()  # workers may share the device
+            if not self._engine.in_process:
+                collector.release()
         assert plan.measured is not None
         self._said, line = plan.measured.seconds, words.time(plan)
         if not self._engine.in_process:
@@ -145,17 +152,19 @@ class Announcer:
             self._coming.clear()
             return
         if self._clock == (0.0, 0.0):
-            self._clock = now  # this one warmed up
+            self._warm += 1
+            if piece.rows in self._ends:
+                self._clock = now  # these warmed up
             return
         self._seen.append(piece)
         operations = sum(plan.shape.collection(*each.shape, plan.labels) for each in self._seen)
         whole = sum(plan.shape.collection(*each.shape, plan.labels) for each in plan.left.pieces)
-        if len(self._seen) < BATCHES or operations < SHARE * whole or len(self._seen) % plan.at_once:
-            return  # batches that go side by side end together
+        if len(self._seen) < BATCHES or operations < SHARE * whole or piece.rows not in self._ends:
+            return
         self._coming.clear()
         padded, tokens = sum(each.padded for each in self._seen), sum(each.tokens for each in self._seen)
         timing = Timing(operations, padded, tokens, now[0] - self._clock[0], now[1] - self._clock[1])
         plan = replace(plan, measured=extrapolate(plan, [timing], self.folder, None))
         assert plan.measured is not None
         self._said = plan.measured.seconds
-        self._say(f"{words.time(plan)}, from its own first {len(self._seen) + 1} batches")
+        self._say(f"{words.time(plan)}, from its own first {len(self._seen) + self._warm} batches")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,12 +19,14 @@ class Piece:
         longest: Tokens that each is padded to.
         tokens: Tokens that are not padding.
         loss_tokens: Tokens of the loss.
+        beside: Whether it is collected side by side with others.
     """
 
     rows: tuple[int, ...]
     longest: int
     tokens: int
     loss_tokens: int
+    beside: bool = True
 
     @property
     def padded(self) -> int:
@@ -37,19 +39,27 @@ class Piece:
         return len(self.rows), self.longest, self.loss_tokens
 
 
-def pieces_of(encoded: Sequence[Encoded], rows_per_shard: int, budget: int) -> list[list[Piece]]:
-    """Every shard's batches, as the collection forms them."""
+def pieces_of(
+    encoded: Sequence[Encoded],
+    rows_per_shard: int,
+    budget: int,
+    beside: Callable[[Sequence[Encoded]], bool] = lambda items: True,
+) -> list[list[Piece]]:
+    """Every shard's batches, as the collection forms them: those that go side by side before the others."""
     shards = []
     for start in range(0, len(encoded), rows_per_shard):
         items = encoded[start : start + rows_per_shard]
-        shards.append([_piece(items, chosen, start) for chosen in batches(items, budget)])
+        pieces = [_piece([items[i] for i in chosen], chosen, start, beside) for chosen in batches(items, budget)]
+        shards.append(sorted(pieces, key=lambda piece: not piece.beside))
     return shards
 
 
-def _piece(items: Sequence[Encoded], chosen: Sequence[int], start: int) -> Piece:
-    lengths = [len(items[i].ids) for i in chosen]
-    loss = sum(items[i].loss_tokens for i in chosen)
-    return Piece(tuple(start + i for i in chosen), max(lengths), sum(lengths), loss)
+def _piece(
+    items: Sequence[Encoded], chosen: Sequence[int], start: int, beside: Callable[[Sequence[Encoded]], bool]
+) -> Piece:
+    lengths = [len(item.ids) for item in items]
+    loss = sum(item.loss_tokens for item in items)
+    return Piece(tuple(start + i for i in chosen), max(lengths), sum(lengths), loss, beside(items))
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def measure_plan(
     with at_moment(model, plan.about.model.at):
         timings = [measure.run(collector, encoded, piece, shape, sums, labels) for piece in chosen][1:]
         slower = 1.0
-        if chosen and plan.alone > LITTLE:
+        if chosen and plan.rounds.alone(plan.left.shards) > LITTLE and chosen[-1].beside:
             by_itself = measure.run(collector, encoded, chosen[-1], shape, sums, labels, alone=True)
             slower = max(1.0, by_itself.seconds / timings[-1].seconds)
     high = measure.peak_memory()
@@ -107,15 +107,17 @@ def extrapolate(
     operations = [each.operations for each in timings]
     clocks = [each.seconds for each in timings], [each.cpu_seconds for each in timings]
     fits = [Fit.to(operations, clock) if timings else Fit(0.0, 0.0) for clock in clocks]
+    alone = (slower, 1.0)  # a batch by itself has all threads, and takes as much of the processor
     passes = [
         [
             sum(
-                fit.seconds(shape.collection(*piece.shape, labels)) * (slower if place >= plan.together(shard) else 1)
+                fit.seconds(shape.collection(*piece.shape, labels))
+                * (plan.rounds.share(shard, place, more) if waits else 1.0)
                 for place, piece in enumerate(shard)
             )
             for shard in plan.left.shards
         ]
-        for fit in fits
+        for fit, more, waits in zip(fits, alone, (True, False), strict=True)
     ]
     row = plan.row.row_bytes() + (plan.row.row_bytes("gradients") if labels == "model" else 0)
     stored = [row * sum(len(piece.rows) for piece in shard) + plan.summed for shard in plan.left.shards]
@@ -139,7 +141,9 @@ def _memory(plan: Plan, collector: Collector, now: int, high: int, activations: 
     row += plan.row.row_bytes("representation") + plan.row.row_bytes("losses")
     features = row * max(shard_sizes(plan.whole.rows, plan.about.rows_per_shard))
     made = finishing_bytes(plan.shape.tracked, collector.dtype.itemsize) if plan.labels is not None else 0
-    shards = min(2, len(plan.left.shards))  # one is written while the next one is collected
+    shards = (
+        1 if plan.labels is not None else min(2, len(plan.left.shards))
+    )  # one is written while the next one is collected
     peak = max(high, now + activations + shards * features, now + 2 * features, now + made)
     weights = sum(each.numel() * each.element_size() for each in collector.model.parameters())
     return Memory(peak, weights, activations, features, device)

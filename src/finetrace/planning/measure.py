@@ -114,7 +114,7 @@ def run(
     """Collect one batch, as often at the same time as the index will, and say how long each took; `alone`, by itself."""
     items = [encoded[i] for i in piece.rows]
     names = [f"row {i + 1}" for i in piece.rows]
-    count, size = 1 if alone else collector.at_once(items), len(items)
+    count, size = 1 if alone or not piece.beside else collector.side_by_side()[0], len(items)
     made = [list(range(size * k, size * (k + 1))) for k in range(count)]
     device = next(collector.model.parameters()).device
     _wait(device)

@@ -13,12 +13,11 @@ import torch
 
 from finetrace import placement
 from finetrace.collection.factor_sizes import factor_bytes
-from finetrace.collection.lanes import Lanes
 from finetrace.errors import FinetraceError
 from finetrace.index import factors, shards, sums
 from finetrace.index.manifest import NAME, Manifest, read
 from finetrace.planning.cost import Shape
-from finetrace.planning.counts import Piece, Work, pieces_of
+from finetrace.planning.counts import Work, pieces_of
 from finetrace.planning.disk import (
     Disk,
     RowFormat,
@@ -29,6 +28,7 @@ from finetrace.planning.disk import (
     shard_sizes,
 )
 from finetrace.planning.measure import Timing
+from finetrace.planning.rounds import Rounds
 from finetrace.planning.schedule import Schedule, schedule
 
 if TYPE_CHECKING:
@@ -127,15 +127,10 @@ class Plan:
     measured: Measured | None = None
     workers: tuple[Schedule, ...] = field(default=())
 
-    def together(self, shard: Sequence[Piece]) -> int:
-        """How many of a shard's batches, the first ones, go side by side; those after them go by themselves."""
-        return Lanes(self.at_once).rounds(len(shard))
-
     @property
-    def alone(self) -> float:
-        """Share of the work that is left which goes by itself where batches go side by side."""
-        last = [piece for shard in self.left.shards for piece in shard[self.together(shard) :]]
-        return sum(piece.padded for piece in last) / self.left.padded if self.at_once > 1 and last else 0.0
+    def rounds(self) -> Rounds:
+        """How batches go side by side."""
+        return Rounds(self.at_once)
 
     def with_workers(self, count: int) -> Schedule:
         """So many machines like this one, each with the whole of its cores or its device."""
@@ -205,7 +200,8 @@ def plan_index(
     fitted = labels is not None and factors.there(folder, labels)
     unfitted = None if fitted else labels
     shape = Shape.of(collector.model, collector.tracking)
-    pieces = pieces_of(encoded, about.rows_per_shard, about.batch_tokens)
+    lanes, beside = collector.side_by_side()
+    pieces = pieces_of(encoded, about.rows_per_shard, about.batch_tokens, beside)
     begun = _begun(folder, about)
     done = _done(folder, begun, unfitted) if begun is not None else set()
     left = [shard for shard in pieces if any(row not in done for piece in shard for row in piece.rows)]
@@ -227,7 +223,7 @@ def plan_index(
         free=_free(folder),
         row=row,
         summed=summed if unfitted is not None else 0,
-        at_once=max((collector.at_once([encoded[i] for i in shard[0].rows]) for shard in pieces[:1]), default=1),
+        at_once=lanes if any(piece.beside for shard in pieces for piece in shard) else 1,
         there=_bytes_in(folder) if begun is not None else 0,
     )
 

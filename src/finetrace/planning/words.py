@@ -42,13 +42,15 @@ def tight(plan: Plan, names: Sequence[str], free: int | None) -> str:
     if plan.device != "cpu" or free is None or not plan.left.pieces:
         return ""
     half = plan.about.model.dtype in ("bfloat16", "float16")
-    needed = [plan.at_once * plan.shape.activations(*piece.shape, half) for piece in plan.left.pieces]
+    needed = [
+        (plan.at_once if piece.beside else 1) * plan.shape.activations(*piece.shape, half) for piece in plan.left.pieces
+    ]
     most = max(needed)
     if most <= free:
         return ""
     piece = plan.left.pieces[needed.index(most)]
     of = names[piece.rows[0]] if len(piece.rows) == 1 else f"the batch of {names[piece.rows[0]]}"
-    beside = f", {plan.at_once} of its kind at a time," if plan.at_once > 1 else ""
+    beside = f", {plan.at_once} of its kind at a time," if plan.at_once > 1 and piece.beside else ""
     return (
         f"memory may not suffice: {of} ({piece.longest:,} tokens long){beside} takes about {size(most)} by its shapes, "
         f"{size(free)} are free; if the process is ended without a word, cut with --max-length, lower --batch-tokens, or "
